@@ -1,0 +1,144 @@
+"""Settings: frozen dataclasses, read from TOML, overridden on the command line by dotted names, saved resolved.
+
+A recipe declares its settings as a frozen dataclass (nested ones for groups) and calls `parse`. Ranges are checked by each
+class in `__post_init__`; this module checks names and types, so that a wrong file is refused before any work starts.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+Settings = TypeVar("Settings")
+
+
+def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Settings:
+    """Read settings from an optional TOML file (the first argument that is not an option) and dotted overrides.
+
+    `python -m recipes.sft recipes/tiny/sft1.toml --steps 10 --optimizer.learning-rate 1e-4` is
+    `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`.
+
+    A wrong value ends the program with one line on standard error and status 2, as argparse does.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        default = read_toml(settings_class, arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
+        settings = tyro.cli(
+            settings_class, args=arguments, prog=prog, **({} if default is None else {"default": default})
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    return settings
+
+
+def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
+    """Settings from a TOML file.
+
+    Raises: FileNotFoundError; ValueError naming the file and the key for broken TOML, an unknown key (with the
+    nearest known one), a wrong type or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    try:
+        return from_table(settings_class, table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: str = "") -> Settings:
+    """Build a (nested) dataclass from a TOML table, refusing unknown keys and wrong types by their dotted name."""
+    hints = typing.get_type_hints(settings_class)
+    fields = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+            raise ValueError(f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{nearest[0]}'")
+        values[name] = _convert(hints[name], value, prefix + key)
+    missing = [
+        prefix + field.name
+        for field in dataclasses.fields(settings_class)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"missing key '{missing[0]}'")
+    return settings_class(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) == 1:
+            return _convert(options[0], value, name)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(repr, arguments))}")
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_table(hint, value, name + ".")  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        element = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(element) != len(value):
+            raise ValueError(f"{name}: needs {len(element)} values, has {len(value)}")
+        return tuple(_convert(h, v, f"{name}.{i}") for i, (h, v) in enumerate(zip(element, value, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{name} = {value!r}: must be {expected}, is {type(value).__name__}")
+
+
+def to_table(settings: Any) -> dict[str, Any]:
+    """The settings as plain TOML values; keys that are None are left out (TOML has no null)."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def to_toml(settings: Any) -> str:
+    """The settings as TOML text that `read_toml` turns into an equal object."""
+    return "".join(_table_lines(to_table(settings), ""))
+
+
+def _table_lines(table: dict[str, Any], prefix: str):
+    nested = []
+    for key, value in table.items():
+        is_tables = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, dict) for v in value)
+        if isinstance(value, dict) or is_tables:
+            nested.append((key, value))
+        elif value is not None:
+            yield f"{key} = {_scalar(value)}\n"
+    for key, value in nested:
+        if isinstance(value, dict):
+            yield f"\n[{prefix}{key}]\n"
+            yield from _table_lines(value, f"{prefix}{key}.")
+        else:
+            for element in value:
+                yield f"\n[[{prefix}{key}]]\n"
+                yield from _table_lines(element, f"{prefix}{key}.")
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_scalar(v) for v in value) + "]"
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
