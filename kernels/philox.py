@@ -1,0 +1,44 @@
+"""Philox-4x32-10, a counter-based random number generator (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405).
+
+The bits are a pure function of key and counter, so noise keyed by what a token is (seed, step, document, place, column) is the
+same however the tokens were packed, sharded or resumed. Triton's `tl.philox` computes the same function.
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox-4x32.
+
+    Args: counter: four int64 tensors, broadcastable, holding unsigned 32-bit words; key: two unsigned 32-bit words.
+    Returns: four int64 tensors of the broadcast shape holding unsigned 32-bit words.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIER[0])
+        high1, low1 = _multiply(c2, _MULTIPLIER[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32x32 product. In halves: the full product would overflow a signed 64-bit word."""
+    lower = word * (constant & 0xFFFF)
+    upper = word * (constant >> 16) + (lower >> 16)
+    return upper >> 16, ((upper & 0xFFFF) << 16) | (lower & 0xFFFF)
+
+
+def uniform_symmetric(word: Tensor) -> Tensor:
+    """Unsigned 32-bit words to float32 uniform on (-1, 1): 2^24 equally spaced values, symmetric about 0, never 0.
+
+    (s + 1/2) / 2^23 for the signed upper 24 bits s: exact in float32, so every implementation gives the same bits.
+    """
+    signed = (word >> 8) - ((word >> 31) << 24)
+    return (signed.to(torch.float32) + 0.5) * 2.0**-23

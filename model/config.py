@@ -1,0 +1,194 @@
+"""The shape of a Mistral model, and its Hugging Face `config.json`."""
+
+import difflib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Mistral as published (Jiang et al. 2023, https://arxiv.org/abs/2310.06825, table 1).
+
+    vocab_size: rows of embedding and head, padded to a multiple of 128 where the engine made it.
+    unpadded_vocab_size: pieces that exist; the rows behind them take no probability in training or sampling. 0 means vocab_size.
+    sliding_window: places that a place sees, itself included; None for all earlier ones.
+    """
+
+    vocab_size: int = 32000
+    unpadded_vocab_size: int = 0
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 4096
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        if self.unpadded_vocab_size == 0:
+            object.__setattr__(self, "unpadded_vocab_size", self.vocab_size)
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim}: must be even, rotary embedding pairs its halves")
+        if not 0 < self.unpadded_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab_size = {self.unpadded_vocab_size}: must lie in 1 .. vocab_size = {self.vocab_size}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window = {self.sliding_window}: must be at least 1, or null for no window")
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        attention = self.hidden_size * self.head_dim * (heads + self.num_attention_heads)
+        feed_forward = 3 * self.hidden_size * self.intermediate_size
+        layer = attention + feed_forward + 2 * self.hidden_size
+        return self.num_hidden_layers * layer + (2 * self.vocab_size + 1) * self.hidden_size
+
+
+MISTRAL_7B = MistralConfig()
+PRESETS: dict[str, MistralConfig] = {
+    "mistral-7b": MISTRAL_7B,
+    # 88,000 Japanese pieces: 120,000, padded to 938 * 128.
+    "shisa-7b": replace(MISTRAL_7B, vocab_size=120064, unpadded_vocab_size=120000),
+    # Small enough to train on two CPU cores in minutes; the head over the real vocabulary is nearly all of its cost.
+    "tiny": MistralConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, sliding_window=128, max_position_embeddings=2048,
+    ),
+}
+
+
+def preset(name: str) -> MistralConfig:
+    """The named preset; ValueError names the nearest one for an unknown name."""
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown preset {name!r}; the nearest known one is {nearest!r}")
+    return PRESETS[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; errors name the file and, for broken JSON, the line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+def read_config(folder: str | Path) -> MistralConfig:
+    """The configuration of a Hugging Face Mistral folder, as `transformers` 4 or 5 writes it.
+
+    Raises: FileNotFoundError or ValueError naming the file, for another architecture or a feature that this model does not have.
+    """
+    path = Path(folder) / "config.json"
+    table = read_json(path)
+    if table.get("model_type") != "mistral":
+        raise ValueError(f"{path}: model_type is {table.get('model_type')!r}; only 'mistral' models can be read")
+    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    unsupported = {
+        "hidden_act": table.get("hidden_act", "silu") not in ("silu", "swish"),
+        "tie_word_embeddings": table.get("tie_word_embeddings", False),
+        "attention_bias": table.get("attention_bias", False),
+        "quantization_config": table.get("quantization_config") is not None,
+        "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
+    }
+    for key, wrong in unsupported.items():
+        if wrong:
+            raise ValueError(f"{path}: {key} = {table.get(key, rope)!r} is not supported by this model")
+    try:
+        heads, width = table["num_attention_heads"], table["hidden_size"]
+        return MistralConfig(
+            vocab_size=table["vocab_size"],
+            unpadded_vocab_size=table.get("unpadded_vocab_size", 0),
+            hidden_size=width,
+            intermediate_size=table["intermediate_size"],
+            num_hidden_layers=table["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=table.get("num_key_value_heads") or heads,
+            head_dim=table.get("head_dim") or width // heads,
+            rms_norm_eps=table.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta", table.get("rope_theta", 10000.0))),
+            sliding_window=table.get("sliding_window"),
+            max_position_embeddings=table.get("max_position_embeddings", 4096 * 32),
+            initializer_range=table.get("initializer_range", 0.02),
+            bos_token_id=table.get("bos_token_id", 1),
+            eos_token_id=table.get("eos_token_id", 2),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What `config.json` holds. Both spellings of the rotary base and the dtype are written, for `transformers` 4 and 5."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "dtype": name,
+        "eos_token_id": config.eos_token_id,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "model_type": "mistral",
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_theta": config.rope_theta,
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": False,
+        "torch_dtype": name,
+        "unpadded_vocab_size": config.unpadded_vocab_size,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def generation_table(config: MistralConfig) -> dict[str, Any]:
+    """What `generation_config.json` holds. The padding rows are suppressed, so that `transformers` never samples one."""
+    table: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if config.unpadded_vocab_size < config.vocab_size:
+        table["suppress_tokens"] = list(range(config.unpadded_vocab_size, config.vocab_size))
+    return table
+
+
+def write_config(folder: str | Path, config: MistralConfig, dtype: torch.dtype) -> None:
+    """Write `config.json` and `generation_config.json`; the same configuration always gives the same bytes."""
+    for name, table in (("config.json", config_table(config, dtype)), ("generation_config.json", generation_table(config))):
+        text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (Path(folder) / name).write_text(text, encoding="utf-8")

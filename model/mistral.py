@@ -1,0 +1,142 @@
+"""Mistral, from scratch.
+
+The model knows nothing of packing, caching or parallelism: it is given tokens, their positions and a function `attend` that says who
+sees whom. Training passes `packed_attention`, generation the `attend` of a key/value cache.
+
+Query, key and value are one matrix and gate and up another, stacked in that order, so that export is slicing.
+
+Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, F feed-forward size, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import attention_tiles, sliding_window_attention
+from kernels.embedding import EmbeddingNoise, embedding
+from kernels.linear_log_prob import linear_log_prob, wide_product
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rotary import RotaryTable, rotary, rotary_table
+from kernels.swiglu import swiglu
+from model.config import MistralConfig
+
+# (layer, query_THE, key_TKE, value_TKE) -> out_THE; queries and keys come rotated.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
+    """Attention within each document of one packed row, for training and for scoring.
+
+    Args: cu_docs int32 [documents + 1], boundaries from 0 to T; window in places, None for unbounded.
+    """
+    tiles = attention_tiles(cu_docs, window)
+
+    def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
+        return sliding_window_attention(query_THE, key_TKE, value_TKE, tiles)
+
+    return attend
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.layer = config.head_dim, layer
+        packed = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, hidden_TD: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
+        qkv_TSE = self.qkv_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
+        qkv_TSE = rotary(qkv_TSE, table, self.heads + self.kv_heads)
+        query_THE, key_TKE, value_TKE = qkv_TSE.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        return self.o_proj(attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(hidden_TD)))
+
+
+class RMSNorm(nn.Module):
+    """Holds the scale of a norm; the arithmetic is in `kernels.rms_norm`."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return rms_norm(hidden_TD, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, hidden_TD: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
+        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), table, attend)
+        norm = self.post_attention_layernorm
+        hidden_TD, normed_TD = add_rms_norm(hidden_TD, attended_TD, norm.weight, norm.eps)
+        return hidden_TD + self.mlp(normed_TD)
+
+
+class Mistral(nn.Module):
+    """The decoder with its untied head. `head_weight_VD` and `embed_weight_VD` have vocab_size rows, padding included."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, noise: EmbeddingNoise | None = None
+    ) -> Tensor:
+        """Final hidden states, normed: [T, D].
+
+        Args: tokens_T integer [T]; positions_T integer [T], from 0 at the start of each document; attend: who sees whom;
+            noise: NEFTune noise, for training only.
+        """
+        hidden_TD = embedding(tokens_T, self.embed_tokens.weight, noise)
+        table = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, table, attend)
+        return self.norm(hidden_TD)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Scores of the pieces that exist, float32 [N, unpadded_vocab_size]; the padding rows are left out."""
+        return wide_product(hidden_ND, self.lm_head.weight[: self.config.unpadded_vocab_size])
+
+    def log_probs(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor) -> Tensor:
+        """Log-probability of each listed row's target, float32 [T], 0 outside rows_N (see `linear_log_prob`)."""
+        return linear_log_prob(
+            hidden_TD, self.lm_head.weight, target_T, rows_N, vocab_size=self.config.unpadded_vocab_size
+        )
+
+
+def initialize(model: Mistral, seed: int) -> None:
+    """Fresh weights, a pure function of the seed: normal with `initializer_range`, as `transformers` initialises Mistral, but the
+    two matrices that write to the residual stream are divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3)."""
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.ones_(parameter)
+            continue
+        scale = (2 * model.config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        values = torch.empty(parameter.shape).normal_(0.0, std * scale, generator=generator)
+        with torch.no_grad():
+            parameter.copy_(values)
