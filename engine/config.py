@@ -30,13 +30,12 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        default = read_toml(settings_class, arguments.pop(0)) if arguments and not arguments[0].startswith("-") else None
-        settings = tyro.cli(
-            settings_class, args=arguments, prog=prog, **({} if default is None else {"default": default})
-        )
+        if not arguments or arguments[0].startswith("-"):
+            return tyro.cli(settings_class, args=arguments, prog=prog)
+        default = read_toml(settings_class, arguments.pop(0))
+        return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    return settings
 
 
 def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:

@@ -1,7 +1,7 @@
 """Embedding look-up with NEFTune noise (Jain et al. 2023, https://arxiv.org/abs/2310.05914).
 
-NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token document while training.
-L is the document's own length, not the packed row's: scaling by the row makes the noise several times too weak.
+While training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token
+document. L is the document's own length, not the packed row's: scaling by the row makes the noise several times too weak.
 
 Shapes: T tokens, V vocabulary, D width.
 """

@@ -114,5 +114,6 @@ def _check_targets(rows: Tensor, target_N: Tensor, vocab_size: int) -> None:
     if wrong.any():
         first = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"linear_log_prob: target {int(target_N[first])} at row {int(rows[first])} is outside the vocabulary of {vocab_size}"
+            f"linear_log_prob: target {int(target_N[first])} at row {int(rows[first])} is outside the "
+            f"vocabulary of {vocab_size}"
         )

@@ -14,7 +14,8 @@ class MistralConfig:
     """Mistral as published (Jiang et al. 2023, https://arxiv.org/abs/2310.06825, table 1).
 
     vocab_size: rows of embedding and head, padded to a multiple of 128 where the engine made it.
-    unpadded_vocab_size: pieces that exist; the rows behind them take no probability in training or sampling. 0 means vocab_size.
+    unpadded_vocab_size: pieces that exist; the rows behind them take no probability in training or sampling.
+        0 means vocab_size.
     sliding_window: places that a place sees, itself included; None for all earlier ones.
     """
 
@@ -106,7 +107,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: str | Path) -> MistralConfig:
     """The configuration of a Hugging Face Mistral folder, as `transformers` 4 or 5 writes it.
 
-    Raises: FileNotFoundError or ValueError naming the file, for another architecture or a feature that this model does not have.
+    Raises: FileNotFoundError or ValueError naming the file, also for another architecture or a feature that this model
+        does not have.
     """
     path = Path(folder) / "config.json"
     table = read_json(path)

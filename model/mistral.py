@@ -1,11 +1,12 @@
 """Mistral, from scratch.
 
-The model knows nothing of packing, caching or parallelism: it is given tokens, their positions and a function `attend` that says who
-sees whom. Training passes `packed_attention`, generation the `attend` of a key/value cache.
+The model knows nothing of packing, caching or parallelism: it is given tokens, their positions and a function `attend` that
+says who sees whom. Training passes `packed_attention`, generation the `attend` of a key/value cache.
 
 Query, key and value are one matrix and gate and up another, stacked in that order, so that export is slicing.
 
-Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, F feed-forward size, V vocabulary.
+Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, F feed-forward size,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -128,8 +129,9 @@ class Mistral(nn.Module):
 
 
 def initialize(model: Mistral, seed: int) -> None:
-    """Fresh weights, a pure function of the seed: normal with `initializer_range`, as `transformers` initialises Mistral, but the
-    two matrices that write to the residual stream are divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3)."""
+    """Fresh weights, a pure function of the seed: normal with `initializer_range`, as `transformers` initialises Mistral, but
+    the two matrices that write to the residual stream are divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3).
+    """
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():

@@ -1,0 +1,55 @@
+"""Work of a training step, counted from what is really computed: attended pairs exactly (causal, window, documents), the head
+only for the rows that reach it, no embedding look-up. 2 operations a multiply-add."""
+
+from collections.abc import Iterable
+
+import torch
+
+from model.config import MistralConfig
+
+# Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. An unknown device has
+# no peak, so that its utilisation reads n/a instead of a guess.
+_PEAK_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("H200 NVL", 835.0),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
+
+
+def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
+    """Pairs (query, key) that documents of these lengths attend to: sum over places i of min(i + 1, window)."""
+    total = 0
+    for length in lengths:
+        full = length if window is None else min(length, window)
+        total += full * (full + 1) // 2 + (length - full) * full
+    return total
+
+
+def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int) -> int:
+    """Operations of forward and backward: three times the forward products.
+
+    Args: tokens: places through the blocks; rows: places through the head; pairs: from `attended_pairs`.
+    """
+    query_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    per_token = config.hidden_size * (2 * query_width + 2 * kv_width + 3 * config.intermediate_size)
+    forward = 2 * config.num_hidden_layers * (tokens * per_token + 2 * pairs * query_width)
+    forward += 2 * rows * config.hidden_size * config.unpadded_vocab_size
+    return 3 * forward
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Published dense bf16 operations a second of a CUDA device, None where unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)

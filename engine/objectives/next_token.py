@@ -1,0 +1,31 @@
+"""Next-token prediction: continued pre-training (every token weighs 1) and supervised fine-tuning (assistant tokens do)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.data.batches import Batch, Step
+from engine.objectives.scoring import embedding_noise, token_log_probs
+from model.mistral import Mistral
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Mean negative log-likelihood over the weighted tokens of a global step.
+
+    neftune_alpha: NEFTune's scale, 0 for none; used while the model is in training mode only. seed: keys the noise.
+    """
+
+    neftune_alpha: float = 0.0
+    seed: int = 0
+
+    def __call__(self, model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """This micro-batch's part of the step's values; parts add up over micro-batches and ranks.
+
+        "loss": sum(weight * -log_prob) / weight of the whole step. The denominator is the step's, never the micro-batch's, so
+        that any split of the step gives the same gradient.
+        """
+        alpha = self.neftune_alpha if model.training else 0.0
+        noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
+        log_prob_T = token_log_probs(model, batch, noise)
+        return {"loss": -(batch.weight_T * log_prob_T).sum() / step.weight}

@@ -1,0 +1,44 @@
+"""Log-probabilities of a packed micro-batch: what every objective starts from.
+
+Shapes: T tokens, D documents (segments) of the batch.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.data.batches import Batch
+from kernels.embedding import EmbeddingNoise
+from model.mistral import Mistral, packed_attention
+
+
+def token_log_probs(model: Mistral, batch: Batch, noise: EmbeddingNoise | None = None) -> Tensor:
+    """Log-probability of each label, float32 [T]; 0 at places without weight, which never reach the head."""
+    attend = packed_attention(batch.cu_docs, model.config.sliding_window)
+    hidden_TD = model(batch.tokens_T, batch.positions_T, attend, noise)
+    return model.log_probs(hidden_TD, batch.labels_T, batch.rows_N)
+
+
+def document_log_probs(log_prob_T: Tensor, batch: Batch) -> Tensor:
+    """Sum over the weighted places of each document: [D]."""
+    lengths_D = batch.cu_docs.diff().long()
+    document_T = torch.repeat_interleave(lengths_D)
+    return log_prob_T.new_zeros(len(lengths_D)).index_add(0, document_T, batch.weight_T * log_prob_T)
+
+
+def embedding_noise(batch: Batch, *, alpha: float, seed: int, step: int) -> EmbeddingNoise | None:
+    """NEFTune noise of a batch at a step, keyed by each token's document and place in the whole document; None for alpha 0."""
+    if alpha == 0:
+        return None
+    lengths_D = batch.cu_docs.diff().long()
+
+    def per_token(values_D: Tensor) -> Tensor:
+        return torch.repeat_interleave(values_D, lengths_D)
+
+    return EmbeddingNoise(
+        alpha=alpha,
+        seed=seed,
+        step=step,
+        document_T=per_token(batch.document_D),
+        position_T=per_token(batch.document_start_D) + batch.positions_T,
+        length_T=per_token(batch.document_length_D),
+    )

@@ -1,0 +1,87 @@
+"""The optimizer: AdamW with float32 masters over a model's parameters."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.adamw import adamw_, gradient_norm
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW's constants. weight_decay is applied to matrices, not to norm scales. clip_norm: greatest Euclidean norm of the
+    whole gradient; 0 does not clip."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must lie in 0 .. 1, 1 excluded")
+        if not self.eps > 0:
+            raise ValueError(f"optimizer.eps = {self.eps}: must be above 0")
+        for name in ("weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be 0 or more")
+
+
+class AdamW:
+    """Float32 moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
+
+    Raises: ValueError for a parameter that is neither float32 nor bfloat16.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.parameters = dict(parameters)
+        self.state: dict[str, Tensor] = {}
+        self.updates = 0
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
+            self.state[f"{name}.exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            if parameter.dtype == torch.bfloat16:
+                self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update and clear the gradients. Returns the gradient's norm before clipping, a float32 scalar on its device."""
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = gradient_norm(gradients)
+        limit = self.settings.clip_norm
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        self.updates += 1
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None, f"{name} took no part in the step"
+            adamw_(
+                parameter,
+                self.state.get(f"{name}.remainder"),
+                parameter.grad,
+                self.state[f"{name}.exp_avg"],
+                self.state[f"{name}.exp_avg_sq"],
+                learning_rate=learning_rate,
+                betas=(self.settings.beta1, self.settings.beta2),
+                eps=self.settings.eps,
+                weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
+                step=self.updates,
+                gradient_scale=scale,
+            )
+            parameter.grad = None
+        return norm
+
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Take over saved moments and remainders. Raises ValueError naming a tensor that is missing or does not fit."""
+        for name, tensor in self.state.items():
+            saved = state.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                found = "missing" if saved is None else f"{list(saved.shape)} {saved.dtype}"
+                raise ValueError(f"optimizer state {name}: {found}, the model needs {list(tensor.shape)} {tensor.dtype}")
+            tensor.copy_(saved)
+        self.updates = updates

@@ -1,0 +1,67 @@
+"""Folders that appear under their name only when complete.
+
+Everything that the engine leaves on disk for others (checkpoints, exports, tokenizers, token shards) is written to a hidden
+sibling, synced and renamed. A killed process leaves at most the sibling, which the next attempt removes.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden folder to write into; on leaving without an error it becomes `path`, all at once.
+
+    Raises: FileExistsError when `path` exists and `overwrite` is false; PermissionError or OSError naming `path` when it cannot
+        be written. On any error inside the block the hidden folder is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already; name another folder or ask to overwrite it")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be written: {error.strerror or error}; choose a writable folder") from None
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                sync(file)
+        replace_folder(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename `source` to `target`; an old `target` is moved aside first and removed last, so that one of them always exists."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: str | Path, text: str) -> None:
+    """Write a text file so that its name never holds half of it."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,236 @@
+"""Weights in and out of Hugging Face folders: sharded safetensors with an index, from a local path or a hub name.
+
+Our packed matrices are Hugging Face's stacked: reading concatenates, writing slices, nothing is permuted. All of it streams,
+one tensor at a time for reading and one shard at a time for writing.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import MistralConfig, read_config, read_json, write_config
+from model.mistral import Mistral
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 2**30
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+
+
+def resolve_folder(name: str | Path) -> Path:
+    """The folder of a model: a local path, or a hub repository `owner/name`, which is downloaded to the hub cache.
+
+    A name is taken for a hub repository only if it has that form and `owner` is not a local folder, so that a mistyped
+    local path never reaches the network. Raises FileNotFoundError naming the path or repository and the remedy.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) or path.parent.is_dir():
+        raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name)")
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no such local folder, and it could not be had from the hub: {reason}. "
+            "Check the name and the network, or download it elsewhere and give its path"
+        ) from None
+
+
+class TensorFolder:
+    """The tensors of a Hugging Face folder, read one at a time. A context manager: files stay open inside the block.
+
+    Raises: FileNotFoundError for a missing folder, index or shard; ValueError naming the file for a truncated or foreign one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._stack = ExitStack()
+        self._open_files: dict[str, safe_open] = {}
+        index = self.folder / INDEX_NAME
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            self._file_of: dict[str, str] = read_json(index).get("weight_map", {})
+            if not self._file_of:
+                raise ValueError(f"{index}: holds no weight_map; the folder is incomplete, fetch or export it again")
+        elif single.is_file():
+            self._file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
+        else:
+            raise FileNotFoundError(f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors")
+
+    def __enter__(self) -> "TensorFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._open_files.clear()
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU, in its stored dtype."""
+        return self._slice(name)[:]
+
+    def _slice(self, name: str):
+        if name not in self._file_of:
+            raise ValueError(f"{self.folder}: weight {name} is missing; the folder is incomplete or of another model")
+        file = self._file_of[name]
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / file}: does not hold {name}, which the index promises: {error}") from None
+
+    def _open(self, file: str):
+        if file not in self._open_files:
+            path = self.folder / file
+            if path.parent != self.folder or not path.is_file():
+                raise FileNotFoundError(f"{path}: named by the index but not there; fetch or export the folder again")
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: truncated or not a safetensors file ({error}); fetch or export it again") from None
+            self._open_files[file] = self._stack.enter_context(handle)
+        return self._open_files[file]
+
+
+def hugging_face_parts(config: MistralConfig) -> dict[str, list[tuple[str, int]]]:
+    """Our parameter name -> the Hugging Face tensors stacked in it, each with its rows, in order."""
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    feed_forward, width = config.intermediate_size, config.hidden_size
+    parts: dict[str, list[tuple[str, int]]] = {
+        "embed_tokens.weight": [("model.embed_tokens.weight", config.vocab_size)],
+        "norm.weight": [("model.norm.weight", width)],
+        "lm_head.weight": [("lm_head.weight", config.vocab_size)],
+    }
+    stacked = {
+        "self_attn.qkv_proj": [("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+        "mlp.gate_up_proj": [("mlp.gate_proj", feed_forward), ("mlp.up_proj", feed_forward)],
+        "self_attn.o_proj": [("self_attn.o_proj", width)],
+        "mlp.down_proj": [("mlp.down_proj", width)],
+        "input_layernorm": [("input_layernorm", width)],
+        "post_attention_layernorm": [("post_attention_layernorm", width)],
+    }
+    for layer in range(config.num_hidden_layers):
+        for ours, theirs in stacked.items():
+            parts[f"layers.{layer}.{ours}.weight"] = [
+                (f"model.layers.{layer}.{name}.weight", rows) for name, rows in theirs
+            ]
+    return parts
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Mistral:
+    """A Mistral from a Hugging Face folder.
+
+    Raises: FileNotFoundError or ValueError naming the file or tensor: missing, truncated, of a wrong shape, or one too many.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Mistral(config)
+    model = model.to(dtype).to_empty(device=device)
+    parameters, parts = dict(model.named_parameters()), hugging_face_parts(config)
+    with TensorFolder(folder) as tensors, torch.no_grad():
+        expected = {name for stack in parts.values() for name, _ in stack}
+        surplus = [name for name in tensors.names if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+        if surplus:
+            raise ValueError(f"{folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such); see config.json")
+        for ours, stack in parts.items():
+            start = 0
+            for name, rows in stack:
+                target = parameters[ours][start : start + rows]
+                if tensors.shape(name) != tuple(target.shape):
+                    raise ValueError(
+                        f"{folder}: weight {name} has shape {list(tensors.shape(name))}, "
+                        f"config.json asks for {list(target.shape)}"
+                    )
+                target.copy_(tensors.tensor(name))
+                start += rows
+    return model
+
+
+def save_model(
+    model: Mistral, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write config.json, generation_config.json and the sharded weights into an existing folder, in Hugging Face form.
+
+    Args: dtype: of the written weights (default: the model's). The same model always gives the same bytes.
+    """
+    parameters = dict(model.named_parameters())
+    dtype = dtype or parameters["norm.weight"].dtype
+    source: dict[str, Tensor] = {}
+    for ours, stack in hugging_face_parts(model.config).items():
+        slices = parameters[ours].detach().split([rows for _, rows in stack])
+        source.update({name: part for (name, _), part in zip(stack, slices, strict=True)})
+    write_config(folder, model.config, dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
+    write_tensors(folder, shapes, dtype, source.__getitem__, max_shard_bytes=max_shard_bytes)
+
+
+def write_tensors(
+    folder: str | Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensor_of: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write `model-*.safetensors` and the index into an existing folder, holding one shard in memory at a time.
+
+    Args: shapes: every tensor's shape, in the order to write; tensor_of: gives the tensor of a name when its turn comes.
+        A shard holds at most max_shard_bytes, or one tensor that is larger.
+    Raises: ValueError when tensor_of gives another shape than announced.
+    """
+    folder = Path(folder)
+    shards = _plan_shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            tensor = tensor_of(name).detach().to(device="cpu", dtype=dtype).contiguous()
+            if tuple(tensor.shape) != tuple(shapes[name]):
+                raise ValueError(f"{name}: has shape {list(tensor.shape)}, {list(shapes[name])} was announced")
+            # Slices of one matrix share storage, which safetensors refuses to guess about.
+            tensors[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+            weight_map[name] = file
+        # Only this one key: safetensors writes several in random order, and an export must repeat byte for byte.
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    used = limit
+    for name, size in sizes.items():
+        if used + size > limit or not shards:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a Hugging Face folder under its Hugging Face name, one at a time."""
+    with TensorFolder(folder) as tensors:
+        for name in tensors.names:
+            yield name, tensors.tensor(name)
