@@ -1,0 +1,156 @@
+"""The chat template: Shisa's, in the llama-2 form.
+
+A conversation is one segment per exchange, `<s>[INST] {user} [/INST] {answer} </s>`, the system message standing inside
+the first one:
+
+    <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s><s>[INST] {user} [/INST] {answer} </s>
+
+Source: the model card of augmxnt/shisa-7b-v1. The template published there drops `<s>` from the first segment, and
+`[INST] ` with it where there is no system message; ours always opens properly and is equal otherwise.
+
+Each segment is encoded once, as a whole, between the ids of `<s>` and `</s>`: what a message says can never become a
+special token, and an answer's tokens are the same in training as after the prompt in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from model.vocabulary.tokenizer import Tokenizer
+
+Message = TypedDict("Message", {"role": str, "content": str})  # noqa: UP013 - the two keys read best on one line
+
+BOS, EOS = "<s>", "</s>"
+
+# Every tag trims both sides, so that the text is the same whatever an environment does with blank lines around tags.
+CHAT_TEMPLATE = """\
+{%- set system = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
+{%- if messages | length <= system -%}
+    {{- raise_exception('the conversation has no user message') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set turn = loop.index0 - system -%}
+    {%- set role = 'system' if turn < 0 else ('user' if turn % 2 == 0 else 'assistant') -%}
+    {%- if message['role'] != role -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' must be of role ' ~ role ~ ', not ' ~ message['role']) -}}
+    {%- endif -%}
+    {%- if message['content'] is not string -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ '): its content must be text') -}}
+    {%- endif -%}
+    {%- if role != 'system' and message['content'] | trim == '' -%}
+        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ ') is empty') -}}
+    {%- endif -%}
+    {%- if role == 'system' -%}
+        {{- bos_token + '[INST] <<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -}}
+    {%- elif role == 'user' -%}
+        {{- ('' if turn == 0 and system else bos_token + '[INST] ') + message['content'] + ' [/INST]' -}}
+    {%- else -%}
+        {{- ' ' + message['content'] + ' ' + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as token ids; `trained` is true at an assistant's tokens and at the `</s>` that ends its turn."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check that the template can express a conversation: [system,] user, assistant, user, ... in strict alternation.
+
+    Raises:
+        ValueError: one line naming the message, what is wrong with it and what is expected: no user message, an unknown
+            role, a system message that is not the first, a role out of turn, content that is not text, an empty
+            question or answer (an empty system message is allowed: the template has a place for it).
+    """
+    if not messages:
+        raise ValueError("the conversation is empty: it needs at least a user message")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"message {number} must be an object with 'role' and 'content', not {message!r:.80}")
+    system = messages[0]["role"] == "system"
+    for number, message in enumerate(messages, 1):
+        role, content = message["role"], message["content"]
+        turn = number - 1 - system
+        expected = "system" if turn < 0 else ("user", "assistant")[turn % 2]
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"message {number} has the unknown role {role!r}: use system, user or assistant")
+        if role == "system" != expected:
+            raise ValueError(f"message {number} is a system message: only the first message may be one")
+        if role != expected:
+            after = f"after a message of role {messages[number - 2]['role']!r}" if number > 1 else "at the beginning"
+            raise ValueError(f"message {number} has role {role!r} {after}, where {expected!r} must stand")
+        if not isinstance(content, str):
+            raise ValueError(f"message {number} ({role}): its content must be text, not {type(content).__name__}")
+        if role != "system" and not content.strip():
+            raise ValueError(f"message {number} ({role}) is empty")
+    if len(messages) <= system:
+        raise ValueError("the conversation has a system message but no user message")
+
+
+def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    """The conversation as text: what `apply_chat_template(messages, tokenize=False)` of transformers gives.
+
+    `add_generation_prompt` changes nothing, there as here: a conversation that ends with the user ends with `[/INST]`,
+    after which the model speaks.
+
+    Raises:
+        ValueError: see `check_messages`.
+    """
+    return "".join(BOS + prompt + ("" if answer is None else answer + EOS) for prompt, answer in _segments(messages))
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedChat:
+    """The conversation as token ids with the mask of what to train on; no trained token where no assistant speaks.
+
+    A token counts as the assistant's only if all of its characters come after `[/INST]`.
+
+    Raises:
+        ValueError: see `check_messages`.
+    """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for prompt, answer in _segments(messages):
+        pieces, offsets = tokenizer.encode_with_offsets(prompt + (answer or ""))
+        ids += [tokenizer.bos_id, *pieces]
+        trained += [False, *(answer is not None and begin >= len(prompt) for begin, _ in offsets)]
+        if answer is not None:
+            ids.append(tokenizer.eos_id)
+            trained.append(True)
+    return EncodedChat(ids, trained)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """The token ids that the model continues with its answer: the conversation up to and including the last `[/INST]`.
+
+    Raises:
+        ValueError: see `check_messages`; also where the last message is not the user's.
+    """
+    encoded = encode_chat(tokenizer, messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"a prompt must end with a user message, not with one of role {messages[-1]['role']!r}")
+    return encoded.ids
+
+
+def _segments(messages: Sequence[Message]) -> list[tuple[str, str | None]]:
+    """The text between each `<s>` and `</s>`, as (what is given, what the assistant says or None)."""
+    check_messages(messages)
+    head = ""
+    segments: list[tuple[str, str | None]] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "system":
+            head = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+        elif message["role"] == "user":
+            segments.append((f"[INST] {head}{content} [/INST]", None))
+            head = ""
+        else:
+            segments[-1] = (segments[-1][0], f" {content} ")
+    return segments

@@ -1,0 +1,165 @@
+"""The files of a tokenizer folder, from the bytes of its SentencePiece model.
+
+`tokenizer.json` is written here rather than left to its readers: those that convert a SentencePiece model themselves
+order the merges by id where SentencePiece orders them by score, which gives other ids, for Mistral's own model too (its
+runs of spaces have low ids and the lowest scores). Nor do the files name a Llama class, whose loader would replace the
+normalizer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from model.vocabulary.chat import CHAT_TEMPLATE
+
+MODEL_FILE = "tokenizer.model"
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+
+_NO_LIMIT = 10**30  # how transformers writes that a tokenizer sets no maximum length
+_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight
+_Piece = _protobuf.ModelProto.SentencePiece
+
+
+def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
+    """Write `tokenizer.model` and, derived from it, tokenizer.json, tokenizer_config.json (with the chat template),
+    special_tokens_map.json and chat_template.jinja.
+
+    Loaded with `AutoTokenizer` the folder gives the ids that sentencepiece gives, except where a text spells `<s>`,
+    `</s>` or `<unk>`, which become special tokens there. Files are replaced one by one, each as a whole, and
+    `tokenizer.model` last: a folder that has it has all of them. The bytes depend on the model alone.
+
+    Raises:
+        ValueError: the model is not BPE, or writes spaces in a way that tokenizer.json cannot express.
+    """
+    proto = _protobuf.ModelProto.FromString(model_bytes)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    specials = {
+        "bos_token": processor.id_to_piece(processor.bos_id()),
+        "eos_token": processor.id_to_piece(processor.eos_id()),
+        "unk_token": processor.id_to_piece(processor.unk_id()),
+    }
+    added = [
+        {"id": id, "content": piece.piece, "special": special, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for id, piece in enumerate(proto.pieces)
+        # Other control pieces stay ordinary entries: no text encodes to them in sentencepiece, so none may here.
+        if (special := piece.piece in specials.values()) or piece.type == _Piece.USER_DEFINED
+    ]
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added
+        },
+        **specials,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": _NO_LIMIT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials)))
+    _replace(folder / "tokenizer_config.json", _json(config))
+    _replace(folder / "special_tokens_map.json", _json(specials))
+    _replace(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    _replace(folder / MODEL_FILE, model_bytes)
+
+
+def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
+    """The model in the form of the `tokenizers` package."""
+    spec = proto.normalizer_spec
+    if proto.trainer_spec.model_type != _protobuf.TrainerSpec.BPE:
+        raise ValueError("only a SentencePiece model of type BPE can be written as a tokenizer folder")
+    if proto.trainer_spec.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+        raise ValueError(
+            "this SentencePiece model writes spaces at the end of words, or as they are: use one with "
+            "treat_whitespace_as_suffix=false and escape_whitespaces=true"
+        )
+    normalizers: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
+    if spec.add_dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if spec.add_dummy_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    bos = specials["bos_token"]
+    bos_id = next(token["id"] for token in added if token["content"] == bos)
+    first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
+    start, restart = ({"SpecialToken": {"id": bos, "type_id": type_id}} for type_id in (0, 1))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, first],
+            "pair": [start, first, restart, second],
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": specials["unk_token"],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(proto.trainer_spec.byte_fallback),
+            "ignore_merges": False,
+            "vocab": {piece.piece: id for id, piece in enumerate(proto.pieces)},
+            "merges": _merges(proto),
+        },
+    }
+
+
+def _merges(proto: Any) -> list[list[str]]:
+    """Every pair of pieces that joins to a piece, in the order in which SentencePiece would join them.
+
+    SentencePiece joins the pair whose piece has the highest score, the leftmost among equals; a merge list joins the
+    pair that stands first in it. Where scores are equal (runs of spaces), longer pieces come first: a run then grows from
+    its left end until it is as long as a piece can be, as the leftmost rule has it. So for the two halves of one piece,
+    the longer left half first.
+    """
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    order = sorted(scores, key=lambda piece: (-scores[piece], -len(piece)))
+    return [
+        [piece[:cut], piece[cut:]]
+        for piece in order
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that its name never stands for half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

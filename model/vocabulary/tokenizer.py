@@ -1,0 +1,191 @@
+"""A tokenizer folder: read with sentencepiece, written so that `transformers` gives the same ids.
+
+`tokenizer.model` (a SentencePiece BPE model) is the authority; the other files of the folder are derived from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from sentencepiece import sentencepiece_pb2
+
+from model.vocabulary.export import MODEL_FILE, write_tokenizer_folder
+
+__all__ = ["StreamDecoder", "Tokenizer", "mistral_tokenizer_path", "write_tokenizer_folder"]
+
+_protobuf: Any = sentencepiece_pb2  # its classes are made at import time, out of a type checker's sight
+_EncodedText = _protobuf.SentencePieceText
+
+
+class Tokenizer:
+    """A SentencePiece model with `<s>`, `</s>` and `<unk>`.
+
+    Attributes:
+        vocab_size: number of pieces; an embedding may have more rows than that, by padding.
+        bos_id, eos_id, unk_id: ids of `<s>`, `</s>`, `<unk>`. No text encodes to them.
+        fingerprint: SHA-256 of the model file, in hexadecimal.
+        model_bytes: the model file itself.
+    """
+
+    def __init__(self, model_bytes: bytes, source: str | Path = "the given model"):
+        """Build from the bytes of a `tokenizer.model`; `source` names it in messages.
+
+        Raises:
+            ValueError: the bytes are no SentencePiece model, or one without `<s>`, `</s>` or `<unk>`.
+        """
+        if not model_bytes:
+            raise ValueError(f"{source} is empty: not a SentencePiece model")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:
+            raise ValueError(f"{source} is not a SentencePiece model: damaged, cut short or of another kind") from error
+        self.model_bytes = model_bytes
+        self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
+        if min(self.bos_id, self.eos_id, self.unk_id) < 0:
+            raise ValueError(f"{source} has no beginning, end or unknown piece: train it with bos_id, eos_id and unk_id")
+        self._specials = frozenset((self.bos_id, self.eos_id, self.unk_id))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Load from a folder that holds `tokenizer.model`, or from the path of a `*.model` file.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ValueError: the file is no SentencePiece model.
+        """
+        path = Path(folder)
+        if path.is_dir():
+            path = path / MODEL_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}: give a folder with {MODEL_FILE} in it, or a *.model file")
+        return cls(path.read_bytes(), path)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text's pieces, without specials; a special token spelled in the text is plain text.
+
+        Raises:
+            ValueError: the text holds a lone surrogate, which no file in UTF-8 can.
+        """
+        try:
+            return self._processor.encode(text, out_type=int)
+        except (RuntimeError, UnicodeEncodeError) as error:
+            raise _unencodable(text) from error
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for each text, on all cores."""
+        try:
+            return self._processor.encode(list(texts), out_type=int)
+        except (RuntimeError, UnicodeEncodeError) as error:
+            raise next((_unencodable(text) for text in texts if not _is_unicode(text)), error) from error
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the [begin, end) of its characters in `text`.
+
+        The offsets are consecutive from 0 to len(text). Of the bytes of a character that is no piece, the last holds the
+        character and those before it are empty, as is the space that SentencePiece puts before a text where it stands alone.
+        """
+        try:
+            encoded = _EncodedText.FromString(self._processor.encode(text, out_type="serialized_proto"))
+        except (RuntimeError, UnicodeEncodeError) as error:
+            raise _unencodable(text) from error
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        begin = 0
+        for piece in encoded.pieces:
+            end = begin + len(piece.surface)
+            ids.append(piece.id)
+            offsets.append((begin, end))
+            begin = end
+        return ids, offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, `<s>`, `</s>` and `<unk>` left out; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            IndexError: an id is not that of a piece.
+        """
+        return self._processor.decode([id for id in ids if id not in self._specials])
+
+    def pieces(self) -> list[str]:
+        """The pieces as they are written in the model, U+2581 for a space, by id."""
+        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder that takes ids one at a time."""
+        return StreamDecoder(self)
+
+    def _byte(self, id: int) -> int | None:
+        """The byte that a byte piece stands for."""
+        return int(self._processor.id_to_piece(id)[3:-1], 16) if self._processor.is_byte(id) else None
+
+
+class StreamDecoder:
+    """Gives the text of a growing sequence of ids; all that it gives, joined, is `decode` of the sequence."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # Ids from the last whole piece on: enough context for what follows to decode as in the full sequence.
+        self._ids: list[int] = []
+        self._bytes: list[int] = []
+        self._given = ""
+
+    def push(self, id: int) -> str:
+        """The text that the id adds; empty for a special, and for a byte of a character that is not complete yet."""
+        if id in self._tokenizer._specials:
+            return ""
+        byte = self._tokenizer._byte(id)
+        self._bytes = [] if byte is None else [*self._bytes, byte]
+        self._ids.append(id)
+        whole = len(self._ids) - _incomplete(self._bytes)
+        new = self._advance(self._tokenizer.decode(self._ids[:whole]))
+        if byte is None:
+            self._ids = [id]
+            self._given = self._tokenizer.decode(self._ids)
+        return new
+
+    def finish(self) -> str:
+        """The rest: U+FFFD for each byte of a character that never became complete."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._given) :]
+        self._given = text
+        return new
+
+
+def mistral_tokenizer_path() -> Path:
+    """Mistral 7B v0.1's `tokenizer.model`, from the mistral-common package; no network."""
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
+
+def _incomplete(run: list[int]) -> int:
+    """How many bytes at the end of the run begin a UTF-8 character that lacks bytes."""
+    for held in range(1, min(3, len(run)) + 1):
+        lead = run[-held]
+        if lead >= 0xC0:
+            length = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            return held if held < length else 0
+        if lead < 0x80:
+            return 0
+    return 0
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _unencodable(text: str) -> ValueError:
+    place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
+    return ValueError(
+        f"character {place} of the text is U+{ord(text[place]):04X}, half of a surrogate pair: not valid Unicode text"
+    )
