@@ -1,0 +1,342 @@
+"""The plan of a run: which segments (or pairs) every global step holds.
+
+A pure function of (datasets, seed, settings). Ranks, packs and micro-batches divide a step afterwards (`batches`), so
+the order of the data depends on none of them, and a run resumes from its step number alone.
+
+A document of L tokens has L - 1 places (place i sees token i and predicts token i + 1); longer than the context, it is
+cut into segments of `context_length` places, which are shuffled like documents. Each source is the concatenation of its
+epochs, each shuffled by (seed, source, epoch). Sources mix by virtual time: a unit starts at (places of its source before
+it) / (rate of its source), and units run in the order of their virtual times. Step k holds the units that begin in
+[k * step_size, (k + 1) * step_size) of the merged order. Nothing of this depends on the number of steps, so a run can be
+made longer, and its first steps stay the same.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.data.dataset import TokenDataset
+from engine.data.packing import pack_best_fit
+
+# Changes whenever equal inputs would give another order, so that no run resumes on an order that it did not begin with.
+ORDER = 1
+MERGE_UNITS = 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prepared dataset of a mixture.
+
+    path: its folder. share: its part of the tokens of the whole run (pairs, for preferences), relative to the other
+    sources' shares; the source repeats as often as that needs. passes: how often each document is seen per epoch
+    (default 1; 0.5 takes half). A mixture uses either shares or passes.
+    """
+
+    path: str
+    share: float | None = None
+    passes: float | None = None
+
+    def __post_init__(self):
+        if self.share is not None and self.passes is not None:
+            raise ValueError(f"source '{self.path}': share and passes exclude each other: leave one out")
+        for name in ("share", "passes"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"source '{self.path}': {name} = {value}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Units:
+    """The segments of a step, in the order of the plan; for preferences, rows 2i and 2i + 1 are one pair, chosen first.
+
+    source: index of the source. document: index in its dataset. start: first place of the segment in the document.
+    places: length of the segment. All int64 [segments]. unit: segments that never part, 1 (2 for preferences).
+    """
+
+    source: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    places: np.ndarray
+    unit: int
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Places of each unit, int64 [segments / unit]."""
+        return self.places.reshape(-1, self.unit).sum(axis=1)
+
+
+class SegmentTable:
+    """The segments (pairs) of one dataset that a plan may use, numbered; arrays, so that millions cost little."""
+
+    def __init__(self, dataset: TokenDataset, context_length: int):
+        self.dataset = dataset
+        self.paired = dataset.kind == "preferences"
+        self.context_length = context_length
+        self.skipped = 0
+        self._used: np.ndarray | None = None
+        places = dataset.lengths - 1
+        if self.paired:
+            sides = places.reshape(-1, 2)
+            fits = sides.max(axis=1, initial=0) <= context_length
+            self.skipped = int((~fits).sum())
+            if self.skipped:
+                self._used = np.flatnonzero(fits)
+            self.sizes = sides.sum(axis=1)[fits]
+            self._first = np.empty(0, dtype=np.int64)
+            return
+        counts = -(-places // context_length)
+        self._first = np.zeros(len(places) + 1, dtype=np.int64)
+        np.cumsum(counts, out=self._first[1:])
+        sizes = np.full(int(self._first[-1]), context_length, dtype=np.int64)
+        sizes[self._first[1:] - 1] = places - (counts - 1) * context_length
+        if dataset.kind == "conversations":
+            # A segment without a trained place would cost its forward pass and change nothing.
+            useful = np.ones(len(sizes), dtype=bool)
+            for document in np.flatnonzero(counts > 1).tolist():
+                predicted = dataset.trained(document, 1)
+                edges = np.arange(0, len(predicted), context_length)
+                useful[self._first[document] : self._first[document + 1]] = np.logical_or.reduceat(predicted, edges)
+            self.skipped = int((~useful).sum())
+            if self.skipped:
+                self._used = np.flatnonzero(useful)
+                sizes = sizes[useful]
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def locate(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(document, start, places) of each segment of the given units (indices into `sizes`), int64."""
+        numbers = units.astype(np.int64) if self._used is None else self._used[units]
+        if self.paired:
+            document = np.stack((2 * numbers, 2 * numbers + 1), axis=1).reshape(-1)
+            return document, np.zeros_like(document), self.dataset.lengths[document] - 1
+        document = np.searchsorted(self._first, numbers, side="right") - 1
+        return document, (numbers - self._first[document]) * self.context_length, self.sizes[units]
+
+
+class Plan:
+    """Global steps over a mixture of prepared datasets.
+
+    Args:
+        datasets: the opened datasets, one for each of `sources`, all of one kind (text and conversations mix) and tokenizer.
+        sources: their weights.
+        seed: keys the shuffles.
+        context_length: places of the longest segment. Pairs with a longer side are left out and counted in `skipped`.
+        step_size: places of a global step; pairs for preferences.
+        steps, epochs: how long the run is. Shares need `steps`; otherwise `steps` alone repeats the data as needed,
+            `epochs` alone ends with the data, and with both `steps` ends the run early.
+
+    Attributes: steps (int), fingerprint (hex; equal for equal data order, whatever the number of steps), paired (bool),
+        skipped (list per source: pairs longer than the context, or segments of conversations without a trained place),
+        longest_unit (places of the longest segment, or of both sides of the longest pair), document_offsets
+        (list: first stable document id of each source).
+
+    Raises: ValueError naming the setting or the source, and the remedy.
+    """
+
+    def __init__(self, datasets: list[TokenDataset], sources: list[Source], *, seed: int, context_length: int,
+                 step_size: int, steps: int | None, epochs: float | None):
+        _check_mixture(datasets, sources, context_length, step_size, steps, epochs)
+        self.datasets, self.sources = datasets, list(sources)
+        self.seed, self.context_length, self.step_size = seed, context_length, step_size
+        self.paired = datasets[0].kind == "preferences"
+        self.tables = [SegmentTable(dataset, context_length) for dataset in datasets]
+        self.skipped = [table.skipped for table in self.tables]
+        for source, table in zip(self.sources, self.tables, strict=True):
+            if not len(table):
+                raise ValueError(f"source '{source.path}': nothing to train on within context_length = {context_length} "
+                                 f"({table.skipped} {'pairs too long' if self.paired else 'segments untrained'}): raise it")
+        self.longest_unit = max(int(table.sizes.max()) for table in self.tables)
+        if not self.paired and self.longest_unit > step_size:
+            raise ValueError(f"step_size = {step_size} is below the longest segment ({self.longest_unit} places): "
+                             f"raise step_size or lower context_length = {context_length}")
+        offsets = np.cumsum([0] + [len(dataset) for dataset in datasets])
+        self.document_offsets: list[int] = offsets[:-1].tolist()
+
+        totals = [len(table) if self.paired else int(table.sizes.sum()) for table in self.tables]
+        shares = any(source.share is not None for source in self.sources)
+        rates = [source.share if source.share is not None
+                 else (1.0 if source.passes is None else source.passes) * total
+                 for source, total in zip(self.sources, totals, strict=True)]
+        self._rates = [rate / sum(rates) for rate in rates]
+        if shares or epochs is None:
+            assert steps is not None
+            targets = [math.ceil(rate * steps * step_size) for rate in self._rates]
+        else:
+            targets = [max(1, round((1.0 if source.passes is None else source.passes) * epochs * total))
+                       for source, total in zip(self.sources, totals, strict=True)]
+        self.passes = [target / total for target, total in zip(targets, totals, strict=True)]
+        self._sequences = [self._sequence(source, target) for source, target in enumerate(targets)]
+        counts = self._merge()
+        planned = len(counts)
+        if steps is not None and steps > planned:
+            raise ValueError(f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
+                             "lower steps, raise epochs, or leave epochs out to repeat the data as needed")
+        self.steps = planned if steps is None else steps
+        self._cuts = np.zeros((self.steps + 1, len(datasets)), dtype=np.int64)
+        np.cumsum(counts[: self.steps], axis=0, out=self._cuts[1:])
+        self._sequences = [sequence[: self._cuts[-1, i]] for i, sequence in enumerate(self._sequences)]
+        described = {
+            "order": ORDER, "datasets": [dataset.fingerprint for dataset in datasets], "rates": self._rates,
+            "seed": seed, "context_length": context_length, "step_size": step_size,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def units(self, step: int) -> Units:
+        """The segments of global step `step`, by source and then in the source's order."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of {self.steps}")
+        parts = []
+        for source, table in enumerate(self.tables):
+            chosen = self._sequences[source][self._cuts[step, source] : self._cuts[step + 1, source]]
+            document, start, places = table.locate(chosen)
+            parts.append((np.full(len(document), source, dtype=np.int64), document, start, places))
+        source_of, document, start, places = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Units(source_of, document, start, places, unit=2 if self.paired else 1)
+
+    def summary(self, pack_tokens: int, *, sample_steps: int = 8) -> dict[str, Any]:
+        """What the run will see: per source its documents, tokens of the run, share and passes; steps; utilisation.
+
+        tokens counts places. utilisation: places / (packs * pack_tokens) over up to `sample_steps` evenly spread steps.
+        """
+        sources = []
+        totals = [int(table.sizes[sequence].sum()) for table, sequence in zip(self.tables, self._sequences, strict=True)]
+        measures = [len(sequence) for sequence in self._sequences] if self.paired else totals
+        for index, (source, table) in enumerate(zip(self.sources, self.tables, strict=True)):
+            available = len(table) if self.paired else int(table.sizes.sum())
+            sources.append({
+                **asdict(source), "documents": len(table.dataset), "segments": len(table), "skipped": table.skipped,
+                "tokens": totals[index], "fraction": measures[index] / sum(measures),
+                "seen": measures[index] / available,
+            })
+        places = packs = 0
+        for step in sorted({round(at) for at in np.linspace(0, self.steps - 1, min(sample_steps, self.steps)).tolist()}):
+            sizes = self.units(step).sizes.tolist()
+            places += sum(sizes)
+            packs += len(pack_best_fit(sizes, pack_tokens))
+        return {"sources": sources, "steps": self.steps, "step_size": self.step_size, "tokens": sum(totals),
+                "pack_tokens": pack_tokens, "utilisation": places / (packs * pack_tokens)}
+
+    def describe(self, pack_tokens: int) -> list[str]:
+        """`summary` as lines for a console."""
+        summary = self.summary(pack_tokens)
+        unit = "pairs" if self.paired else "documents"
+        lines = []
+        for source in summary["sources"]:
+            documents = source["documents"] // (2 if self.paired else 1)
+            line = (f"{source['path']}: {documents:,} {unit}, {source['tokens']:,} tokens, "
+                    f"{source['fraction']:.1%} of the run, seen {source['seen']:.2f} times")
+            if source["skipped"]:
+                line += f"; {source['skipped']:,} " + (
+                    f"pairs longer than context_length = {self.context_length} left out" if self.paired
+                    else "segments without a trained place left out")
+            lines.append(line)
+        lines.append(f"{summary['steps']:,} steps of {self.step_size:,} {'pairs' if self.paired else 'tokens'}, "
+                     f"{summary['tokens']:,} tokens; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full")
+        return lines
+
+    def _sequence(self, source: int, target: int) -> np.ndarray:
+        """Units of a source in its own order, epoch after epoch, as many as begin before `target` places (pairs)."""
+        table = self.tables[source]
+        dtype = np.uint32 if len(table) <= 2**32 else np.uint64
+        total = len(table) if self.paired else int(table.sizes.sum())
+        whole, rest = divmod(target, total)
+        parts = [_shuffle(len(table), self.seed, source, epoch).astype(dtype) for epoch in range(whole)]
+        if rest:
+            order = _shuffle(len(table), self.seed, source, whole).astype(dtype)
+            starts = self._starts(table, order)
+            parts.append(order[: int(np.searchsorted(starts, rest, side="left"))])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+
+    def _starts(self, table: SegmentTable, order: np.ndarray) -> np.ndarray:
+        """Places (pairs) before each unit of `order`, int64."""
+        if self.paired:
+            return np.arange(len(order), dtype=np.int64)
+        starts = np.zeros(len(order), dtype=np.int64)
+        np.cumsum(table.sizes[order[:-1]], out=starts[1:])
+        return starts
+
+    def _merge(self) -> np.ndarray:
+        """Units of each source in each step, int64 [steps, sources].
+
+        Merged a slice of virtual time after another: the slices are exact cuts of the sorted times, so that their
+        number bounds the memory and nothing else.
+        """
+        times, total = [], 0
+        for table, sequence, rate in zip(self.tables, self._sequences, self._rates, strict=True):
+            starts = self._starts(table, sequence)
+            total += int(starts[-1]) + int(1 if self.paired else table.sizes[sequence[-1]])
+            times.append(starts / rate)
+        counts = np.zeros((total // self.step_size + 1, len(times)), dtype=np.int64)
+        slices = max(1, sum(map(len, times)) // MERGE_UNITS)
+        edges = np.linspace(0, max(float(time[-1]) for time in times), slices + 1)[1:-1]
+        cuts = [[0, *np.searchsorted(time, edges).tolist(), len(time)] for time in times]
+        before = last = 0
+        for part in range(slices):
+            bounds = [(cut[part], cut[part + 1]) for cut in cuts]
+            owner = np.repeat(np.arange(len(times)), [stop - start for start, stop in bounds])
+            if not len(owner):
+                continue
+            order = np.argsort(np.concatenate([t[a:b] for t, (a, b) in zip(times, bounds, strict=True)]), kind="stable")
+            size = np.concatenate([
+                np.ones(b - a, dtype=np.int64) if self.paired else table.sizes[sequence[a:b]]
+                for table, sequence, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)])[order]
+            step = (before + np.cumsum(size) - size) // self.step_size
+            before += int(size.sum())
+            first, last = int(step[0]), int(step[-1])
+            for source in range(len(times)):
+                counts[first : last + 1, source] += np.bincount(step[owner[order] == source] - first,
+                                                                minlength=last + 1 - first)
+        return counts[: last + 1]
+
+
+def _shuffle(count: int, seed: int, source: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count) keyed by (seed, source, epoch).
+
+    Sorts SplitMix64 outputs (Steele, Lea, Flood 2014): distinct for distinct counters, and the same in every NumPy
+    release, which its own generators do not promise.
+    """
+    key = hashlib.sha256(f"{seed} {source} {epoch}".encode()).digest()
+    mixed = np.arange(count, dtype=np.uint64)
+    mixed *= np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(int.from_bytes(key[:8], "little"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    return np.argsort(mixed)
+
+
+def _check_mixture(datasets: list[TokenDataset], sources: list[Source], context_length: int, step_size: int,
+                   steps: int | None, epochs: float | None) -> None:
+    if not sources or len(datasets) != len(sources):
+        raise ValueError(f"{len(sources)} sources and {len(datasets)} datasets: name at least one source, one dataset each")
+    for name, value in (("context_length", context_length), ("step_size", step_size), ("steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    if epochs is not None and not (math.isfinite(epochs) and epochs > 0):
+        raise ValueError(f"epochs = {epochs}: must be above 0")
+    shared = [source.path for source in sources if source.share is not None]
+    if shared and len(shared) < len(sources):
+        other = next(source.path for source in sources if source.share is None)
+        raise ValueError(f"source '{shared[0]}' has a share and '{other}' has none: give every source a share, or none")
+    if shared and steps is None:
+        raise ValueError("a mixture by share needs steps: the sources repeat as often as their shares ask for")
+    if shared and epochs is not None:
+        raise ValueError(f"epochs = {epochs:g} has no effect on a mixture by share: leave it out, or use passes")
+    if steps is None and epochs is None:
+        raise ValueError("neither steps nor epochs is given: set one")
+    for dataset, source in zip(datasets, sources, strict=True):
+        if (dataset.kind == "preferences") != (datasets[0].kind == "preferences"):
+            raise ValueError(f"source '{source.path}' holds {dataset.kind} and '{sources[0].path}' {datasets[0].kind}: "
+                             "preferences do not mix with other kinds")
+        if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
+            raise ValueError(f"source '{source.path}' was prepared with another tokenizer than '{sources[0].path}': "
+                             "prepare both with the same")
+        if not len(dataset):
+            raise ValueError(f"source '{source.path}': no documents: leave it out")

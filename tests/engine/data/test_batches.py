@@ -1,0 +1,233 @@
+import threading
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.data.batches import Batch, evaluation_batches, make_step, step_stream
+from engine.data.plan import Plan, Source
+
+
+def make_plan(datasets, **changes):
+    settings = {"seed": 0, "context_length": 16, "step_size": 64, "steps": None, "epochs": 1.0} | changes
+    return Plan(datasets, [Source(str(i)) for i in range(len(datasets))], **settings)
+
+
+def examples(batches):
+    """Every place of real segments as (document id, place, token, label, weight, position), counted."""
+    found = Counter()
+    for batch in batches:
+        bounds = batch.cu_docs.tolist()
+        for i, document in enumerate(batch.document_D.tolist()):
+            if document < 0:
+                continue
+            first = int(batch.document_start_D[i])
+            for at in range(bounds[i], bounds[i + 1]):
+                found[(document, first + at - bounds[i], int(batch.tokens_T[at]), int(batch.labels_T[at]),
+                       float(batch.weight_T[at]), int(batch.positions_T[at]))] += 1
+    return found
+
+
+def check_form(batch, capacity):
+    bounds = batch.cu_docs.tolist()
+    segments = len(batch.document_D)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(batch.tokens_T) <= capacity
+    assert all(a < b for a, b in pairwise(bounds))
+    assert len(bounds) == segments + 1
+    for name, dtype, length in (
+            ("tokens_T", torch.int64, bounds[-1]), ("labels_T", torch.int64, bounds[-1]),
+            ("weight_T", torch.float32, bounds[-1]), ("positions_T", torch.int32, bounds[-1]),
+            ("cu_docs", torch.int32, segments + 1), ("document_D", torch.int64, segments),
+            ("document_start_D", torch.int64, segments), ("document_length_D", torch.int64, segments),
+            ("source_D", torch.int64, segments)):
+        tensor = getattr(batch, name)
+        assert (tensor.dtype, tensor.shape) == (dtype, (length,)), name
+    assert batch.rows_N.dtype == torch.int32
+    assert len(batch.rows_N) % 128 == 0 < len(batch.rows_N)
+    rows = batch.rows_N.tolist()
+    trained = batch.weight_T.nonzero().flatten().tolist()
+    assert rows == trained + [-1] * (len(rows) - len(trained))
+    assert len(rows) - len(trained) < 128 or not trained
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_dataset, random_documents, data):
+    seed = data.draw(st.integers(0, 99))
+    kinds = data.draw(st.sampled_from([("text", "conversations"), ("text",), ("preferences",)]))
+    paired = kinds == ("preferences",)
+    datasets = []
+    for i, kind in enumerate(kinds):
+        documents = random_documents(2 * data.draw(st.integers(1, 12)), 17 if paired else 60, seed + i)
+        rng = np.random.default_rng(seed)
+        masks = [np.append(rng.integers(0, 2, len(document) - 1), 1).astype(bool) for document in documents]
+        datasets.append(write_dataset(documents, kind, masks, prompts=[1] * len(documents) if paired else None))
+    plan = make_plan(datasets, step_size=3 if paired else 64)
+    step = data.draw(st.integers(0, plan.steps - 1))
+    reference = make_step(plan, step, pack_tokens=plan.longest_unit)
+    expected = examples(reference.batches)
+    assert sum(key[4] * count for key, count in expected.items()) == reference.weight > 0
+    assert expected.total() == reference.tokens
+    pack_tokens = plan.longest_unit + data.draw(st.integers(0, 100))
+    ranks = data.draw(st.integers(1, 4))
+    parts = [make_step(plan, step, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert {(part.weight, part.pairs, part.tokens) for part in parts} == {
+        (reference.weight, reference.pairs, reference.tokens)}
+    assert len({len(part.batches) for part in parts}) == 1
+    batches = [batch for part in parts for batch in part.batches]
+    assert examples(batches) == expected
+    assert sum(batch.tokens for batch in batches) == reference.tokens
+    for batch in batches:
+        check_form(batch, pack_tokens)
+        assert (batch.pair_D is not None) == paired
+        if paired:
+            assert len(batch.pair_D) % 2 == 0
+            assert batch.pair_D[::2].tolist() == batch.pair_D[1::2].tolist()
+            real = batch.document_D >= 0
+            assert (batch.document_D[real] % 2).tolist() == [0, 1] * (int(real.sum()) // 2)
+            assert (batch.document_D[real] // 2).tolist() == batch.pair_D[real].tolist()
+    assert reference.pairs == (len({key[0] for key in expected}) // 2 if paired else 0)
+
+
+def test_labels_continue_over_a_split_and_first_tokens_are_never_predicted(write_dataset):
+    long, short = list(range(100, 141)), [7, 8, 9]
+    dataset = write_dataset([long, short])
+    batches = make_step(make_plan([dataset]), 0, pack_tokens=64).batches
+    found = {key[:4] for key in examples(batches)}
+    assert found == {(0, p, 100 + p, 101 + p) for p in range(40)} | {(1, 0, 7, 8), (1, 1, 8, 9)}
+    batch = batches[0]
+    for i, start in enumerate(batch.document_start_D.tolist()):
+        segment = slice(int(batch.cu_docs[i]), int(batch.cu_docs[i + 1]))
+        assert batch.positions_T[segment].tolist() == list(range(int(batch.cu_docs[i + 1] - batch.cu_docs[i])))
+        assert int(batch.document_length_D[i]) == (41 if int(batch.document_D[i]) == 0 else 3)
+        assert start % 16 == 0
+
+
+def test_weights_are_those_of_the_predicted_token(write_dataset):
+    mask = [False, False, True, True, False, True]
+    dataset = write_dataset([[10, 11, 12, 13, 14, 15]], "conversations", [mask])
+    batch = make_step(make_plan([dataset]), 0, pack_tokens=16).batches[0]
+    assert batch.weight_T.tolist() == [0, 1, 1, 0, 1]
+    assert batch.labels_T[batch.weight_T > 0].tolist() == [12, 13, 15]
+    assert batch.rows_N[:4].tolist() == [1, 2, 4, -1]
+
+
+def test_document_ids_are_unique_over_sources(write_dataset):
+    datasets = [write_dataset([[1, 2], [1, 3, 4]]), write_dataset([[1, 5], [1, 6]])]
+    batch = make_step(make_plan(datasets), 0, pack_tokens=64).batches[0]
+    assert dict(zip(batch.document_D.tolist(), batch.source_D.tolist(), strict=True)) == {0: 0, 1: 0, 2: 1, 3: 1}
+
+
+def test_a_rank_without_work_gets_a_filler_of_no_weight(write_dataset):
+    for kind, segments in (("text", 1), ("preferences", 2)):
+        dataset = write_dataset([[1, 2, 3], [1, 2, 4]], kind, prompts=None if kind == "text" else [1, 1])
+        plan = make_plan([dataset], step_size=16)
+        parts = [make_step(plan, 0, pack_tokens=64, rank=rank, ranks=4) for rank in range(4)]
+        fillers = [part.batches[0] for part in parts if part.batches[0].tokens == 0]
+        assert [len(part.batches) for part in parts] == [1] * 4
+        assert len(fillers) == (2 if kind == "text" else 3)
+        for filler in fillers:
+            check_form(filler, 2)
+            assert filler.document_D.tolist() == [-1] * segments
+            assert filler.weight_T.sum() == 0
+
+
+def test_pack_tokens_below_the_longest_unit_is_refused(write_dataset):
+    plan = make_plan([write_dataset([list(range(30))])])
+    with pytest.raises(ValueError, match="pack_tokens = 15 is below the longest segment"):
+        make_step(plan, 0, pack_tokens=15)
+    pairs = make_plan([write_dataset([[1, 2, 3], [1, 2]], "preferences", prompts=[1, 1])])
+    with pytest.raises(ValueError, match=r"both sides of the longest pair \(3 places\)"):
+        make_step(pairs, 0, pack_tokens=2)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) if x is not None else y is None
+               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def test_the_stream_gives_make_step_from_any_start(write_dataset, random_documents):
+    plan = make_plan([write_dataset(random_documents(60, 40))])
+    assert plan.steps > 6
+    for start, prefetch in ((0, 1), (3, 2), (plan.steps - 1, 10), (plan.steps, 2)):
+        steps = list(step_stream(plan, start, pack_tokens=32, rank=1, ranks=2, prefetch=prefetch))
+        assert [step.index for step in steps] == list(range(start, plan.steps))
+        for step in steps:
+            direct = make_step(plan, step.index, pack_tokens=32, rank=1, ranks=2)
+            assert (step.weight, step.tokens) == (direct.weight, direct.tokens)
+            assert all(equal(a, b) for a, b in zip(step.batches, direct.batches, strict=True))
+
+
+def stream_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "step_stream"]
+
+
+def test_closing_the_stream_ends_its_thread(write_dataset, random_documents):
+    plan = make_plan([write_dataset(random_documents(60, 40))])
+    stream = step_stream(plan, 0, pack_tokens=32, prefetch=1)
+    next(stream)
+    assert len(stream_threads()) == 1
+    stream.close()
+    assert stream_threads() == []
+    step_stream(plan, 0, pack_tokens=32).close()
+    assert stream_threads() == []
+
+
+def test_errors_of_the_thread_reach_the_consumer(write_dataset, random_documents, monkeypatch):
+    plan = make_plan([write_dataset(random_documents(60, 40))])
+    units = plan.units
+
+    def failing(step):
+        if step == 2:
+            raise OSError("the disk is gone")
+        return units(step)
+
+    monkeypatch.setattr(plan, "units", failing)
+    stream = step_stream(plan, 0, pack_tokens=32)
+    assert [next(stream).index, next(stream).index] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    assert stream_threads() == []
+
+
+def test_evaluation_sees_every_document_once_in_order(write_dataset, random_documents):
+    documents = random_documents(30, 50)
+    dataset = write_dataset(documents)
+    batches = evaluation_batches(dataset, context_length=16, pack_tokens=40)
+    for batch in batches:
+        check_form(batch, 40)
+    expected = {(d, p, ids[p], ids[p + 1]) for d, ids in enumerate(documents) for p in range(len(ids) - 1)}
+    found = examples(batches)
+    assert {key[:4] for key in found} == expected
+    assert found.total() == len(expected)
+    order = [document for batch in batches for document in batch.document_D.tolist()]
+    assert order == sorted(order)
+    first = evaluation_batches(dataset, context_length=16, pack_tokens=40, limit=4)
+    assert {key[0] for key in examples(first)} == {0, 1, 2, 3}
+
+
+def test_evaluation_of_pairs(write_dataset):
+    dataset = write_dataset([[1] * n for n in (4, 5, 30, 3, 6, 6)], "preferences", prompts=[1] * 6)
+    with pytest.warns(UserWarning, match="1 of 3 pairs are longer than context_length = 16"):
+        batches = evaluation_batches(dataset, context_length=16, pack_tokens=16)
+    assert [batch.pair_D.tolist() for batch in batches] == [[0, 0], [2, 2]]
+    with pytest.raises(ValueError, match="pack_tokens = 6"):
+        evaluation_batches(dataset, context_length=40, pack_tokens=6)
+
+
+def test_to_keeps_the_content(write_dataset):
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, pack_tokens=16).batches[0]
+    assert equal(batch.to("cpu"), batch)
+
+
+@pytest.mark.gpu
+def test_to_cuda(write_dataset):
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, pack_tokens=16).batches[0]
+    moved = batch.to("cuda")
+    assert moved.tokens_T.is_cuda
+    assert equal(moved.to("cpu"), batch)
