@@ -119,7 +119,7 @@ def answer_lengths(batch: Batch) -> Tensor:
 def reference_log_probs(
     model: Mistral, batches: Sequence[Batch], pairs: int, progress: Callable[[int], object] = lambda tokens: None
 ) -> Tensor:
-    """Log-probabilities of both answers of each pair under the model as it is: float32 [pairs, 2], NaN for pairs not in `batches`.
+    """Log-probabilities of both answers of each pair under the model as it is: float32 [pairs, 2], NaN where not in `batches`.
 
     The same functions as in training score them, so before the first update every margin is 0 up to rounding.
     """
@@ -131,7 +131,8 @@ def reference_log_probs(
         for batch in batches:
             assert batch.pair_D is not None
             on_device = batch.to(device)
-            table[batch.pair_D[0::2]] = document_log_probs(token_log_probs(model, on_device), on_device).float().cpu().view(-1, 2)
+            scores_D = document_log_probs(token_log_probs(model, on_device), on_device)
+            table[batch.pair_D[0::2]] = scores_D.float().cpu().view(-1, 2)
             progress(batch.tokens)
     model.train(training)
     return table

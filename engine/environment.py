@@ -1,0 +1,108 @@
+"""What this machine has, and whether the installed torch can use it: `python -m engine.environment`."""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PACKAGES = ("triton", "sentencepiece", "numpy", "safetensors", "tokenizers", "flash-attn", "datasets", "transformers")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a run.
+
+    Args: name: auto (CUDA if there is a GPU, else CPU), cpu or cuda.
+    Raises: RuntimeError when a GPU is asked for, or present with auto, but the installed torch cannot use it: a run that
+        quietly takes the CPU instead would waste days. The message names driver, build and remedy.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        problem = _gpu_problem()
+        if problem:
+            raise RuntimeError(problem)
+        return torch.device("cuda")
+    driver = nvidia_driver()
+    if name == "auto" and driver is None:
+        return torch.device("cpu")
+    if driver is None:
+        raise RuntimeError("device = cuda: no NVIDIA driver is loaded on this machine; install one, or use device = cpu")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    remedy = "install the CUDA build of torch" if not torch.version.cuda else "update the driver to one for this CUDA version"
+    raise RuntimeError(
+        f"an NVIDIA GPU is present (driver {driver}) but torch {torch.__version__} (built for {build}) cannot use it: "
+        f"{remedy}, or use device = cpu"
+    )
+
+
+def nvidia_driver() -> str | None:
+    """Version of the loaded NVIDIA kernel driver, None where there is none."""
+    try:
+        first = _DRIVER.read_text().splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    return next((word for word in first if word[0].isdigit() and "." in word), "unknown")
+
+
+def _gpu_problem() -> str | None:
+    """Why Triton could not compile for the GPU: it builds a small C launcher against Python's headers."""
+    if compiler() is None:
+        return "no C compiler, which Triton needs to launch kernels: install gcc or clang, or set CC"
+    if not python_header().is_file():
+        return f"{python_header()} is missing, which Triton needs to launch kernels: install Python's development package"
+    return None
+
+
+def compiler() -> str | None:
+    """Path of the C compiler that Triton would use."""
+    named = os.environ.get("CC")
+    return next((path for name in ([named] if named else ["gcc", "clang", "cc"]) if (path := shutil.which(name))), None)
+
+
+def python_header() -> Path:
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, value) of everything that a fault report should say."""
+    rows = [
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("platform", f"{platform.platform()}, {os.cpu_count()} cores"),
+        ("torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"),
+    ]
+    for package in _PACKAGES:
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    spec = importlib.util.find_spec("kernels")
+    rows.append(("kernels package", str(spec.origin) if spec else "not found"))
+    rows.append(("NVIDIA driver", nvidia_driver() or "none"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"))
+    rows.append(("C compiler", compiler() or "none (Triton needs one on a GPU)"))
+    rows.append(("Python header", str(python_header()) if python_header().is_file() else f"{python_header()} is missing"))
+    try:
+        rows.append(("device used", str(choose_device("auto"))))
+    except RuntimeError as error:
+        rows.append(("device used", f"none: {error}"))
+    return rows
+
+
+def main() -> None:
+    for what, value in report():
+        print(f"{what:<16} {value}")
+
+
+if __name__ == "__main__":
+    main()

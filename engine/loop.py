@@ -1,0 +1,134 @@
+"""The training loop: one for pre-training, supervised fine-tuning and preference tuning.
+
+A step is: its micro-batches forward and backward, clip, AdamW. Which tokens, with which weights, over which denominator is
+decided by the plan and the objective beforehand, so nothing here knows which of the three it trains.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import load_optimizer, save_checkpoint
+from engine.config import to_table, to_toml
+from engine.data.batches import Batch, Step, step_stream
+from engine.flops import attended_pairs, peak_flops, training_flops
+from engine.metrics import Metrics, StepRecord
+from engine.optimizer import AdamW
+from engine.run import Run
+from engine.schedule import learning_rate
+from model.config import MistralConfig
+from model.folder import write_file
+from model.mistral import Mistral
+
+# (model, micro-batch, its step) -> this micro-batch's part of the step's values, "loss" among them; parts add up.
+Objective = Callable[[Mistral, Batch, Step], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out set: its name in the metrics, its objective, and all of it as one step."""
+
+    name: str
+    objective: Objective
+    step: Step
+
+
+def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[Evaluation] = ()) -> Path:
+    """Train from the run's first step (or where its checkpoint ended) to its last. Returns the last checkpoint's folder."""
+    settings, steps = run.settings, run.plan.steps
+    if run.checkpoint is not None and run.start >= steps:
+        print(f"{run.checkpoint}: all {steps} steps are done already")
+        return run.checkpoint
+    optimizer = AdamW(model.named_parameters(), settings.optimizer)
+    if run.checkpoint is not None:
+        load_optimizer(run.checkpoint, optimizer)
+    run.out.mkdir(parents=True, exist_ok=True)
+    write_file(run.out / "config.toml", to_toml(settings))
+    metrics = Metrics(
+        run.out, settings.log, steps=steps, start=run.start, peak_flops=peak_flops(run.device), config=to_table(settings)
+    )
+    last = run.checkpoint
+    try:
+        if run.start == 0 and evaluations:
+            metrics.evaluation(0, evaluate(model, evaluations))
+        stream = step_stream(run.plan, run.start, pack_tokens=run.pack_tokens)
+        waited = time.perf_counter()
+        for step in stream:
+            done, wait = step.index + 1, time.perf_counter() - waited
+            rate = learning_rate(settings.schedule, step.index, steps)
+            values = accumulate(model, objective, step)
+            values["gradient_norm"] = optimizer.step(rate)
+            flops, trained = step_flops(run.config, step)
+            metrics.step(StepRecord(done, rate, values, step.tokens, trained, flops, wait))
+            if evaluations and (done == steps or _due(done, settings.evaluate_every)):
+                metrics.evaluation(done, evaluate(model, evaluations))
+            if done == steps or _due(done, settings.checkpoint_every):
+                metrics.flush()
+                last = save_checkpoint(
+                    run.out, run.state(done), model, optimizer, run.tokenizer, keep=settings.keep_checkpoints
+                )
+                metrics.restart_clock()
+            waited = time.perf_counter()
+    finally:
+        metrics.close()
+    assert last is not None
+    return last
+
+
+def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Tensor]:
+    """Forward and backward of every micro-batch of a step; the gradients add up in the parameters.
+
+    Returns: the step's values, summed over its micro-batches and detached, still on the device.
+    """
+    model.train()
+    device = model.lm_head.weight.device
+    totals: dict[str, Tensor] = {}
+    for batch in step.batches:
+        values = objective(model, batch.to(device), step)
+        values["loss"].backward()
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+@torch.no_grad()
+def evaluate(model: Mistral, evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """Values of the held-out sets without noise: {"eval/<name>/<value>": ...}."""
+    model.eval()
+    device = model.lm_head.weight.device
+    results: dict[str, float] = {}
+    for evaluation in evaluations:
+        totals: dict[str, float] = {}
+        for batch in evaluation.step.batches:
+            for name, value in evaluation.objective(model, batch.to(device), evaluation.step).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        results.update({f"eval/{evaluation.name}/{name}": value for name, value in totals.items()})
+    model.train()
+    return results
+
+
+def step_flops(config: MistralConfig, step: Step) -> tuple[int, int]:
+    """(operations of a step, places in it that are trained on)."""
+    flops = trained = 0
+    for batch in step.batches:
+        lengths = batch.cu_docs.diff().tolist()
+        rows = int((batch.rows_N >= 0).sum())
+        pairs = attended_pairs(lengths, config.sliding_window)
+        flops += training_flops(config, tokens=batch.tokens, rows=rows, pairs=pairs)
+        trained += rows
+    return flops, trained
+
+
+def whole_step(batches: Sequence[Batch]) -> Step:
+    """A held-out set as one step, so that an objective's values are means over all of it."""
+    weight = sum(float(batch.weight_T.sum()) for batch in batches)
+    pairs = sum(0 if batch.pair_D is None else len(batch.pair_D) // 2 for batch in batches)
+    return Step(index=0, batches=list(batches), weight=weight, pairs=pairs, tokens=sum(batch.tokens for batch in batches))
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

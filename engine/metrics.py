@@ -1,0 +1,183 @@
+"""Metrics of a run: a line on the console, metrics.jsonl, TensorBoard, and Weights & Biases where installed."""
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from model.folder import write_file
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """every: steps between log lines; losses of the steps between are kept and written then. tensorboard: write event files.
+    wandb: Weights & Biases project, empty for none."""
+
+    every: int = 10
+    tensorboard: bool = True
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every = {self.every}: must be at least 1")
+
+
+@dataclass
+class StepRecord:
+    """One step, its values still on the device: reading them would make the host wait for it."""
+
+    step: int
+    learning_rate: float
+    values: dict[str, torch.Tensor]
+    tokens: int
+    trained_tokens: int
+    flops: int
+    data_wait: float
+
+
+class Metrics:
+    """Writes what a run reports. Steps are numbered from 1 by updates done; evaluation before the first step is step 0."""
+
+    def __init__(
+        self, out: Path, settings: LogSettings, *, steps: int, start: int, peak_flops: float | None, config: dict[str, Any]
+    ) -> None:
+        self.settings, self.steps, self.peak_flops = settings, steps, peak_flops
+        self._file = out / "metrics.jsonl"
+        _drop_lines_after(self._file, start)
+        if settings.tensorboard:
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        self._wandb = _start_wandb(settings.wandb, out, config) if settings.wandb else None
+        self._pending: list[StepRecord] = []
+        self._interval_start = time.perf_counter()
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+
+    def step(self, record: StepRecord) -> None:
+        """Take a step's values; written every `log.every` steps and at the last."""
+        self._pending.append(record)
+        self.bar.update()
+        if len(self._pending) == self.settings.every or record.step == self.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending steps.
+
+        Raises: FloatingPointError naming the first step whose loss or gradient norm is not finite; that step is written too.
+        """
+        if not self._pending:
+            return
+        lines = [_step_line(record) for record in self._pending]
+        seconds = time.perf_counter() - self._interval_start
+        speed = self._speed(seconds)
+        self._write([{**line, **speed} for line in lines])
+        self._print(lines[-1], speed)
+        self._pending = []
+        self.restart_clock()
+        for line in lines:
+            if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
+                raise FloatingPointError(
+                    f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: training stopped. The "
+                    "last checkpoint is from before; resume with a lower learning rate (schedule.peak) or look at the data"
+                )
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Write held-out values; their time is not counted in the speed of training."""
+        self.flush()
+        self._write([{"step": step, **values}])
+        text = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in values.items())
+        self.message(f"step {step:>6}  held-out  {text}")
+        self.restart_clock()
+
+    def message(self, text: str) -> None:
+        """A line on the console that does not tear the progress bar."""
+        self.bar.write(text, file=sys.stdout)
+
+    def restart_clock(self) -> None:
+        """Do not count the time since the last log line: evaluation and checkpoints are no training."""
+        self._interval_start = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.settings.tensorboard:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _speed(self, seconds: float) -> dict[str, Any]:
+        ranks = 1
+        flops = sum(record.flops for record in self._pending)
+        tokens = sum(record.tokens for record in self._pending) / seconds
+        return {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_gpu": tokens / ranks,
+            "trained_tokens_per_second": sum(record.trained_tokens for record in self._pending) / seconds,
+            "mfu": None if self.peak_flops is None else flops / seconds / (self.peak_flops * ranks),
+            "step_seconds": seconds / len(self._pending),
+            "data_wait_seconds": sum(record.data_wait for record in self._pending) / len(self._pending),
+            **_memory(),
+        }
+
+    def _print(self, line: dict[str, Any], speed: dict[str, Any]) -> None:
+        mfu = "n/a" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
+        rewards = "".join(f"  {name} {line[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in line)
+        left = speed["step_seconds"] * (self.steps - line["step"])
+        self.message(
+            f"step {line['step']:>6}/{self.steps}  loss {line['loss']:.4f}{rewards}  lr {line['learning_rate']:.2e}  "
+            f"grad {line['gradient_norm']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
+            f"left {tqdm.format_interval(left)}"
+        )
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        for line in lines:
+            values = {name: value for name, value in line.items() if name != "step" and value is not None}
+            if self.settings.tensorboard:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, line["step"])
+            if self._wandb is not None:
+                self._wandb.log(values, step=line["step"])
+
+
+def _step_line(record: StepRecord) -> dict[str, Any]:
+    values = {name: float(value) for name, value in record.values.items()}
+    return {"step": record.step, "learning_rate": record.learning_rate, "tokens": record.tokens, **values}
+
+
+def _memory() -> dict[str, float]:
+    if torch.cuda.is_available():
+        return {
+            "memory_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
+    # Linux counts in KiB.
+    return {"memory_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    """Forget what a run wrote after the checkpoint that it resumes from; a line cut short by a kill goes too."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_file(file, "".join(kept))
+
+
+def _start_wandb(project: str, out: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or leave it empty") from None
+    return wandb.init(project=project, name=out.name, dir=str(out), config=config, resume="allow")

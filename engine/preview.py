@@ -1,0 +1,51 @@
+"""What a run is about to do, before it does it."""
+
+import itertools
+
+import torch
+
+from engine.data.batches import Batch, make_step
+from engine.run import Run
+from engine.schedule import learning_rate
+
+_SHOWN_TOKENS = 160
+
+
+def describe(run: Run) -> list[str]:
+    """Model, memory of its state, data and schedule of a run, a line each."""
+    config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
+    # Parameter, gradient and two float32 moments; bfloat16 keeps 16 more bits of its master.
+    state_bytes = config.parameters * (2 + 2 + 8 + 2 if run.dtype == torch.bfloat16 else 4 + 4 + 8)
+    rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
+    return [
+        f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
+        f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
+        f"memory     {state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
+        *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
+        f"schedule   {schedule.kind}: learning rate {rates[0]:.2e}, {rates[1]:.2e} after warm-up, {rates[2]:.2e} at last",
+        f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
+    ]
+
+
+def sample(run: Run) -> list[str]:
+    """The first micro-batch's beginning as text: what is trained on stands in brackets."""
+    batch = make_step(run.plan, 0, pack_tokens=run.pack_tokens).batches[0]
+    lines = [f"sample     first micro-batch: {batch.tokens} tokens, {int((batch.rows_N >= 0).sum())} trained on"]
+    return lines + [f"           {text}" for text in _marked(run, batch)]
+
+
+def _marked(run: Run, batch: Batch) -> list[str]:
+    texts = []
+    names = run.tokenizer.pieces()
+    bounds = batch.cu_docs.tolist()
+    for start, end in list(itertools.pairwise(bounds))[:3]:
+        pieces: list[str] = []
+        trained = False
+        for place in range(start, min(end, start + _SHOWN_TOKENS)):
+            # The weight of a place is that of the token it predicts.
+            weighted = bool(batch.weight_T[place])
+            pieces.append("[" if weighted and not trained else "]" if trained and not weighted else "")
+            pieces.append(names[int(batch.labels_T[place])])
+            trained = weighted
+        texts.append("".join(pieces).replace("▁", " ") + ("]" if trained else ""))
+    return texts

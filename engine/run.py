@@ -1,0 +1,159 @@
+"""A run before its first step: everything opened and checked, so that what is wrong is said before work starts."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import TrainingState, newest_checkpoint, read_state
+from engine.config import to_table
+from engine.data.dataset import TokenDataset
+from engine.data.plan import Plan
+from engine.environment import choose_device
+from engine.settings import FREE_ON_RESUME, TrainSettings
+from model.config import MistralConfig, preset, read_config
+from model.mistral import Mistral, initialize
+from model.vocabulary.tokenizer import Tokenizer
+from model.weights import load_model, resolve_folder
+
+PRESET = "preset:"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop needs, opened and checked. start: steps already done. checkpoint: where they are, None for a fresh run."""
+
+    settings: TrainSettings
+    device: torch.device
+    dtype: torch.dtype
+    config: MistralConfig
+    tokenizer: Tokenizer
+    datasets: list[TokenDataset]
+    heldout: dict[str, TokenDataset]
+    plan: Plan
+    checkpoint: Path | None
+    start: int
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def pack_tokens(self) -> int:
+        sides = 2 if self.plan.paired else 1
+        return self.settings.pack_tokens or sides * self.settings.context_length
+
+    def state(self, step: int) -> TrainingState:
+        return TrainingState(step, to_table(self.settings), self.plan.fingerprint)
+
+    def load_model(self) -> Mistral:
+        """The model to continue with: the checkpoint's, else the one that the run starts from."""
+        if self.checkpoint is not None:
+            return load_model(self.checkpoint, dtype=self.dtype, device=self.device)
+        return self.load_initial_model()
+
+    def load_initial_model(self) -> Mistral:
+        """The model that the run starts (or started) from; for preference tuning that is the reference."""
+        if not self.settings.model.startswith(PRESET):
+            return load_model(resolve_folder(self.settings.model), dtype=self.dtype, device=self.device)
+        model = Mistral(self.config)
+        initialize(model, self.settings.seed)
+        return model.to(device=self.device, dtype=self.dtype)
+
+
+def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
+    """Open model configuration, tokenizer, datasets and plan, and find what is already done.
+
+    Args: kinds: of datasets that the objective can train on.
+    Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
+    """
+    device = choose_device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    tokenizer = Tokenizer.load(_tokenizer_folder(settings))
+    config = _config(settings, tokenizer)
+    datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
+    heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
+    if len(heldout) < len(settings.heldout):
+        raise ValueError(f"heldout = {list(settings.heldout)}: two folders have one name, which their metrics are called by")
+    if settings.context_length > config.max_position_embeddings:
+        raise ValueError(
+            f"context_length = {settings.context_length} is beyond the model's max_position_embeddings = "
+            f"{config.max_position_embeddings}"
+        )
+    plan = Plan(
+        datasets,
+        list(settings.sources),
+        seed=settings.seed,
+        context_length=settings.context_length,
+        step_size=settings.step_size,
+        steps=settings.steps,
+        epochs=settings.epochs,
+    )
+    run = Run(settings, device, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
+    checkpoint = newest_checkpoint(settings.out)
+    if checkpoint is None:
+        return run
+    if settings.resume == "never":
+        raise FileExistsError(f"{settings.out}: holds a run already ({checkpoint.name}); choose another out, or resume = auto")
+    state = read_state(checkpoint)
+    _check_same_run(run, state)
+    return dataclasses.replace(run, checkpoint=checkpoint, start=state.step)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _tokenizer_folder(settings: TrainSettings) -> Path:
+    if settings.tokenizer:
+        return resolve_folder(settings.tokenizer)
+    if settings.model.startswith(PRESET):
+        raise ValueError(f"model = {settings.model}: a preset has no tokenizer; name its folder as tokenizer")
+    return resolve_folder(settings.model)
+
+
+def _config(settings: TrainSettings, tokenizer: Tokenizer) -> MistralConfig:
+    if settings.model.startswith(PRESET):
+        rows = (tokenizer.vocab_size + 127) // 128 * 128
+        return dataclasses.replace(
+            preset(settings.model.removeprefix(PRESET)), vocab_size=rows, unpadded_vocab_size=tokenizer.vocab_size
+        )
+    config = read_config(resolve_folder(settings.model))
+    if config.unpadded_vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model} only {config.unpadded_vocab_size}; "
+            "resize the model with recipes.vocabulary, or name its own tokenizer"
+        )
+    return config
+
+
+def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> TokenDataset:
+    dataset = TokenDataset.open(path)
+    if dataset.kind not in kinds:
+        raise ValueError(f"{path}: holds {dataset.kind}, this recipe trains on {' or '.join(kinds)}")
+    if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{path}: was prepared with another tokenizer than the model's; prepare it again with recipes.prepare")
+    return dataset
+
+
+def _check_same_run(run: Run, state: TrainingState) -> None:
+    now = run.state(0)
+    for key in sorted({*now.settings, *state.settings} - FREE_ON_RESUME):
+        # Through the same JSON as the saved ones: tuples become lists there.
+        if _plain(now.settings.get(key)) != _plain(state.settings.get(key)):
+            raise ValueError(
+                f"{run.out}: holds a run with {key} = {state.settings.get(key)!r}, asked for is {now.settings.get(key)!r}; "
+                "choose another out, or the settings that it began with"
+            )
+    if now.plan != state.plan:
+        raise ValueError(f"{run.out}: the prepared data changed since this run began; restore it or choose another out")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,84 @@
+"""What a training recipe can be told: one set of names for pre-training, fine-tuning and preference tuning."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.data.plan import Source
+from engine.metrics import LogSettings
+from engine.optimizer import OptimizerSettings
+from engine.schedule import ScheduleSettings
+
+# Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
+FREE_ON_RESUME = frozenset(
+    {"pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints", "log",
+     "resume", "dry_run", "reference_cache"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings that the training recipes share."""
+
+    model: str
+    """Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights."""
+    out: str
+    """Run folder: config.toml, metrics.jsonl, tensorboard, checkpoints."""
+    sources: tuple[Source, ...]
+    """Prepared folders and their share of the run."""
+    step_size: int
+    """Tokens of a step (pairs of a step for preference tuning)."""
+    tokenizer: str = ""
+    """Tokenizer folder; default: the model's. A preset needs one."""
+    heldout: tuple[str, ...] = ()
+    """Prepared folders to evaluate on."""
+    heldout_limit: int | None = None
+    """Documents of each held-out folder that are evaluated; default all."""
+    context_length: int = 4096
+    """Longest document in tokens; longer ones are split."""
+    pack_tokens: int = 0
+    """Tokens of a micro-batch; default context_length (twice that for pairs)."""
+    steps: int | None = None
+    """Optimizer steps; default as many as the epochs take."""
+    epochs: float | None = None
+    """Passes over the sources (those without a share)."""
+    seed: int = 0
+    """Of data order, NEFTune noise and fresh weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the parameters; auto: bfloat16 with exact float32 masters on CUDA, float32 on the CPU."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue the run that is in `out`, if there is one; never: refuse a folder that holds one."""
+    dry_run: bool = False
+    """Check everything, print the plan and a sample, train nothing, write nothing."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources: name at least one prepared folder ([[sources]] path = ...)")
+        for name, least in (("step_size", 1), ("context_length", 1), ("pack_tokens", 0), ("evaluate_every", 0),
+                            ("checkpoint_every", 0), ("keep_checkpoints", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        for name in ("steps", "epochs", "heldout_limit"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: must be above 0")
+        if self.evaluate_every and not self.heldout:
+            raise ValueError("evaluate_every has no effect without heldout; name prepared folders there or leave it out")
+        if self.heldout_limit is not None and not self.heldout:
+            raise ValueError("heldout_limit has no effect without heldout; name prepared folders there or leave it out")
+
+
+def check_neftune(alpha: float) -> None:
+    """Refuse a negative NEFTune scale."""
+    if alpha < 0:
+        raise ValueError(f"neftune_alpha = {alpha}: must be 0 (no noise) or more; the paper uses 5 to 15")

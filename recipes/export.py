@@ -1,0 +1,59 @@
+"""Export a run or checkpoint as a plain Hugging Face folder: weights, configuration, tokenizer; no training state.
+
+    python -m recipes.export --source runs/dpo --out exports/shisa-7b
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.checkpoint import newest_checkpoint, read_state
+from model.folder import complete_folder
+from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.weights import load_model, save_model
+from recipes.command import command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Export of trained weights."""
+
+    source: str
+    """Run folder (its newest checkpoint is taken), checkpoint, or any Hugging Face Mistral folder with its tokenizer.model."""
+    out: str
+    """Folder to write."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the written weights."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+def run(settings: ExportSettings) -> Path:
+    """Write the folder; returns its path. The same source gives the same bytes."""
+    source = Path(settings.source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such run, checkpoint or model folder")
+    checkpoint = newest_checkpoint(source) or source
+    if (checkpoint / "training").is_dir():
+        read_state(checkpoint)
+    elif not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{source}: holds neither a complete checkpoint (step-...) nor a config.json")
+    tokenizer = Tokenizer.load(checkpoint)
+    with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
+        model = load_model(checkpoint, dtype=getattr(torch, settings.dtype))
+        save_model(model, folder)
+        write_tokenizer_folder(folder, tokenizer.model_bytes)
+    size = sum(file.stat().st_size for file in Path(settings.out).iterdir())
+    print(f"{settings.out}: {size / 2**20:.1f} MiB from {checkpoint}; load it with transformers' AutoModelForCausalLM")
+    return Path(settings.out)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(ExportSettings, run, argv, "python -m recipes.export")
+
+
+if __name__ == "__main__":
+    main()

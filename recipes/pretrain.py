@@ -1,0 +1,33 @@
+"""Continued pre-training: predict every token of text documents.
+
+    python -m recipes.pretrain recipes/shisa/pretrain.toml --out runs/cpt
+    torchrun --nproc-per-node 1 -m recipes.pretrain recipes/shisa/pretrain.toml
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.objectives.next_token import NextToken
+from engine.run import open_run
+from engine.settings import TrainSettings
+from recipes.command import command
+from recipes.training import train_next_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainSettings):
+    """Continued pre-training. step_size counts tokens."""
+
+
+def run(settings: PretrainSettings) -> Path | None:
+    """Train; returns the last checkpoint's folder (None for a dry run)."""
+    return train_next_token(open_run(settings, ("text",)), NextToken())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(PretrainSettings, run, argv, "python -m recipes.pretrain")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Supervised fine-tuning on conversations: predict the assistant's turns and their end, with NEFTune noise.
+
+    python -m recipes.sft recipes/shisa/sft.toml --out runs/sft
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.objectives.next_token import NextToken
+from engine.run import open_run
+from engine.settings import TrainSettings, check_neftune
+from recipes.command import command
+from recipes.training import train_next_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings(TrainSettings):
+    """Supervised fine-tuning. step_size counts tokens of whole conversations."""
+
+    neftune_alpha: float = 5.0
+    """Scale of the NEFTune noise on embeddings while training; 0 for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_neftune(self.neftune_alpha)
+
+
+def run(settings: SftSettings) -> Path | None:
+    """Train; returns the last checkpoint's folder (None for a dry run)."""
+    objective = NextToken(neftune_alpha=settings.neftune_alpha, seed=settings.seed)
+    return train_next_token(open_run(settings, ("conversations", "text")), objective)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(SftSettings, run, argv, "python -m recipes.sft")
+
+
+if __name__ == "__main__":
+    main()

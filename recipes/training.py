@@ -1,0 +1,37 @@
+"""What the training recipes share: show the run, stop there for a dry run, else evaluate and train."""
+
+from pathlib import Path
+
+from engine.data.batches import evaluation_batches
+from engine.data.dataset import TokenDataset
+from engine.loop import Evaluation, train, whole_step
+from engine.objectives.next_token import NextToken
+from engine.preview import describe, sample
+from engine.run import Run
+
+
+def announce(run: Run) -> bool:
+    """Print what the run will do. Returns whether to go on: not for a dry run, which prints a sample as well."""
+    print("\n".join(describe(run)))
+    if run.settings.dry_run:
+        print("\n".join(sample(run)))
+        print("dry run: nothing was trained or written")
+    return not run.settings.dry_run
+
+
+def train_next_token(run: Run, objective: NextToken) -> Path | None:
+    """Pre-training or supervised fine-tuning with its held-out sets."""
+    if not announce(run):
+        return None
+    evaluations = [
+        Evaluation(name, objective, whole_step(heldout_batches(run, dataset))) for name, dataset in run.heldout.items()
+    ]
+    return train(run, run.load_model(), objective, evaluations)
+
+
+def heldout_batches(run: Run, dataset: TokenDataset):
+    """A held-out set in micro-batches of the run's size."""
+    settings = run.settings
+    return evaluation_batches(
+        dataset, context_length=settings.context_length, pack_tokens=run.pack_tokens, limit=settings.heldout_limit
+    )
