@@ -1,0 +1,172 @@
+"""Text generation, one token after the other: seeded sampling over a rolling key/value cache.
+
+The filters have the definitions and the order of Hugging Face `transformers` (its `logits_process` module): repetition penalty
+on the raw scores, temperature, top-k, top-p, min-p.
+
+Shapes: T tokens, V vocabulary (the pieces that exist).
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.cache import KeyValueCache
+from model.mistral import Mistral
+
+_PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults sample from the model's own distribution.
+
+    temperature: divides the scores; 0 takes the most likely token (greedy).
+    top_k: keep the k highest scores, ties with the last included; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020,
+        https://arxiv.org/abs/1904.09751); 1 keeps all.
+    min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082).
+    repetition_penalty: divides positive and multiplies negative scores of tokens that stand in the prompt or the answer so far
+        (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 changes nothing.
+    max_new_tokens: the answer ends there at the latest. seed: of the random draws.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Scores divided by less would leave the range of float32.
+        if not (self.temperature == 0 or 1e-4 <= self.temperature < math.inf):
+            raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or at least 0.0001")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: must be positive, or 0 to keep all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: must lie in (0, 1]; 1 keeps all tokens")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p = {self.min_p}: must lie in [0, 1]; 0 keeps all tokens")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty = {self.repetition_penalty}: must be a positive number; 1 changes nothing")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: must lie in 0 .. 2^63 - 1")
+        if self.temperature == 0:
+            for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(
+                        f"{name} = {getattr(self, name)} has no effect with temperature = 0, which takes the most likely "
+                        f"token; leave it at {neutral} or raise the temperature"
+                    )
+
+
+def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
+    """Scores of the tokens marked in the boolean seen_V, divided by the penalty where positive, multiplied where negative."""
+    return torch.where(seen_V, torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
+
+
+def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
+    """All scores below the k-th highest become -inf; those equal to it stay."""
+    lowest_kept = logits_V.topk(min(top_k, logits_V.shape[-1])).values[-1]
+    return logits_V.masked_fill(logits_V < lowest_kept, -math.inf)
+
+
+def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
+    """The least likely tokens whose probabilities sum to at most 1 - top_p become -inf; the most likely one stays.
+
+    Equal scores are cut in the order in which an ascending sort lists them.
+    """
+    sorted_V, order_V = logits_V.sort()
+    dropped_V = sorted_V.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    dropped_V[-1] = False
+    return logits_V.masked_fill(torch.empty_like(dropped_V).scatter_(0, order_V, dropped_V), -math.inf)
+
+
+def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
+    """Tokens less than min_p times as likely as the most likely one become -inf."""
+    probability_V = logits_V.softmax(dim=-1)
+    return logits_V.masked_fill(probability_V < min_p * probability_V.max(), -math.inf)
+
+
+def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tensor:
+    """The scores whose softmax is sampled from (at temperature 0: whose maximum is taken).
+
+    Args: logits_V float32 [V]; seen_V boolean [V], the tokens of prompt and answer so far.
+    Returns: float32 [V], -inf where dropped.
+    """
+    if sampling.repetition_penalty != 1:
+        logits_V = penalize_repetition(logits_V, seen_V, sampling.repetition_penalty)
+    if sampling.temperature not in (0, 1):
+        logits_V = logits_V / sampling.temperature
+    if sampling.top_k:
+        logits_V = keep_top_k(logits_V, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_V = keep_top_p(logits_V, sampling.top_p)
+    if sampling.min_p:
+        logits_V = keep_min_p(logits_V, sampling.min_p)
+    return logits_V
+
+
+def generate(
+    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = ()
+) -> Iterator[int]:
+    """Continue a prompt, yielding each token as it is chosen; a stop token is yielded and ends the answer.
+
+    The answer ends at a stop token, after max_new_tokens, or when the text reaches the model's max_position_embeddings.
+    The same model, prompt and sampling on the same device give the same tokens; no other random state is read or changed.
+
+    Raises: ValueError, before anything is computed, for an empty prompt, an id outside the vocabulary, or a prompt that leaves
+        no position for an answer; while generating, for scores that are not finite.
+    """
+    config = model.config
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: there must be at least one token to continue, such as beginning-of-sequence")
+    wrong = [token for token in prompt_ids if not 0 <= token < config.unpadded_vocab_size]
+    if wrong:
+        raise ValueError(f"prompt token {wrong[0]}: the vocabulary has {config.unpadded_vocab_size} pieces")
+    room = config.max_position_embeddings - len(prompt_ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt of {len(prompt_ids)} tokens: the model's max_position_embeddings = {config.max_position_embeddings} "
+            "leaves no room for an answer; shorten it"
+        )
+    return _continue(model, prompt_ids, sampling, frozenset(stop_ids), min(room, sampling.max_new_tokens))
+
+
+@torch.inference_mode()
+def _continue(
+    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], most: int
+) -> Iterator[int]:
+    weight = model.lm_head.weight
+    generator = torch.Generator(weight.device).manual_seed(sampling.seed)
+    cache = KeyValueCache(model.config, dtype=weight.dtype, device=weight.device)
+    tokens_T = torch.tensor(prompt_ids, dtype=torch.int64, device=weight.device)
+    seen_V = torch.zeros(model.config.unpadded_vocab_size, dtype=torch.bool, device=weight.device)
+    for _ in range(most):
+        seen_V[tokens_T] = True
+        logits_V = _next_logits(model, cache, tokens_T)
+        if not logits_V.isfinite().all():
+            raise ValueError("the model gives scores that are not finite: its weights are damaged, or too large for its dtype")
+        logits_V = filter_logits(logits_V, seen_V, sampling)
+        if sampling.temperature == 0:
+            tokens_T = logits_V.argmax(dim=-1, keepdim=True)
+        else:
+            tokens_T = torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator)
+        token = int(tokens_T)
+        yield token
+        if token in stop_ids:
+            return
+
+
+def _next_logits(model: Mistral, cache: KeyValueCache, tokens_T: Tensor) -> Tensor:
+    """Scores of the token after tokens_T, float32 [V]. Chunks bound the memory of a long prompt."""
+    for chunk_T in tokens_T.split(_PREFILL_CHUNK):
+        positions_T = torch.arange(len(cache), len(cache) + len(chunk_T), device=chunk_T.device)
+        hidden_TD = model(chunk_T, positions_T, cache.attend)
+    return model.logits(hidden_TD[-1:])[0]
