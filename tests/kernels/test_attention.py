@@ -1,5 +1,7 @@
 """Windowed, packed, grouped attention against the plain formula in float64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ def _naive(query, key, value, bounds, window):
     """Place by place, head by head."""
     out = torch.zeros_like(query)
     group = query.shape[1] // key.shape[1]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         for place in range(start, end):
             first = start if window is None else max(start, place - window + 1)
             for head in range(query.shape[1]):
