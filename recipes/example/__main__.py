@@ -1,0 +1,39 @@
+"""Write the example's data, from which the configurations in recipes/tiny start.
+
+python -m recipes.example --out runs/quickstart/example
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from recipes.command import command
+from recipes.example.text import Example, ExampleSettings, make_example, write_example
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteSettings:
+    """The embedded example as files."""
+
+    out: str = "runs/quickstart/example"
+    """Folder to write; an old one is replaced."""
+    example: ExampleSettings = field(default_factory=ExampleSettings)
+    """Size and seed."""
+
+
+def run(settings: WriteSettings) -> Example:
+    """Write the files; returns the split that they follow."""
+    example = make_example(settings.example)
+    write_example(settings.out, example)
+    print(
+        f"{settings.out}: {len(example.trained):,} trained combinations of item, phrasing and language, "
+        f"{len(example.held_out)} held out, {len(example.unseen)} about what is never seen or asked"
+    )
+    return example
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(WriteSettings, run, argv, "python -m recipes.example")
+
+
+if __name__ == "__main__":
+    main()
