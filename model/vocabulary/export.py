@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from model.folder import sync
 from model.vocabulary.chat import CHAT_TEMPLATE
 
 MODEL_FILE = "tokenizer.model"
@@ -66,7 +66,7 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials)))
+    _replace(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials), indent=None))
     _replace(folder / "tokenizer_config.json", _json(config))
     _replace(folder / "special_tokens_map.json", _json(specials))
     _replace(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
@@ -151,15 +151,13 @@ def _merges(proto: Any) -> list[list[str]]:
     ]
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+def _json(value: Any, indent: int | None = 2) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    sync(partial)
+    partial.replace(path)

@@ -1,0 +1,180 @@
+"""New pieces merged into a SentencePiece BPE model without a change to what it did before.
+
+New pieces are appended, with scores that fall with the id below every score of the base. SentencePiece joins, of all
+neighbours whose text is a piece, those with the highest score first: all merges of the base come before any new one,
+so base pieces are found as before, and a text from which no new piece can be built keeps its ids exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from model.vocabulary.export import SPACE
+from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.train import Trained, train
+
+_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight
+_Piece = _protobuf.ModelProto.SentencePiece
+_TrainerSpec = _protobuf.TrainerSpec
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model.
+
+    Attributes:
+        model_bytes: the new `tokenizer.model`.
+        base_size: number of pieces of the base; ids below it mean what they meant.
+        pieces: the new pieces, by id from `base_size` on.
+        dropped: how many candidates were left out, by reason.
+    """
+
+    model_bytes: bytes
+    base_size: int
+    pieces: list[str]
+    dropped: dict[str, int]
+
+
+class _TooFewPieces(ValueError):
+    """The candidates do not suffice; more training may still give more of them."""
+
+
+def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
+    """Check that new pieces can be merged into a model; its number of pieces.
+
+    Raises:
+        ValueError: it is no SentencePiece model, not BPE (Unigram, word, character), or has no byte fallback.
+    """
+    try:
+        proto = _protobuf.ModelProto.FromString(model_bytes)
+        sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+    except Exception as error:  # protobuf's own classes of errors differ between its versions
+        raise ValueError(f"{source} is not a SentencePiece model: damaged, cut short or of another kind") from error
+    if proto.trainer_spec.model_type != _TrainerSpec.BPE:
+        kind = _TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
+        raise ValueError(f"{source} is a SentencePiece model of type {kind}: new pieces can be merged into BPE only")
+    if sum(piece.type == _Piece.BYTE for piece in proto.pieces) != 256:
+        raise ValueError(
+            f"{source} has no byte fallback: characters that are no piece would be lost; "
+            "use one trained with byte_fallback=true"
+        )
+    return len(proto.pieces)
+
+
+def extend(
+    base: bytes, texts: Sequence[str], new_pieces: int, *, coverage: float = 0.9998, source: str = "the base tokenizer"
+) -> tuple[Merged, Trained]:
+    """Train Japanese pieces on texts and merge `new_pieces` of them into the base: `train` and `merge` in one.
+
+    Raises:
+        ValueError: see `train` and `merge`.
+    """
+    check_base(base, source)
+    surplus = new_pieces // 10 + 1000
+    while True:
+        trained = train(texts, new_pieces + surplus, coverage=coverage)
+        try:
+            return merge(base, trained.pieces, new_pieces, source), trained
+        except _TooFewPieces as error:
+            if trained.exhausted:
+                raise ValueError(str(error)) from None
+            surplus *= 4  # a base that has many of the pieces already
+
+
+def merge(base: bytes, candidates: Sequence[str], new_pieces: int, source: str = "the base tokenizer") -> Merged:
+    """Append the first `new_pieces` usable candidates to the base.
+
+    A candidate is usable if it is not in the base, all of its characters are pieces, and it is reachable: its text encodes to
+    it alone. A piece that does not encode to itself is produced from no text at all, since whatever builds it in a text
+    lies within its own span, where the same merges happen when it stands alone; so dropping it changes no encoding.
+    Characters take at most half of the new places while there are merges for the rest.
+
+    Args:
+        base: the bytes of the base's `tokenizer.model`.
+        candidates: pieces by falling priority, U+2581 for a space.
+        new_pieces: how many to append.
+        source: names the base in messages.
+
+    Raises:
+        ValueError: the base cannot be extended (see `check_base`), or there are not enough usable candidates.
+    """
+    base_size = check_base(base, source)
+    if new_pieces < 1:
+        raise ValueError(f"the number of new pieces must be at least 1, not {new_pieces}")
+    proto = _protobuf.ModelProto.FromString(base)
+    known = {piece.piece for piece in proto.pieces}
+    fresh = [piece for piece in dict.fromkeys(candidates) if piece not in known]
+    merges = [piece for piece in fresh if len(piece) > 1]
+    characters = [piece for piece in fresh if len(piece) == 1]
+    kept_characters = characters[: max(new_pieces // 2, new_pieces - len(merges))]
+    alphabet = known.union(kept_characters)
+    spelled = [piece for piece in merges if alphabet.issuperset(piece)]
+    dropped = {
+        "in the base already": len(candidates) - len(fresh),
+        "a rare character": len(characters) - len(kept_characters),
+        "has a character that is no piece": len(merges) - len(spelled),
+        "unreachable": 0,
+    }
+    pieces = kept_characters + spelled
+    # Cut first: a piece may be reachable only through one that the size leaves out.
+    while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):
+        pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
+        dropped["unreachable"] += len(lost)
+    if len(pieces) < new_pieces:
+        raise _TooFewPieces(
+            f"{new_pieces:,} new pieces asked for, but the text gives {len(pieces):,}: ask for no more than that, "
+            "or give more text"
+        )
+    dropped["beyond the size"] = len(pieces) - new_pieces
+    pieces = pieces[:new_pieces]
+    return Merged(_append(proto, pieces), base_size, pieces, dropped)
+
+
+def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
+    """Ids, from `first` on, of the pieces whose own text does not encode to them alone, so that no text can."""
+    proto = _protobuf.ModelProto.FromString(model_bytes)
+    ids = [id for id in range(first, len(proto.pieces)) if proto.pieces[id].type == _Piece.NORMAL]
+    texts = [proto.pieces[id].piece.replace(SPACE, " ") for id in ids]
+    return [id for id, encoded in zip(ids, _inside(proto).encode(texts, out_type=int), strict=True) if encoded != [id]]
+
+
+def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
+    """For each piece that `merged` has beyond `base`, the base's ids for its text.
+
+    Raises:
+        ValueError: the merged tokenizer does not begin with the base's pieces.
+    """
+    pieces, known = merged.pieces(), base.pieces()
+    if pieces[: len(known)] != known:
+        raise ValueError("the merged tokenizer does not begin with the base tokenizer's pieces: merge into the same base")
+    inside = _inside(_protobuf.ModelProto.FromString(base.model_bytes))
+    return inside.encode([piece.replace(SPACE, " ") for piece in pieces[len(known) :]], out_type=int)
+
+
+def _inside(proto: Any) -> sentencepiece.SentencePieceProcessor:
+    """An encoder of text as it stands inside a longer one: without what is done at the ends of a whole text."""
+    inside = _protobuf.ModelProto()
+    inside.CopyFrom(proto)
+    inside.normalizer_spec.add_dummy_prefix = False
+    inside.normalizer_spec.remove_extra_whitespaces = False
+    return sentencepiece.SentencePieceProcessor(model_proto=inside.SerializeToString())
+
+
+def _append(proto: Any, pieces: Sequence[str]) -> bytes:
+    """The base with pieces appended."""
+    merged = _protobuf.ModelProto()
+    merged.CopyFrom(proto)
+    score = np.float32(min(piece.score for piece in proto.pieces))
+    for piece in pieces:
+        # Scores are float32: far from zero (Mistral's runs of spaces have -1e9) they lie more than 1 apart.
+        score = min(np.float32(score - 1), np.nextafter(score, np.float32(-np.inf)))
+        merged.pieces.add(piece=piece, score=float(score), type=_Piece.NORMAL)
+    merged.trainer_spec.vocab_size = len(merged.pieces)
+    merged.DiscardUnknownFields()  # self tests: samples of encodings that a new piece may shorten
+    return merged.SerializeToString(deterministic=True)
