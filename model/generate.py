@@ -21,25 +21,25 @@ _PREFILL_CHUNK = 512
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults sample from the model's own distribution.
-
-    temperature: divides the scores; 0 takes the most likely token (greedy).
-    top_k: keep the k highest scores, ties with the last included; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020,
-        https://arxiv.org/abs/1904.09751); 1 keeps all.
-    min_p: keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082).
-    repetition_penalty: divides positive and multiplies negative scores of tokens that stand in the prompt or the answer so far
-        (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 changes nothing.
-    max_new_tokens: the answer ends there at the latest. seed: of the random draws.
-    """
+    """How the next token is chosen; the defaults sample from the model's own distribution."""
 
     temperature: float = 1.0
+    """Divides the scores; 0 takes the most likely token (greedy)."""
     top_k: int = 0
+    """Keep the k highest scores, ties with the last included; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751); 1 keeps all."""
     min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024,
+    https://arxiv.org/abs/2407.01082); 0 keeps all."""
     repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative scores of tokens that stand in the prompt or in the answer so far
+    (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 changes nothing."""
     max_new_tokens: int = 512
+    """The answer ends there at the latest."""
     seed: int = 0
+    """Of the random draws."""
 
     def __post_init__(self) -> None:
         # Scores divided by less would leave the range of float32.
