@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.optimizer import AdamW
@@ -24,7 +23,7 @@ from model.config import read_json
 from model.folder import complete_folder, write_file
 from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import MAX_SHARD_BYTES, save_model
+from model.weights import MAX_SHARD_BYTES, save_model, save_tensors
 
 STATE = Path("training") / "state.json"
 
@@ -115,7 +114,7 @@ def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     number = 1
     for name, tensor in tensors.items():
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
-            save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+            save_tensors(shard, folder / f"optimizer-{number:05d}.safetensors")
             shard, number = {}, number + 1
         shard[name] = tensor.detach().cpu().contiguous()
-    save_file(shard, folder / f"optimizer-{number:05d}.safetensors")
+    save_tensors(shard, folder / f"optimizer-{number:05d}.safetensors")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from engine.run import Run
 from model.config import read_json
 from model.folder import write_file
 from model.mistral import Mistral
+from model.weights import save_tensors
 
 # Which file serves which set, so that a resumed run need not load the reference to find out.
 MANIFEST = "reference.json"
@@ -94,5 +95,5 @@ def _read(path: Path, pairs: int) -> Tensor | None:
 def _write(path: Path, table: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file({"log_probs": table.contiguous()}, partial)
+    save_tensors({"log_probs": table.contiguous()}, partial)
     partial.replace(path)

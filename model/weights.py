@@ -210,11 +210,20 @@ def write_tensors(
             # Slices of one matrix share storage, which safetensors refuses to guess about.
             tensors[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
             weight_map[name] = file
-        # Only this one key: safetensors writes several in random order, and an export must repeat byte for byte.
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file)
     total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one safetensors file. Raises: OSError naming the file where it cannot be written, as on a full disk."""
+    try:
+        # Only this one key: safetensors writes several in random order, and an export must repeat byte for byte.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while serializing: ")
+        raise OSError(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
 
 
 def _plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
