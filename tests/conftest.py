@@ -1,17 +1,32 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests: real data, and a bilingual tokenizer, model and datasets small enough to train in a second."""
 
+import io
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+
+from engine.config import from_table
+from engine.data.dataset import DatasetWriter
+from model.config import MistralConfig
+from model.mistral import Mistral, initialize
+from model.vocabulary.chat import encode_chat, encode_prompt
+from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.weights import save_model
+from recipes.dpo import DpoSettings
+from recipes.pretrain import PretrainSettings
+from recipes.sft import SftSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    """The suite is sized for two cores; more threads on larger machines would only change summation orders."""
-    torch.set_num_threads(2)
+def _one_thread():
+    """Arrays of these sizes gain nothing from a second thread, and waiting for it on a busy machine costs more than they do."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +44,125 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+WORDS = ("the", "cat", "sees", "a", "red", "dog", "and", "it", "runs", "ねこ", "は", "赤い", "いぬ", "を", "見る", "です")
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer folder of 340 pieces: those of a few words in two languages, and every byte."""
+    rng = random.Random(0)
+    lines = [sentence(rng, 8) for _ in range(100)] + ["[INST] say [/INST] it"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=340, character_coverage=1.0,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer_folder(folder, model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A Hugging Face folder: two layers of width 32 with a window of 16 over 340 pieces in 384 rows, and the tokenizer."""
+    config = MistralConfig(
+        vocab_size=384, unpadded_vocab_size=340, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=128,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = Mistral(config)
+    initialize(model, 1)
+    folder = tmp_path_factory.mktemp("model")
+    save_model(model, folder)
+    write_tokenizer_folder(folder, (tiny_tokenizer / "tokenizer.model").read_bytes())
+    return folder
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Prepared folders of each kind. Some texts are longer than a context of 32; every pair fits one of 64."""
+
+    text: Path
+    text_heldout: Path
+    conversations: Path
+    conversations_heldout: Path
+    preferences: Path
+    preferences_heldout: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_tokenizer, tmp_path_factory) -> TinyData:
+    tokenizer = Tokenizer.load(tiny_tokenizer)
+    root = tmp_path_factory.mktemp("data")
+    rng = random.Random(1)
+
+    def write(name: str, kind: str, documents: list) -> Path:
+        folder = root / name
+        folder.mkdir()
+        with DatasetWriter(
+            folder, kind, vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint
+        ) as writer:
+            for document in documents:
+                writer.add(*document)
+            writer.finish()
+        return folder
+
+    def text():
+        return ([tokenizer.bos_id, *tokenizer.encode(sentence(rng, rng.randint(2, 30))), tokenizer.eos_id],)
+
+    def conversation(turns: int):
+        messages = []
+        for _ in range(turns):
+            messages.append({"role": "user", "content": sentence(rng, rng.randint(1, 4))})
+            messages.append({"role": "assistant", "content": sentence(rng, rng.randint(1, 6))})
+        chat = encode_chat(tokenizer, messages)
+        return chat.ids, chat.trained
+
+    def pair() -> list:
+        question = {"role": "user", "content": sentence(rng, rng.randint(1, 4))}
+        prompt = len(encode_prompt(tokenizer, [question]))
+        sides = []
+        for start in ("it runs", "ねこ は"):
+            answer = {"role": "assistant", "content": f"{start} {sentence(rng, rng.randint(1, 8))}"}
+            chat = encode_chat(tokenizer, [question, answer])
+            sides.append((chat.ids, chat.trained, prompt))
+        return sides
+
+    def pairs(count: int) -> list:
+        return [side for _ in range(count) for side in pair()]
+
+    return TinyData(
+        text=write("text", "text", [text() for _ in range(80)]),
+        text_heldout=write("text-heldout", "text", [text() for _ in range(8)]),
+        conversations=write("conversations", "conversations", [conversation(rng.randint(1, 2)) for _ in range(60)]),
+        conversations_heldout=write("conversations-heldout", "conversations", [conversation(1) for _ in range(8)]),
+        preferences=write("preferences", "preferences", pairs(32)),
+        preferences_heldout=write("preferences-heldout", "preferences", pairs(6)),
+    )
+
+
+@pytest.fixture
+def tiny_settings(tiny_model, tiny_data):
+    """tiny_settings(stage, out, **changes) -> settings of "pretrain", "sft" or "dpo": six steps, held-out data, a log line
+    every other step."""
+
+    def make(stage: str, out: Path, **changes):
+        settings_class, data, heldout, sizes = {
+            "pretrain": (PretrainSettings, tiny_data.text, tiny_data.text_heldout, (32, 256)),
+            "sft": (SftSettings, tiny_data.conversations, tiny_data.conversations_heldout, (64, 256)),
+            "dpo": (DpoSettings, tiny_data.preferences, tiny_data.preferences_heldout, (64, 4)),
+        }[stage]
+        table = {
+            "model": str(tiny_model), "out": str(out), "sources": [{"path": str(data)}], "heldout": [str(heldout)],
+            "context_length": sizes[0], "step_size": sizes[1], "pack_tokens": 128, "steps": 6, "device": "cpu",
+            "schedule": {"peak": 3e-3, "warmup_steps": 2}, "log": {"every": 2},
+        }  # fmt: skip
+        return from_table(settings_class, table | changes)
+
+    return make
