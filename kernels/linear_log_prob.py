@@ -69,16 +69,13 @@ class _LinearLogProb(torch.autograd.Function):
         head = weight_VD[:vocab_size]
         wide = accumulation_dtype(hidden_TD.dtype)
         chunk = max(1, budget_bytes // (wide.itemsize * vocab_size))
-        log_normalizer_N = torch.empty(len(rows), dtype=wide, device=hidden_TD.device)
-        log_prob_N = torch.empty_like(log_normalizer_N)
+        log_prob_N = torch.empty(len(rows), dtype=wide, device=hidden_TD.device)
         kept = None
         for part in torch.arange(len(rows), device=rows.device).split(chunk):
-            logits = wide_product(hidden_ND[part], head)
-            log_normalizer_N[part] = logits.logsumexp(dim=-1)
-            log_prob_N[part] = logits.gather(1, target_N[part, None])[:, 0] - log_normalizer_N[part]
-            kept = logits if len(part) == len(rows) else None
+            log_prob_N[part], *kept = _log_probs_and_weights(hidden_ND[part], head, target_N[part])
+            kept = kept if len(part) == len(rows) else None
         needs_backward = hidden_TD.requires_grad or weight_VD.requires_grad
-        ctx.save_for_backward(hidden_ND, weight_VD, target_N, rows, log_normalizer_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, rows)
         ctx.kept = kept if needs_backward else None
         ctx.shape, ctx.vocab_size, ctx.chunk, ctx.spent = hidden_TD.shape, vocab_size, chunk, False
         log_prob_T = torch.zeros(hidden_TD.shape[0], dtype=wide, device=hidden_TD.device)
@@ -90,15 +87,15 @@ class _LinearLogProb(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("linear_log_prob: a second backward pass; the kept logits were overwritten by the first")
         ctx.spent = True
-        hidden_ND, weight_VD, target_N, rows, log_normalizer_N = ctx.saved_tensors
+        hidden_ND, weight_VD, target_N, rows = ctx.saved_tensors
         head, dtype = weight_VD[: ctx.vocab_size], weight_VD.dtype
         grad_N = grad_T[rows]
         grad_hidden_TD = grad_T.new_zeros(ctx.shape, dtype=hidden_ND.dtype) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         for part in torch.arange(len(rows), device=rows.device).split(ctx.chunk):
-            logits = wide_product(hidden_ND[part], head) if ctx.kept is None else ctx.kept
+            weights_NV, total_N = ctx.kept or _log_probs_and_weights(hidden_ND[part], head, target_N[part])[1:]
             # d log_prob / d logits = Y - P, times the row's incoming gradient.
-            grad_logits = logits.sub_(log_normalizer_N[part, None]).exp_().mul_(-grad_N[part, None])
+            grad_logits = weights_NV.mul_((-grad_N[part] / total_N)[:, None])
             grad_logits.scatter_add_(1, target_N[part, None], grad_N[part, None])
             grad_logits = grad_logits.to(dtype)
             if grad_hidden_TD is not None:
@@ -107,6 +104,16 @@ class _LinearLogProb(torch.autograd.Function):
                 grad_weight_VD[: ctx.vocab_size].addmm_(grad_logits.T, hidden_ND[part])
         ctx.kept = None
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
+
+
+def _log_probs_and_weights(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs [N], exp(logits - row maximum) [N, V], its row sums [N]); one exponential a logit serves both passes."""
+    logits_NV = wide_product(hidden_ND, head_VD)
+    target_logit_N = logits_NV.gather(1, target_N[:, None])[:, 0]
+    peak_N = logits_NV.amax(dim=-1)
+    weights_NV = logits_NV.sub_(peak_N[:, None]).exp_()
+    total_N = weights_NV.sum(dim=-1)
+    return target_logit_N - peak_N - total_N.log(), weights_NV, total_N
 
 
 def _check_targets(rows: Tensor, target_N: Tensor, vocab_size: int) -> None:
