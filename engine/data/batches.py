@@ -141,11 +141,16 @@ def evaluation_batches(dataset: TokenDataset, *, context_length: int, pack_token
     """Every document (pair) of a dataset, or the first `limit`, in order, once; packed next-fit, so that order holds.
 
     Long documents are split as in training. Pairs with a side longer than the context are left out with a warning.
+    Raises: ValueError where nothing is left, `limit` is below 1, or a segment (pair) exceeds `pack_tokens`.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit}: must be at least 1")
     table = SegmentTable(dataset, context_length)
     if table.paired and table.skipped:
         warnings.warn(f"{dataset.folder}: {table.skipped} of {len(dataset) // 2} pairs are longer than context_length = "
                       f"{context_length} and left out of the evaluation", stacklevel=2)
+    if not len(table):
+        raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
     document, start, places = table.locate(np.arange(len(table)))
     if limit is not None:
         keep = document < limit * (2 if table.paired else 1)

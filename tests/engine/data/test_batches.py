@@ -218,6 +218,10 @@ def test_evaluation_of_pairs(write_dataset):
     assert [batch.pair_D.tolist() for batch in batches] == [[0, 0], [2, 2]]
     with pytest.raises(ValueError, match="pack_tokens = 6"):
         evaluation_batches(dataset, context_length=40, pack_tokens=6)
+    with pytest.raises(ValueError, match="limit = 0"):
+        evaluation_batches(dataset, context_length=40, pack_tokens=60, limit=0)
+    with pytest.warns(UserWarning, match="3 of 3"), pytest.raises(ValueError, match="nothing to evaluate on within context_length = 2"):
+        evaluation_batches(dataset, context_length=2, pack_tokens=60)
 
 
 def test_to_keeps_the_content(write_dataset):
