@@ -15,11 +15,15 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("triton", "sentencepiece", "numpy", "safetensors", "tokenizers", "flash-attn", "datasets", "transformers")
 
 
+class DeviceError(RuntimeError):
+    """The device that a run would use is not there or not usable."""
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a run.
 
     Args: name: auto (CUDA if there is a GPU, else CPU), cpu or cuda.
-    Raises: RuntimeError when a GPU is asked for, or present with auto, but the installed torch cannot use it: a run that
+    Raises: DeviceError when a GPU is asked for, or present with auto, but the installed torch cannot use it: a run that
         quietly takes the CPU instead would waste days. The message names driver, build and remedy.
     """
     if name == "cpu":
@@ -27,19 +31,27 @@ def choose_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         problem = _gpu_problem()
         if problem:
-            raise RuntimeError(problem)
+            raise DeviceError(problem)
         return torch.device("cuda")
     driver = nvidia_driver()
     if name == "auto" and driver is None:
         return torch.device("cpu")
     if driver is None:
-        raise RuntimeError("device = cuda: no NVIDIA driver is loaded on this machine; install one, or use device = cpu")
+        raise DeviceError("device = cuda: no NVIDIA driver is loaded on this machine; install one, or use device = cpu")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     remedy = "install the CUDA build of torch" if not torch.version.cuda else "update the driver to one for this CUDA version"
-    raise RuntimeError(
+    raise DeviceError(
         f"an NVIDIA GPU is present (driver {driver}) but torch {torch.__version__} (built for {build}) cannot use it: "
         f"{remedy}, or use device = cpu"
     )
+
+
+def use_deterministic_algorithms() -> None:
+    """Let a resumed run repeat bit for bit on CUDA too: fixed orders of addition in torch's own operators and in cuBLAS."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # This mode also fills every new tensor with NaN, which would cost bandwidth and decide nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def nvidia_driver() -> str | None:
@@ -94,7 +106,7 @@ def report() -> list[tuple[str, str]]:
     rows.append(("Python header", str(python_header()) if python_header().is_file() else f"{python_header()} is missing"))
     try:
         rows.append(("device used", str(choose_device("auto"))))
-    except RuntimeError as error:
+    except DeviceError as error:
         rows.append(("device used", f"none: {error}"))
     return rows
 

@@ -11,7 +11,7 @@ from engine.checkpoint import TrainingState, newest_checkpoint, read_state
 from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
-from engine.environment import choose_device
+from engine.environment import choose_device, use_deterministic_algorithms
 from engine.settings import FREE_ON_RESUME, TrainSettings
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Mistral, initialize
@@ -70,6 +70,8 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
     Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
     """
     device = choose_device(settings.device)
+    if device.type == "cuda":
+        use_deterministic_algorithms()
     dtype = _dtype(settings.dtype, device)
     tokenizer = Tokenizer.load(_tokenizer_folder(settings))
     config = _config(settings, tokenizer)

@@ -96,7 +96,8 @@ class _LinearLogProb(torch.autograd.Function):
             weights_NV, total_N = ctx.kept or _log_probs_and_weights(hidden_ND[part], head, target_N[part])[1:]
             # d log_prob / d logits = Y - P, times the row's incoming gradient.
             grad_logits = weights_NV.mul_((-grad_N[part] / total_N)[:, None])
-            grad_logits.scatter_add_(1, target_N[part, None], grad_N[part, None])
+            # No scatter_add: on CUDA its order of additions is not fixed.
+            grad_logits[torch.arange(len(part), device=part.device), target_N[part]] += grad_N[part]
             grad_logits = grad_logits.to(dtype)
             if grad_hidden_TD is not None:
                 grad_hidden_TD[rows[part]] = grad_logits @ head
