@@ -23,7 +23,7 @@ from model.config import read_json
 from model.folder import complete_folder, write_file
 from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import MAX_SHARD_BYTES, save_model, save_tensors
+from model.weights import MAX_SHARD_BYTES, resolve_folder, save_model, save_tensors
 
 STATE = Path("training") / "state.json"
 
@@ -42,6 +42,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `out`/step-N, point `out`/latest at it, and remove all but the newest `keep`. Returns its path."""
     folder = out / f"step-{state.step:08d}"
+    for debris in out.glob(".step-*"):
+        # What a killed run was writing or removing; nothing else would free its disk space.
+        shutil.rmtree(debris)
     with complete_folder(folder, overwrite=True) as partial:
         save_model(model, partial)
         write_tokenizer_folder(partial, tokenizer.model_bytes)
@@ -71,13 +74,21 @@ def newest_checkpoint(out: str | Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def model_folder(name: str) -> Path:
+    """The Hugging Face folder that a model's name means: a run folder's newest checkpoint, else what `resolve_folder` says."""
+    return newest_checkpoint(name) or resolve_folder(name)
+
+
 def read_state(folder: Path) -> TrainingState:
     """The state of a checkpoint, after checking that every file is there in its full size.
 
     Raises: FileNotFoundError or ValueError naming the file; the remedy is to delete the folder, the one before it then counts.
     """
     remedy = _remedy(folder)
-    table = read_json(folder / STATE)
+    try:
+        table = read_json(folder / STATE)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; {remedy}") from None
     try:
         state = TrainingState(table["step"], table["settings"], table["plan"])
         files = table["files"]

@@ -1,13 +1,15 @@
 """A run before its first step: everything opened and checked, so that what is wrong is said before work starts."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.checkpoint import TrainingState, newest_checkpoint, read_state
+from engine.checkpoint import TrainingState, model_folder, newest_checkpoint, read_state
 from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
@@ -16,7 +18,7 @@ from engine.settings import FREE_ON_RESUME, TrainSettings
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Mistral, initialize
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import load_model, resolve_folder
+from model.weights import load_model
 
 PRESET = "preset:"
 
@@ -46,7 +48,9 @@ class Run:
         return self.settings.pack_tokens or sides * self.settings.context_length
 
     def state(self, step: int) -> TrainingState:
-        return TrainingState(step, to_table(self.settings), self.plan.fingerprint)
+        # As resolved: `auto` on another machine may be another dtype, which would drop or lack the masters' low bits.
+        dtype = str(self.dtype).removeprefix("torch.")
+        return TrainingState(step, {**to_table(self.settings), "dtype": dtype}, self.plan.fingerprint)
 
     def load_model(self) -> Mistral:
         """The model to continue with: the checkpoint's, else the one that the run starts from."""
@@ -57,7 +61,7 @@ class Run:
     def load_initial_model(self) -> Mistral:
         """The model that the run starts (or started) from; for preference tuning that is the reference."""
         if not self.settings.model.startswith(PRESET):
-            return load_model(resolve_folder(self.settings.model), dtype=self.dtype, device=self.device)
+            return load_model(model_folder(self.settings.model), dtype=self.dtype, device=self.device)
         model = Mistral(self.config)
         initialize(model, self.settings.seed)
         return model.to(device=self.device, dtype=self.dtype)
@@ -69,6 +73,11 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
     Args: kinds: of datasets that the objective can train on.
     Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: training runs in one process; start it with --nproc-per-node 1"
+        )
+    _check_writable(Path(settings.out))
     device = choose_device(settings.device)
     if device.type == "cuda":
         use_deterministic_algorithms()
@@ -104,6 +113,15 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
     return dataclasses.replace(run, checkpoint=checkpoint, start=state.step)
 
 
+def _check_writable(out: Path) -> None:
+    """Refuse a run folder that could not be made, before hours of work depend on it."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{out}: cannot be written: {existing} is not a folder; choose another out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out}: cannot be written: no permission for {existing}; choose another out")
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -112,19 +130,22 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _tokenizer_folder(settings: TrainSettings) -> Path:
     if settings.tokenizer:
-        return resolve_folder(settings.tokenizer)
+        return model_folder(settings.tokenizer)
     if settings.model.startswith(PRESET):
         raise ValueError(f"model = {settings.model}: a preset has no tokenizer; name its folder as tokenizer")
-    return resolve_folder(settings.model)
+    return model_folder(settings.model)
 
 
 def _config(settings: TrainSettings, tokenizer: Tokenizer) -> MistralConfig:
     if settings.model.startswith(PRESET):
-        rows = (tokenizer.vocab_size + 127) // 128 * 128
         return dataclasses.replace(
-            preset(settings.model.removeprefix(PRESET)), vocab_size=rows, unpadded_vocab_size=tokenizer.vocab_size
+            preset(settings.model.removeprefix(PRESET)),
+            vocab_size=(tokenizer.vocab_size + 127) // 128 * 128,
+            unpadded_vocab_size=tokenizer.vocab_size,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
         )
-    config = read_config(resolve_folder(settings.model))
+    config = read_config(model_folder(settings.model))
     if config.unpadded_vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model} only {config.unpadded_vocab_size}; "
@@ -144,18 +165,24 @@ def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> To
 
 def _check_same_run(run: Run, state: TrainingState) -> None:
     now = run.state(0)
-    for key in sorted({*now.settings, *state.settings} - FREE_ON_RESUME):
-        # Through the same JSON as the saved ones: tuples become lists there.
-        if _plain(now.settings.get(key)) != _plain(state.settings.get(key)):
+    asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
+    for name in sorted({*asked, *began}):
+        if asked.get(name) != began.get(name) and name.split(".")[0] not in FREE_ON_RESUME:
             raise ValueError(
-                f"{run.out}: holds a run with {key} = {state.settings.get(key)!r}, asked for is {now.settings.get(key)!r}; "
+                f"{run.out}: holds a run with {name} = {began.get(name)!r}, asked for is {asked.get(name)!r}; "
                 "choose another out, or the settings that it began with"
             )
     if now.plan != state.plan:
         raise ValueError(f"{run.out}: the prepared data changed since this run began; restore it or choose another out")
 
 
-def _plain(value: Any) -> Any:
+def _named(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of nested tables and lists by its dotted name."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        for key, inner in value.items():
+            yield from _named(inner, f"{prefix}{key}.")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from _named(inner, f"{prefix}{index}.")
+    else:
+        yield prefix.removesuffix("."), value

@@ -10,7 +10,7 @@ from engine.schedule import ScheduleSettings
 
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
-    {"pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints", "log",
+    {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints", "log",
      "resume", "dry_run", "reference_cache"}
 )  # fmt: skip
 
@@ -20,7 +20,7 @@ class TrainSettings:
     """Settings that the training recipes share."""
 
     model: str
-    """Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights."""
+    """Run folder (its newest checkpoint), Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights."""
     out: str
     """Run folder: config.toml, metrics.jsonl, tensorboard, checkpoints."""
     sources: tuple[Source, ...]

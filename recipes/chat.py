@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
-from engine.checkpoint import newest_checkpoint
+from engine.checkpoint import model_folder
 from engine.environment import choose_device
 from model.generate import Sampling, generate
 from model.mistral import Mistral
 from model.vocabulary.chat import Message, encode_prompt
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
-from model.weights import load_model, resolve_folder
+from model.weights import load_model
 from recipes.command import command
 
 with contextlib.suppress(ImportError):
@@ -194,7 +194,7 @@ def remark(text: str) -> None:
 def run(settings: ChatSettings) -> None:
     """Answer the prompt, or each line of standard input."""
     device = choose_device(settings.device)
-    folder = newest_checkpoint(settings.model) or resolve_folder(settings.model)
+    folder = model_folder(settings.model)
     tokenizer = Tokenizer.load(folder)
     name = settings.dtype if settings.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     model = load_model(folder, dtype=getattr(torch, name), device=device)

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from engine.checkpoint import model_folder
 from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
 from model.config import read_config
@@ -26,7 +27,6 @@ from model.vocabulary.merge import check_base, extend, unreachable
 from model.vocabulary.resize import Method, check_rows, padded_size, resize_model
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
 from model.vocabulary.train import is_japanese, sample
-from model.weights import resolve_folder
 from recipes.command import command
 
 HELDOUT_SHARE = 0.02
@@ -50,7 +50,7 @@ class VocabularySettings:
     heldout: tuple[str, ...] = ()
     """Text to measure on, never trained on; default: 2 % of the documents of `text`, held out."""
     model: str | None = None
-    """Model to resize: a Hugging Face Mistral folder, or a hub name owner/name."""
+    """Model to resize: a run folder (its newest checkpoint), a Hugging Face Mistral folder, or a hub name owner/name."""
     model_out: str | None = None
     """Folder to write the resized model to, with its tokenizer."""
     method: Method | None = None
@@ -93,7 +93,7 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
     """
     clock = _Clock()
     find_sources(settings.text, TEXT_SUFFIXES)
-    model = None if settings.model is None else resolve_folder(settings.model)
+    model = None if settings.model is None else model_folder(settings.model)
     base, base_name = _base(settings, model)
     new_pieces = _new_pieces(settings, check_base(base.model_bytes, base_name))
     if model is not None:
@@ -103,7 +103,7 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
     with ExitStack() as outputs:
         # Entered before the work, so that a folder that cannot be written is refused at once.
         folder = outputs.enter_context(complete_folder(settings.out, overwrite=settings.overwrite))
-        model_folder = settings.model_out and outputs.enter_context(
+        resized_folder = settings.model_out and outputs.enter_context(
             complete_folder(settings.model_out, overwrite=settings.overwrite)
         )
         skipped: Counter[str] = Counter()
@@ -135,9 +135,9 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
         clock.lap("measure")
         write_tokenizer_folder(folder, tokenizer.model_bytes)
         write_file(folder / "vocabulary.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
-        if model is not None and model_folder:
+        if model is not None and resized_folder:
             method = settings.method or "weighted"
-            resize_model(model, model_folder, base, tokenizer, method=method, seed=settings.seed)
+            resize_model(model, resized_folder, base, tokenizer, method=method, seed=settings.seed)
         clock.lap("write")
     report["seconds"] = clock.seconds
     print("\n".join(_lines(report, settings)))
