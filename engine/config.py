@@ -11,7 +11,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,19 +23,25 @@ Settings = TypeVar("Settings")
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Settings:
     """Read settings from an optional TOML file (the first argument that is not an option) and dotted overrides.
 
-    `python -m recipes.sft recipes/tiny/sft1.toml --steps 10 --optimizer.learning-rate 1e-4` is
-    `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`.
+    `python -m recipes.sft recipes/tiny/sft1.toml --steps 10 --schedule.peak 1e-4` is
+    `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`. What the file lacks may come from the overrides,
+    and ranges are checked when both are known.
 
-    A wrong value ends the program with one line on standard error and status 2, as argparse does.
+    Something wrong in the file ends the program with one line on standard error and status 1, on the command line with
+    tyro's message and status 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0].startswith("-"):
-            return tyro.cli(settings_class, args=arguments, prog=prog)
-        default = read_toml(settings_class, arguments.pop(0))
-        return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
+            default = _draft(settings_class, {})
+        elif len(arguments) == 1:
+            return read_toml(settings_class, arguments[0])
+        else:
+            path = Path(arguments.pop(0))
+            default = _in_file(path, _draft, settings_class, _read_table(path))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
 
 
 def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
@@ -45,22 +51,60 @@ def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
     nearest known one), a wrong type or a value out of range.
     """
     path = Path(path)
+    return _in_file(path, from_table, settings_class, _read_table(path))
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
+
+
+def _in_file(path: Path, build: Callable[..., Settings], settings_class: type[Settings], table: dict[str, Any]) -> Settings:
     try:
-        return from_table(settings_class, table)
+        return build(settings_class, table)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: str = "") -> Settings:
     """Build a (nested) dataclass from a TOML table, refusing unknown keys and wrong types by their dotted name."""
+    values = _values(settings_class, table, prefix)
+    missing = [name for name in _required(settings_class) if name not in values]
+    if missing:
+        raise ValueError(f"missing key '{prefix}{missing[0]}'")
+    return settings_class(**values)
+
+
+def _draft(settings_class: type[Settings], table: dict[str, Any]) -> Settings:
+    """What tyro starts from: the table's values, unchecked together and perhaps not complete, as overrides may mend both."""
+    values = _values(settings_class, table, "")
     hints = typing.get_type_hints(settings_class)
-    fields = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    for name in _required(settings_class):
+        # Tables of a list cannot be given on a command line, where tyro would refuse even to show the help.
+        tables = typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0])
+        values.setdefault(name, () if tables else tyro.MISSING)
+    draft = object.__new__(settings_class)
+    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        object.__setattr__(draft, field.name, values.get(field.name, default))
+    return draft
+
+
+def _required(settings_class: type) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(settings_class)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(settings_class)
+    fields = {field.name for field in dataclasses.fields(settings_class)}
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -68,15 +112,7 @@ def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: st
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             raise ValueError(f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{nearest[0]}'")
         values[name] = _convert(hints[name], value, prefix + key)
-    missing = [
-        prefix + field.name
-        for field in dataclasses.fields(settings_class)  # type: ignore[arg-type]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        and field.name not in values
-    ]
-    if missing:
-        raise ValueError(f"missing key '{missing[0]}'")
-    return settings_class(**values)
+    return values
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
