@@ -20,11 +20,11 @@ from engine.data.dataset import TokenDataset
 from engine.objectives.preference import reference_log_probs
 from engine.run import Run
 from model.config import read_json
-from model.folder import write_file
+from model.folder import sync, write_file
 from model.mistral import Mistral
 from model.weights import save_tensors
 
-# Which file serves which set, so that a resumed run need not load the reference to find out.
+# The reference's hash, so that a resumed run finds its tables without loading it.
 MANIFEST = "reference.json"
 
 
@@ -36,26 +36,40 @@ def reference_tables(
     Args: sets: name -> (dataset, its pairs in micro-batches); cache: folder of the files.
     Returns: name -> float32 [pairs, 2] of (chosen, rejected), NaN for a pair in no micro-batch; and the model of the run's
         next step: the reference itself for a fresh run, the checkpoint's for a resumed one.
+    Raises: ValueError when a resumed run needs the reference's weights and they are not those that it began with.
     """
     manifest = run.out / MANIFEST
+    model: Mistral | None = None
     if run.checkpoint is not None and manifest.is_file():
-        files = read_json(manifest)
-        tables = {name: _read(cache / files.get(name, ""), len(dataset) // 2) for name, (dataset, _) in sets.items()}
-        if all(table is not None for table in tables.values()):
-            return {name: table for name, table in tables.items() if table is not None}, run.load_model()
-    model = run.load_initial_model()
-    weights = weights_hash(model)
-    tables, files = {}, {}
+        weights = read_json(manifest).get("weights", "")
+    else:
+        model = run.load_initial_model()
+        weights = weights_hash(model)
+    tables: dict[str, Tensor] = {}
     for name, (dataset, batches) in sets.items():
         path = cache / f"{_key(run, weights, dataset, batches)}.safetensors"
         table = _read(path, len(dataset) // 2)
         if table is None:
+            if model is None:
+                model = run.load_initial_model()
+                _check_unchanged(run, weights_hash(model), weights)
             table = _compute(model, name, dataset, batches)
             _write(path, table)
-        tables[name], files[name] = table, path.name
-    run.out.mkdir(parents=True, exist_ok=True)
-    write_file(manifest, json.dumps(files, indent=2) + "\n")
-    return tables, model if run.checkpoint is None else run.load_model()  # type: ignore[return-value]
+        tables[name] = table
+    if run.checkpoint is None:
+        assert model is not None
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_file(manifest, json.dumps({"weights": weights}) + "\n")
+        return tables, model
+    return tables, run.load_model()
+
+
+def _check_unchanged(run: Run, weights: str, began_with: str) -> None:
+    if weights != began_with:
+        raise ValueError(
+            f"model = {run.settings.model}: its weights are not those that the run in {run.out} began with as its reference; "
+            "restore them or choose another out"
+        )
 
 
 def weights_hash(model: Mistral) -> str:
@@ -96,4 +110,5 @@ def _write(path: Path, table: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     save_tensors({"log_probs": table.contiguous()}, partial)
+    sync(partial)
     partial.replace(path)
