@@ -51,9 +51,11 @@ class Metrics:
     ) -> None:
         self.settings, self.steps, self.peak_flops = settings, steps, peak_flops
         self._file = out / "metrics.jsonl"
-        _drop_lines_after(self._file, start)
+        # A fresh run evaluates before its first step, so nothing that an earlier attempt left counts, not even step 0.
+        kept = start if start else -1
+        _drop_lines_after(self._file, kept)
         if settings.tensorboard:
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=kept + 1)
         self._wandb = _start_wandb(settings.wandb, out, config) if settings.wandb else None
         self._pending: list[StepRecord] = []
         self._interval_start = time.perf_counter()

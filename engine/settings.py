@@ -10,8 +10,8 @@ from engine.schedule import ScheduleSettings
 
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
-    {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints", "log",
-     "resume", "dry_run", "reference_cache"}
+    {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+     "log", "resume", "dry_run", "reference_cache"}
 )  # fmt: skip
 
 
