@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from engine.config import parse
+from engine.environment import DeviceError
 
 Settings = TypeVar("Settings")
 
@@ -14,8 +15,9 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
     settings = parse(settings_class, argv, prog=prog)
     try:
         run(settings)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if type(error).__module__ != "builtins":
+    except (ValueError, OSError, FloatingPointError, DeviceError) as error:
+        # A library's own error class was not written for our user.
+        if type(error).__module__ not in ("builtins", DeviceError.__module__):
             raise
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

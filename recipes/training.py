@@ -30,8 +30,11 @@ def train_next_token(run: Run, objective: NextToken) -> Path | None:
 
 
 def heldout_batches(run: Run, dataset: TokenDataset):
-    """A held-out set in micro-batches of the run's size."""
+    """A held-out set in micro-batches of the run's size. Raises: ValueError where none of it fits the context."""
     settings = run.settings
-    return evaluation_batches(
+    batches = evaluation_batches(
         dataset, context_length=settings.context_length, pack_tokens=run.pack_tokens, limit=settings.heldout_limit
     )
+    if not batches:
+        raise ValueError(f"{dataset.folder}: nothing to evaluate within context_length = {settings.context_length}; raise it")
+    return batches
