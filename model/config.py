@@ -42,8 +42,13 @@ class MistralConfig:
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings",
         ):
+            _check_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be a number")
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} must be a multiple of "
@@ -51,12 +56,15 @@ class MistralConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: must be even, rotary embedding pairs its halves")
+        _check_integer("unpadded_vocab_size", self.unpadded_vocab_size)
         if not 0 < self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"unpadded_vocab_size = {self.unpadded_vocab_size}: must lie in 1 .. vocab_size = {self.vocab_size}"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window = {self.sliding_window}: must be at least 1, or null for no window")
+        if self.sliding_window is not None:
+            _check_integer("sliding_window", self.sliding_window)
+            if self.sliding_window < 1:
+                raise ValueError(f"sliding_window = {self.sliding_window}: must be at least 1, or null for no window")
 
     @property
     def parameters(self) -> int:
@@ -66,6 +74,11 @@ class MistralConfig:
         feed_forward = 3 * self.hidden_size * self.intermediate_size
         layer = attention + feed_forward + 2 * self.hidden_size
         return self.num_hidden_layers * layer + (2 * self.vocab_size + 1) * self.hidden_size
+
+
+def _check_integer(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise ValueError(f"{name} = {value!r}: must be an integer")
 
 
 MISTRAL_7B = MistralConfig()
@@ -115,6 +128,8 @@ def read_config(folder: str | Path) -> MistralConfig:
     if table.get("model_type") != "mistral":
         raise ValueError(f"{path}: model_type is {table.get('model_type')!r}; only 'mistral' models can be read")
     rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters = {rope!r}: must be an object")
     unsupported = {
         "hidden_act": table.get("hidden_act", "silu") not in ("silu", "swish"),
         "tie_word_embeddings": table.get("tie_word_embeddings", False),
@@ -126,6 +141,7 @@ def read_config(folder: str | Path) -> MistralConfig:
         if wrong:
             raise ValueError(f"{path}: {key} = {table.get(key, rope)!r} is not supported by this model")
     try:
+        # What an absent key means is the default of transformers' MistralConfig, not that of ours.
         heads, width = table["num_attention_heads"], table["hidden_size"]
         return MistralConfig(
             vocab_size=table["vocab_size"],
@@ -134,11 +150,11 @@ def read_config(folder: str | Path) -> MistralConfig:
             intermediate_size=table["intermediate_size"],
             num_hidden_layers=table["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=table.get("num_key_value_heads") or heads,
+            num_key_value_heads=table.get("num_key_value_heads", 8) or heads,
             head_dim=table.get("head_dim") or width // heads,
             rms_norm_eps=table.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", table.get("rope_theta", 10000.0))),
-            sliding_window=table.get("sliding_window"),
+            rope_theta=rope.get("rope_theta", table.get("rope_theta", 10000.0)),
+            sliding_window=table.get("sliding_window", 4096),
             max_position_embeddings=table.get("max_position_embeddings", 4096 * 32),
             initializer_range=table.get("initializer_range", 0.02),
             bos_token_id=table.get("bos_token_id", 1),
@@ -146,6 +162,10 @@ def read_config(folder: str | Path) -> MistralConfig:
         )
     except KeyError as error:
         raise ValueError(f"{path}: key {error} is missing") from None
+    except (TypeError, ZeroDivisionError):
+        raise ValueError(
+            f"{path}: hidden_size = {width!r} and num_attention_heads = {heads!r}: must be positive integers"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

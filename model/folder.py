@@ -18,20 +18,22 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     Raises: FileExistsError when `path` exists and `overwrite` is false; PermissionError or OSError naming `path` when it cannot
         be written. On any error inside the block the hidden folder is removed and `path` is left as it was.
     """
-    path = Path(path)
+    # A link's target is replaced, not the link.
+    given, path = Path(path), Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{given}: is a file; name a folder")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already; name another folder or ask to overwrite it")
+        raise FileExistsError(f"{given}: exists already; name another folder or ask to overwrite it")
     partial = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise type(error)(f"{path}: cannot be written: {error.strerror or error}; choose a writable folder") from None
+        raise type(error)(f"{given}: cannot be written: {error.strerror or error}; choose a writable folder") from None
     try:
         yield partial
-        for file in sorted(partial.rglob("*")):
-            if file.is_file():
-                sync(file)
+        for entry in (*partial.rglob("*"), partial):
+            sync(entry)
         replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

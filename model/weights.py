@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,8 +38,8 @@ def resolve_folder(name: str | Path) -> Path:
         raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name)")
     try:
         return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's, the operating system's, or whatever its HTTP client of the day raises
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
             f"{name}: no such local folder, and it could not be had from the hub: {reason}. "
             "Check the name and the network, or download it elsewhere and give its path"
@@ -63,6 +62,8 @@ class TensorFolder:
             self._file_of: dict[str, str] = read_json(index).get("weight_map", {})
             if not self._file_of:
                 raise ValueError(f"{index}: holds no weight_map; the folder is incomplete, fetch or export it again")
+            if not isinstance(self._file_of, dict) or not all(isinstance(file, str) for file in self._file_of.values()):
+                raise ValueError(f"{index}: weight_map must give a file name for each weight; fetch or export the folder again")
         elif single.is_file():
             self._file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
         else:

@@ -1,0 +1,370 @@
+"""Weights on disk: in and out against safetensors and `transformers`, and every way in which a folder can be wrong."""
+
+import hashlib
+import json
+import struct
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import model.weights as weights
+from model.config import read_config
+from model.weights import TensorFolder, load_model, read_tensors, resolve_folder, save_model, write_tensors
+
+SINGLE = "model.safetensors"
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def index_of(folder: Path) -> dict:
+    return json.loads((folder / weights.INDEX_NAME).read_text())
+
+
+def edit_index(folder: Path, change) -> None:
+    index = index_of(folder)
+    change(index)
+    (folder / weights.INDEX_NAME).write_text(json.dumps(index))
+
+
+@pytest.fixture
+def exported(small_model, tmp_path) -> Path:
+    """A folder of several shards."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    save_model(small_model(), folder, max_shard_bytes=8192)
+    assert len(shards(folder)) > 2
+    return folder
+
+
+@pytest.fixture
+def single(small_model, tmp_path, exported) -> Path:
+    """The same weights in one file without an index, as small models are published."""
+    folder = tmp_path / "single"
+    folder.mkdir()
+    tensors = dict(read_tensors(exported))
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((exported / "config.json").read_bytes())
+    return folder
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors of a single-file folder."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+@pytest.mark.parametrize("limit", [1, 8192, 2**30])
+def test_what_was_saved_is_loaded_whatever_the_shards(small_model, tmp_path, limit):
+    model = small_model(vocab_size=128, unpadded_vocab_size=100)
+    save_model(model, tmp_path, max_shard_bytes=limit)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("limit", [1, 8192, 2**30])
+def test_shards_and_index_are_as_transformers_expects(small_model, tmp_path, limit):
+    model = small_model()
+    save_model(model, tmp_path, max_shard_bytes=limit)
+    files = shards(tmp_path)
+    assert [file.name for file in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    reference, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    index = index_of(tmp_path)
+    assert index["weight_map"].keys() == reference.state_dict().keys()
+    assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in model.parameters())
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            names = set(handle.keys())
+            assert handle.metadata() == {"format": "pt"}
+        assert names == {name for name, shard in index["weight_map"].items() if shard == file.name}
+        size = sum(tensor.nbytes for tensor in load_file(file).values())
+        assert size <= limit or len(names) == 1
+
+
+def test_shards_of_transformers_are_read(small_model, reference_of, tmp_path):
+    model = small_model()
+    folder = tmp_path / "theirs"
+    reference_of(model).save_pretrained(folder, max_shard_size="10KB")
+    assert len(shards(folder)) > 2
+    loaded = load_model(folder)
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_second_export_is_byte_identical(small_model, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    for folder in (first, second, third):
+        folder.mkdir()
+    save_model(small_model(), first, max_shard_bytes=8192)
+    save_model(small_model(), second, max_shard_bytes=8192)
+    save_model(load_model(first), third, max_shard_bytes=8192)
+    assert len(content(first)) > 4
+    assert content(first) == content(second) == content(third)
+
+
+def test_the_dtype_is_rounded_to_once_and_declared(small_model, tmp_path):
+    model = small_model()
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = dict(read_tensors(tmp_path))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert torch.equal(stored["lm_head.weight"], model.lm_head.weight.to(torch.bfloat16))
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    # Without a dtype, the model's own.
+    save_model(model.to(torch.float16), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_packed_matrices_are_the_stacked_ones_of_hugging_face(small_model, tmp_path):
+    model = small_model()
+    save_model(model, tmp_path)
+    stored = dict(read_tensors(tmp_path))
+    for layer, block in enumerate(model.layers):
+        prefix = f"model.layers.{layer}"
+        qkv = [stored[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"]
+        assert [len(rows) for rows in qkv] == [32, 16, 16]
+        assert torch.equal(torch.cat(qkv), block.self_attn.qkv_proj.weight)
+        gate_up = [stored[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(torch.cat(gate_up), block.mlp.gate_up_proj.weight)
+
+
+def test_tensors_are_read_one_at_a_time_under_their_names(exported, small_model):
+    stream = read_tensors(exported)
+    name, first = next(stream)
+    alive = weakref.ref(first)
+    del first
+    names = [name] + [name for name, _ in stream]
+    assert alive() is None
+    assert names == sorted(index_of(exported)["weight_map"])
+
+
+def test_writing_holds_one_shard_at_a_time(tmp_path):
+    shapes = {f"tensor-{i}": (4, 8) for i in range(12)}
+    alive, most = [], []
+
+    def make(name):
+        tensor = torch.full((4, 8), float(name.removeprefix("tensor-")))
+        alive.append(weakref.ref(tensor))
+        most.append(sum(reference() is not None for reference in alive))
+        return tensor
+
+    write_tensors(tmp_path, shapes, torch.float32, make, max_shard_bytes=3 * 4 * 8 * 4)
+    assert len(shards(tmp_path)) == 4
+    # Those of the shard being filled, and what still holds the one before.
+    assert max(most) <= 4
+    assert [float(tensor[0, 0]) for _, tensor in sorted(read_tensors(tmp_path))] == sorted(range(12), key=str)
+
+
+def test_a_tensor_of_another_shape_than_announced_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"a: has shape \[3\], \[2\] was announced"):
+        write_tensors(tmp_path, {"a": (2,)}, torch.float32, lambda _: torch.zeros(3))
+
+
+def test_a_single_file_without_index_is_read(single, small_model):
+    expected = small_model().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(single).state_dict().items())
+
+
+def test_stored_rotary_frequencies_of_old_folders_are_no_surplus(single, small_model):
+    rewrite(single, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert torch.equal(load_model(single).lm_head.weight, small_model().lm_head.weight)
+
+
+def test_a_missing_weight_is_named(single, exported):
+    rewrite(single, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    edit_index(exported, lambda index: index["weight_map"].pop("model.layers.1.mlp.up_proj.weight"))
+    for folder in (single, exported):
+        with pytest.raises(ValueError, match=rf"{folder}: weight model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+            load_model(folder)
+
+
+def test_a_weight_that_the_index_promises_wrongly_is_named(exported):
+    name = "model.norm.weight"
+
+    def elsewhere(index):
+        wrong = next(file.name for file in shards(exported) if file.name != index["weight_map"][name])
+        index["weight_map"][name] = wrong
+
+    edit_index(exported, elsewhere)
+    with pytest.raises(ValueError, match=r"model-.*: does not hold model\.norm\.weight, which the index promises"):
+        load_model(exported)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", (32, 24), [16, 24]),
+        ("model.norm.weight", (25,), [24]),
+        ("lm_head.weight", (64, 24, 1), [64, 24]),
+        ("model.embed_tokens.weight", (63, 24), [64, 24]),
+    ],
+)
+def test_a_wrong_shape_is_named(single, name, shape, expected):
+    rewrite(single, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(ValueError) as error:
+        load_model(single)
+    assert f"{single}: weight {name} has shape {list(shape)}, config.json asks for {expected}" in str(error.value)
+
+
+def test_a_surplus_weight_is_named(single):
+    rewrite(single, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 24)}))
+    with pytest.raises(ValueError, match=r"weight model\.layers\.2\.mlp\.up_proj\.weight has no place in this model"):
+        load_model(single)
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"not a safetensors file at all")
+
+
+def cut(path: Path, left: float) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(left * len(raw))])
+
+
+def claim_a_huge_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [garbage, claim_a_huge_header, *(lambda path, left=left: cut(path, left) for left in (0.0, 0.001, 0.1, 0.5, 0.999))],
+)
+def test_a_truncated_or_foreign_file_is_named(single, exported, damage):
+    damage(single / SINGLE)
+    damage(shards(exported)[1])
+    for folder, file in ((single, SINGLE), (exported, shards(exported)[1].name)):
+        with pytest.raises(ValueError, match=rf"{folder / file}: truncated or not a safetensors file"):
+            load_model(folder)
+        with pytest.raises(ValueError, match=rf"{folder / file}: truncated"):
+            list(read_tensors(folder))
+
+
+def test_a_missing_shard_is_named(exported):
+    missing = shards(exported)[1]
+    missing.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{missing}: named by the index but not there"):
+        load_model(exported)
+
+
+@pytest.mark.parametrize("elsewhere", ["../single/model.safetensors", "/etc/hostname", "sub/../model.safetensors", "", "."])
+def test_an_index_cannot_name_a_file_outside_the_folder(exported, single, elsewhere):
+    edit_index(exported, lambda index: index["weight_map"].update({"model.norm.weight": elsewhere}))
+    with pytest.raises(FileNotFoundError, match="named by the index but not there"):
+        load_model(exported)
+
+
+def test_a_folder_without_weights_says_what_it_lacks(exported):
+    for file in [*shards(exported), exported / weights.INDEX_NAME]:
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"holds neither {weights.INDEX_NAME} nor {SINGLE}"):
+        load_model(exported)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "weight_map": {\n    "a": ,\n', r"index\.json:3: not valid JSON"),
+        ("[]", r"index\.json: must hold a JSON object, holds list"),
+        ("{}", r"index\.json: holds no weight_map"),
+        ('{"weight_map": {}}', r"index\.json: holds no weight_map"),
+        ('{"weight_map": ["a"]}', r"index\.json: .*weight_map"),
+        ('{"weight_map": {"a": 1}}', r"index\.json: .*weight_map"),
+        ("", r"index\.json:1: not valid JSON"),
+    ],
+)
+def test_a_broken_index_is_named_with_its_line(exported, text, message):
+    (exported / weights.INDEX_NAME).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_model(exported)
+
+
+def test_an_index_that_is_not_text_is_named(exported):
+    (exported / weights.INDEX_NAME).write_bytes(b'{"weight_map": "\xff"}')
+    with pytest.raises(ValueError, match=r"index\.json: not UTF-8 text"):
+        TensorFolder(exported)
+
+
+def test_a_folder_is_itself_and_a_mistyped_path_never_reaches_the_hub(tmp_path, monkeypatch):
+    def reach(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(weights, "snapshot_download", reach)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "file").write_text("")
+    assert resolve_folder("runs") == resolve_folder("runs/") == Path("runs")
+    for name in (
+        "run", "./run", "../run", "/no/such/folder", "runs/sft", "runs/sft/step-1", "~/models", "file", "a/b/c", "a b/c",
+    ):  # fmt: skip
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such folder"):
+            resolve_folder(name)
+
+
+def test_a_hub_name_is_downloaded_without_what_is_not_needed(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_folder("augmxnt/shisa-7b-v1") == tmp_path
+    [(name, patterns)] = asked
+    assert name == "augmxnt/shisa-7b-v1"
+    assert {"*.json", "*.safetensors", "tokenizer.model"} <= set(patterns)
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) for pattern in patterns)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        LocalEntryNotFoundError("Got: ConnectError: no route\nPlease check your internet connection."),
+        LocalEntryNotFoundError(""),
+        OSError("no space left"),
+        ValueError("no such repository"),
+        type("ProxyError", (Exception,), {})("the proxy refuses"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_an_unreachable_hub_is_one_line_with_a_remedy(tmp_path, monkeypatch, failure):
+    def download(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        resolve_folder("owner/name")
+    assert str(error.value).startswith("owner/name: no such local folder, and it could not be had from the hub")
+    assert "give its path" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (str(failure).splitlines() or [type(failure).__name__])[0] in str(error.value)
+
+
+def test_exporting_below_a_file_says_so(small_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        save_model(small_model(), tmp_path / "file" / "out")
+
+
+def test_the_loaded_configuration_is_that_of_the_folder(exported):
+    assert load_model(exported).config == read_config(exported)
