@@ -237,3 +237,14 @@ def test_damaged_weights_are_named(small_model):
 def test_wrong_sampling_is_refused_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "heads", "kv_heads"), SHAPES)
+def test_a_gpu_gives_the_greedy_text_of_the_cpu_and_repeats_its_samples(small_model, window, heads, kv_heads):
+    model = small_model(sliding_window=window, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    expected = greedy(model, random_prompt(40), 20)
+    model.to("cuda")
+    assert greedy(model, random_prompt(40), 20) == expected
+    sampling = Sampling(top_p=0.9, min_p=0.01, top_k=40, repetition_penalty=1.1, max_new_tokens=20, seed=3)
+    assert list(generate(model, [1, 2], sampling)) == list(generate(model, [1, 2], sampling))
