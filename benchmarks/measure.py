@@ -1,0 +1,227 @@
+"""What every benchmark shares: how time is taken, what a result says of where it was taken, how a part runs on its own.
+
+A result is one JSON file: {"benchmark", "command", "when", "commit", "machine", "settings", "rows"}. A row is one measured (or
+missing) thing: its own fields, times as {"median", "low", "high", "samples"} with the 20th and 80th percentile. A thing that
+could not be measured is a row with "missing": why. No figure is ever guessed.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.environment import nvidia_driver
+from model.folder import write_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Enough to push any GPU's second-level cache out (an H200 has 50 MiB).
+_FLUSH_BYTES = 256 * 2**20
+_PACKAGES = (
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "fla-core", "torchtitan",
+)  # fmt: skip
+
+
+def spread(samples: Sequence[float]) -> dict[str, float | int]:
+    """Median, 20th and 80th percentile (nearest rank) and number of samples."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[round(0.2 * last)],
+        "high": ordered[round(0.8 * last)],
+        "samples": len(ordered),
+    }
+
+
+def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure candidates in turn, each once a round, so that what slows the machine slows all of them.
+
+    A candidate does one measured piece of work and returns its seconds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for turn in range(rounds):
+        # Another one first each round: the first after a pause is not always the same.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(candidates[name]())
+    return samples
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def kernel_seconds(work: Callable[[], Any], device: torch.device, *, repeats: int = 30, warmup: int = 5) -> list[float]:
+    """Seconds of each of `repeats` calls of a short operation.
+
+    On CUDA: events around each call, the cache flushed before it, all launches queued before the first is waited for, so that
+    the host's launch times do not count. On the CPU: the host's clock.
+    """
+    for _ in range(warmup):
+        work()
+    if device.type != "cuda":
+        return [seconds_of(work, device) for _ in range(repeats)]
+    flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    synchronize(device)
+    # Keeps the device busy while the host queues everything behind it.
+    torch.cuda._sleep(int(1e8))
+    for before, after in events:
+        flush.zero_()
+        before.record()
+        work()
+        after.record()
+    synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak GiB since `reset_peak_memory` on CUDA (allocated, reserved); the process's peak resident set on the CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+    return {"resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """What this device reaches now: operations a second of a large matrix product on random data, bytes a second of a copy."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = statistics.median(kernel_seconds(lambda: left @ right, device, repeats=10))
+    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    copy = statistics.median(kernel_seconds(lambda: target.copy_(source), device, repeats=10))
+    return {"product_flops": 2 * size**3 / product, "copy_bytes": 2 * source.nbytes / copy}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what: device, processor, versions."""
+    described: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "driver": nvidia_driver(),
+    }
+    for package in _PACKAGES:
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            described[package] = None
+    return described
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" behind it where files differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def result(benchmark: str, command: str, device: torch.device, settings: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A result as it is written."""
+    return {
+        "benchmark": benchmark,
+        "command": command,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(device),
+        "settings": settings,
+        "rows": rows,
+    }
+
+
+def write_result(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a result file, as a whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_part(
+    arguments: Sequence[str], *, limit: float, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> tuple[str, str]:
+    """Run `python <arguments>` as a process of its own. Returns (status, end of its output).
+
+    status: "done", "failed (exit N)", or "cut off after N s"; a part that hangs takes none of the others with it.
+    """
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        return f"cut off after {limit:.0f} s", output[-4000:]
+    return ("done" if process.returncode == 0 else f"failed (exit {process.returncode})"), output[-4000:]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as text in columns; a missing value is a dash."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
+    lines = [list(columns), *cells]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
