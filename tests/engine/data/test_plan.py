@@ -128,11 +128,12 @@ def test_fractional_passes_take_a_deterministic_part(write_dataset, random_docum
 
 
 def test_untrained_segments_of_conversations_are_left_out(write_dataset):
-    masks = [np.arange(50) >= 40, np.arange(10) == 9]
+    # Place 31 predicts token 32 and place 48 token 49: of document 0, the segments at 16 and at 48 are trained on.
+    masks = [np.isin(np.arange(50), (32, 49)), np.arange(10) == 9]
     dataset = write_dataset([list(range(50)), list(range(10))], "conversations", masks)
     plan = make_plan([dataset], epochs=1.0)
-    # Places 32 to 47 predict tokens 33 to 48: the only segments of document 0 with trained tokens begin at 32 and 48.
-    assert {(d, p) for _, d, p in run_places(plan)} == {(0, p) for p in range(32, 49)} | {(1, p) for p in range(9)}
+    expected = {(0, p) for p in (*range(16, 32), 48)} | {(1, p) for p in range(9)}
+    assert {(d, p) for _, d, p in run_places(plan)} == expected
     assert plan.skipped == [2]
     assert any("2 segments without a trained place" in line for line in plan.describe(64))
 
@@ -151,6 +152,12 @@ def test_preferences_count_pairs_and_leave_out_long_ones(write_dataset):
     assert any("1 pairs longer than context_length = 16" in line for line in plan.describe(32))
     with pytest.raises(ValueError, match="nothing to train on within context_length = 1"):
         make_plan([write_dataset(documents[:2], "preferences", prompts=[1] * 2)], context_length=1)
+
+
+def test_sources_of_equal_virtual_time_take_turns_in_their_order(write_dataset):
+    datasets = [write_dataset([[1] * 9] * 100), write_dataset([[2] * 9] * 100)]
+    plan = make_plan(datasets, step_size=8, context_length=8)
+    assert [plan.units(step).source.tolist() for step in range(plan.steps)] == [[0], [1]] * 100
 
 
 @pytest.mark.parametrize(("sources", "changes", "message"), [
