@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 Settings = TypeVar("Settings")
 
 
@@ -41,6 +39,8 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
             default = _in_file(path, _draft, settings_class, _read_table(path))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
+    import tyro  # only a command line needs it; a file alone, or settings made in code, work without
+
     return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
 
 
@@ -81,6 +81,8 @@ def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: st
 
 def _draft(settings_class: type[Settings], table: dict[str, Any]) -> Settings:
     """What tyro starts from: the table's values, unchecked together and perhaps not complete, as overrides may mend both."""
+    import tyro
+
     values = _values(settings_class, table, "")
     hints = typing.get_type_hints(settings_class)
     for name in _required(settings_class):
