@@ -114,7 +114,7 @@ def tiny_data(tiny_tokenizer, tmp_path_factory) -> TinyData:
         return folder
 
     def text():
-        return ([tokenizer.bos_id, *tokenizer.encode(sentence(rng, rng.randint(2, 30))), tokenizer.eos_id],)
+        return ([tokenizer.bos_id, *tokenizer.encode(sentence(rng, rng.randint(2, 45))), tokenizer.eos_id],)
 
     def conversation(turns: int):
         messages = []

@@ -1,0 +1,139 @@
+"""n steps equal k steps, a kill, and n - k steps after resuming: bit for bit, wherever the kill falls."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import engine.loop
+import engine.optimizer
+from engine.checkpoint import checkpoints, read_state
+from engine.config import to_toml
+from recipes import dpo, pretrain, sft
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+EVERY_TWO = {"checkpoint_every": 2, "evaluate_every": 3}
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing in the engine may handle it."""
+
+
+def kill_in_update(monkeypatch, call):
+    """Raise at the `call`th parameter update, with some parameters of that step updated and some not."""
+    original, calls = engine.optimizer.adamw_, []
+
+    def adamw_(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        original(*arguments, **named)
+
+    monkeypatch.setattr(engine.optimizer, "adamw_", adamw_)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("pretrain", {}),
+        ("pretrain", {"dtype": "bfloat16"}),
+        ("sft", {"neftune_alpha": 5.0}),
+        ("dpo", {"neftune_alpha": 5.0}),
+        ("dpo", {"dtype": "bfloat16", "preference": {"loss": "ipo"}}),
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_settings, assert_same_end, tmp_path, monkeypatch, stage, changes):
+    recipe = RECIPES[stage]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    recipe.run(tiny_settings(stage, whole, **EVERY_TWO, **changes))
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, call=15 * 4 + 7)
+        with pytest.raises(Killed):
+            recipe.run(tiny_settings(stage, torn, **EVERY_TWO, **changes))
+    assert [path.name for path in checkpoints(torn)] == ["step-00000002", "step-00000004"]
+    steps = []
+    accumulate = engine.loop.accumulate
+
+    def counted(model, objective, step):
+        steps.append(step.index)
+        return accumulate(model, objective, step)
+
+    monkeypatch.setattr(engine.loop, "accumulate", counted)
+    last = recipe.run(tiny_settings(stage, torn, **EVERY_TWO, **changes))
+    assert steps == [4, 5]
+    assert last == torn / "step-00000006"
+    assert_same_end(whole, torn)
+    assert read_state(last).step == 6
+    with safe_open(last / "training" / "optimizer-00001.safetensors", framework="pt") as saved:
+        remainders = [saved.get_tensor(name) for name in saved.keys() if name.endswith(".remainder")]  # noqa: SIM118
+    assert len(remainders) == (15 if "dtype" in changes else 0)
+    assert all(remainder.any() for remainder in remainders)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_settings, assert_same_end, tmp_path, monkeypatch):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    changes = {"log": {"every": 1}}
+    sft.run(tiny_settings("sft", whole, **changes))
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, call=15 * 3 + 1)
+        with pytest.raises(Killed):
+            sft.run(tiny_settings("sft", torn, **changes))
+    assert len((torn / "metrics.jsonl").read_text().splitlines()) == 4
+    sft.run(tiny_settings("sft", torn, **changes))
+    assert_same_end(whole, torn)
+
+
+def test_settings_that_do_not_change_the_trajectory_may_differ(tiny_settings, metric_lines, tmp_path, monkeypatch):
+    """Another micro-batch size, held-out set and cadence, and the run folder moved: only rounding differs."""
+    whole, torn, moved = tmp_path / "whole", tmp_path / "torn", tmp_path / "moved"
+    pretrain.run(tiny_settings("pretrain", whole))
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, call=15 * 2 + 1)
+        with pytest.raises(Killed):
+            pretrain.run(tiny_settings("pretrain", torn, **EVERY_TWO))
+    torn.rename(moved)
+    settings = tiny_settings("pretrain", moved, pack_tokens=64, heldout=[], keep_checkpoints=1, log={"every": 3})
+    assert pretrain.run(settings) == moved / "step-00000006"
+    assert [path.name for path in checkpoints(moved)] == ["step-00000006"]
+    losses = [[line["loss"] for line in metric_lines(out) if "loss" in line] for out in (whole, moved)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1][:2] == losses[0][:2]
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_settings, tmp_path, capsys):
+    last = pretrain.run(tiny_settings("pretrain", tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert pretrain.run(tiny_settings("pretrain", tmp_path / "run")) == last
+    assert "all 6 steps are done already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# Where the process is killed -> the newest checkpoint that is then complete.
+KILLS = {"update": 2, "weights": 2, "optimizer": 2, "rename": 2, "latest": 4, "removal": 4}
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tiny_settings, assert_same_end, tmp_path):
+    toml = tmp_path / "config.toml"
+    toml.write_text(
+        to_toml(tiny_settings("sft", tmp_path / "unnamed", checkpoint_every=2, keep_checkpoints=1, pack_tokens=300))
+    )
+    script = Path(__file__).with_name("killed_runs.py")
+    cases = [f"{point}={tmp_path / point}" for point in ("never", *KILLS)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, script, "recipes.sft", toml, *cases], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout.splitlines()[-1])
+    assert results.pop("never") == [0, "step-00000006", 0]
+    assert results == {point: [-signal.SIGKILL, f"step-{step:08d}", 0] for point, step in KILLS.items()}, result.stderr
+    for point in KILLS:
+        assert_same_end(tmp_path / "never", tmp_path / point)
+        left = {path.name for path in (tmp_path / point).iterdir()}
+        assert left == {"config.toml", "metrics.jsonl", "tensorboard", "latest", "step-00000006"}, point
