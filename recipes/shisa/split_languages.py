@@ -1,0 +1,141 @@
+"""Split a data set by language: what is mostly Japanese, and the rest.
+
+    python -m recipes.shisa.split_languages recipes/shisa/split_pretrain.toml
+
+Shisa's data sets hold both languages in one table. The recipe needs them apart: to mix pre-training nine to one, to learn
+the vocabulary, to fine-tune once more on the Japanese conversations alone, and to see the held-out loss of each language.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from tqdm import tqdm
+
+from engine.data.records import Unusable, read_conversation, read_text
+from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
+from model.folder import complete_folder
+from recipes.command import command
+
+PARTS = ("ja", "rest")
+# Kana with their half-width forms and marks of repetition and length, and Han characters.
+_JAPANESE = re.compile(
+    "[\u3005\u3006\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd]+"
+)
+_CODE = re.compile("```.*?```", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """What to split, and where to."""
+
+    kind: Literal["text", "conversations"]
+    """text: records with a text; conversations: ShareGPT, messages, Alpaca, prompt and completion."""
+    paths: tuple[str, ...]
+    """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, and hub:owner/name[:split]."""
+    out: str
+    """Folder to write: ja.jsonl.gz, rest.jsonl.gz, and split.json with their counts."""
+    text_field: str = "text"
+    """Field of a record that holds the text (kind text)."""
+    least_share: float = 0.5
+    """Part of the letters that must be Japanese for a record to count as Japanese."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least_share <= 1:
+            raise ValueError(f"least_share = {self.least_share}: must be above 0 and at most 1")
+        if self.kind != "text" and self.text_field != "text":
+            raise ValueError(f"text_field = '{self.text_field}' has no effect on {self.kind}: leave it out")
+
+
+def japanese_share(text: str) -> float:
+    """Part of the letters of a text that are kana or Han characters, 0 to 1; 0 for a text without letters."""
+    letters = _letters(text)
+    return _letters("".join(_JAPANESE.findall(text))) / letters if letters else 0.0
+
+
+def _letters(text: str) -> int:
+    return sum(map(str.isalpha, text))
+
+
+def run(settings: SplitSettings) -> dict[str, Any]:
+    """Write the two parts; returns the report that is written as split.json.
+
+    Of a conversation, what the user and the assistant say counts, fenced code aside: one that asks for a translation holds
+    twice as many English letters as Japanese ones and so is no Japanese one. Records that cannot be used are left out and
+    counted. The same source gives the same bytes.
+
+    Raises: ValueError or FileNotFoundError naming the source, also when a part would be empty.
+    """
+    counts = {part: {"records": 0, "characters": 0} for part in PARTS}
+    skipped: dict[str, dict[str, Any]] = {}
+    with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
+        with ExitStack() as opened:
+            files = {part: opened.enter_context(_compressed(folder / f"{part}.jsonl.gz")) for part in PARTS}
+            for record in _records(settings):
+                try:
+                    kept, text = _read(record.value, settings)
+                except Unusable as unusable:
+                    first = {"count": 0, "first": record.place, "detail": unusable.detail}
+                    skipped.setdefault(unusable.reason, first)["count"] += 1
+                    continue
+                part = "ja" if japanese_share(text) >= settings.least_share else "rest"
+                files[part].write(json.dumps(kept, ensure_ascii=False).encode() + b"\n")
+                counts[part]["records"] += 1
+                counts[part]["characters"] += len(text)
+        for part, count in counts.items():
+            if not count["records"]:
+                raise ValueError(
+                    f"{', '.join(settings.paths)}: no record of it belongs to the part '{part}', so there is nothing to split: "
+                    "prepare it as it is, or change least_share"
+                )
+        report = {"least_share": settings.least_share, "parts": counts, "skipped": skipped}
+        (folder / "split.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    for part, count in counts.items():
+        file = Path(settings.out) / f"{part}.jsonl.gz"
+        print(f"{file}: {count['records']:,} records, {count['characters']:,} characters")
+    for reason, skip in skipped.items():
+        print(f"skipped {skip['count']:,}: {reason}; first at {skip['first']}: {skip['detail']}")
+    return report
+
+
+def _records(settings: SplitSettings) -> Iterator[Record]:
+    """Every record of the sources, under one progress bar."""
+    sources = find_sources(settings.paths, RECORD_SUFFIXES)
+    with tqdm(desc="splitting", unit=" records", disable=None) as progress:
+        for source in sources:
+            for record in source.records("blank"):
+                progress.update()
+                yield record
+
+
+def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
+    """What to keep of a record, and the text that tells its language. Raises: Unusable."""
+    if settings.kind == "text":
+        text = read_text(value, settings.text_field)
+        return {"text": text}, text
+    messages = read_conversation(value)
+    said = "\n".join(message["content"] for message in messages if message["role"] != "system")
+    return {"messages": messages}, _CODE.sub(" ", said)
+
+
+@contextmanager
+def _compressed(path: Path) -> Iterator[IO[bytes]]:
+    """A gzip file to write, whose bytes depend on the content alone (no name, no time); fast, for it is read only twice."""
+    with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1, mtime=0) as compressed:
+        yield cast(IO[bytes], compressed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command(SplitSettings, run, argv, "python -m recipes.shisa.split_languages")
+
+
+if __name__ == "__main__":
+    main()
