@@ -1,17 +1,21 @@
 """What every benchmark shares: how time is taken, what a result says of where it was taken, how a part runs on its own.
 
-A result is one JSON file: {"benchmark", "command", "when", "commit", "machine", "settings", "rows"}. A row is one measured (or
-missing) thing: its own fields, times as {"median", "low", "high", "samples"} with the 20th and 80th percentile. A thing that
-could not be measured is a row with "missing": why. No figure is ever guessed.
+A result is one JSON file: {"benchmark", "command", "when", "commit", "machine", "settings", "complete", "rows"}. A row is one
+measured (or missing) thing: its own fields, times as {"median", "low", "high", "samples"} with the 20th and 80th percentile. A
+thing that could not be measured is a row with "missing": why. No figure is ever guessed. A long benchmark writes its file after
+each row, with "complete" false until the last, so that one that is cut off leaves the rows it has.
 """
 
+import contextlib
 import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -159,7 +163,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" behind it where files differ from it; "unknown" outside a checkout."""
+    """The checkout's commit, with "+" behind it where files differ from it; outside a checkout KOMAINU_COMMIT or "unknown"."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -167,11 +171,13 @@ def commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("KOMAINU_COMMIT", "unknown")
 
 
-def result(benchmark: str, command: str, device: torch.device, settings: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A result as it is written."""
+def result(
+    benchmark: str, command: str, device: torch.device, settings: Any, rows: list[dict[str, Any]], *, complete: bool = True
+) -> dict[str, Any]:
+    """A result as it is written; `complete`: no rows are still to come."""
     return {
         "benchmark": benchmark,
         "command": command,
@@ -179,6 +185,7 @@ def result(benchmark: str, command: str, device: torch.device, settings: Any, ro
         "commit": commit(),
         "machine": machine(device),
         "settings": settings,
+        "complete": complete,
         "rows": rows,
     }
 
@@ -191,24 +198,57 @@ def write_result(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def run_part(
-    arguments: Sequence[str], *, limit: float, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+    arguments: Sequence[str],
+    *,
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    log: Path | None = None,
 ) -> tuple[str, str]:
     """Run `python <arguments>` as a process of its own. Returns (status, end of its output).
 
-    status: "done", "failed (exit N)", or "cut off after N s"; a part that hangs takes none of the others with it.
+    status: "done", "failed (exit N)", or "cut off after N s"; a part that hangs takes none of the others with it, and what it
+    started itself ends with it. Its output is appended to `log` as it comes.
     """
-    command = [sys.executable, *arguments]
-    process = subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        return f"cut off after {limit:.0f} s", output[-4000:]
-    return ("done" if process.returncode == 0 else f"failed (exit {process.returncode})"), output[-4000:]
+    with log.open("ab+") if log else tempfile.TemporaryFile() as output:
+        start = output.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=limit)
+            status = "done" if code == 0 else f"failed (exit {code})"
+        except subprocess.TimeoutExpired:
+            status = f"cut off after {limit:.0f} s"
+        finally:
+            # Also when this process is interrupted: a part is not in its session, so that nothing else would end it.
+            _end(process)
+        end = output.seek(0, os.SEEK_END)
+        output.seek(max(start, end - 4000))
+        return status, output.read().decode(errors="replace")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and everything it started that still descends from it or shares its session."""
+    parents, sessions = {}, {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name, in parentheses, may hold anything.
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended since
+        parents[int(entry.parent.name)], sessions[int(entry.parent.name)] = int(fields[1]), int(fields[3])
+    doomed = {pid for pid, session in sessions.items() if session == process.pid} | {process.pid}
+    while more := {pid for pid, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= more
+    for pid in doomed:
+        if pid == process.pid:
+            process.kill()  # nothing where it has ended already and the number may be another's
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
