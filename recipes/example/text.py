@@ -123,9 +123,7 @@ def documents(example: Example, language: str) -> list[str]:
     draw = random.Random(f"documents {language} {example.settings.seed}")
     texts = [question.document for question in example.trained if question.language == language]
     statements = [
-        item.statement(language, form)
-        for item in example.told
-        for form in range(len(item.relation.statements[language]))
+        item.statement(language, form) for item in example.told for form in range(len(item.relation.statements[language]))
     ]
     draw.shuffle(statements)
     while statements:

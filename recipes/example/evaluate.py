@@ -1,0 +1,145 @@
+"""Asks a model the example's questions: how likely an accepted answer is, and whether greedy decoding gives one exactly.
+
+No text is generated for that: greedy decoding gives an expected answer exactly if, with the answer fed in, every token of
+it is the likeliest at its place. So one packed forward pass tells it for all questions.
+
+Shapes: T tokens, N rows of answer tokens, V vocabulary, D documents (a question with one of its accepted answers).
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from model.mistral import Mistral, packed_attention
+from model.vocabulary.chat import encode_chat, encode_prompt
+from model.vocabulary.tokenizer import Tokenizer
+from recipes.example.facts import KINDS, LANGUAGES
+from recipes.example.text import Question
+
+PACK_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A question's result. loss: -log of the probability that the answer is an accepted one, in nats.
+
+    exact: greedy decoding gives an accepted answer, its end token included. polite: it gives the polite one.
+    """
+
+    question: Question
+    loss: float
+    exact: bool
+    polite: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over the questions of one language and kind. loss: mean, nats an answer. exact: share of the questions.
+    polite: share of the exact answers, None where there is none."""
+
+    questions: int
+    loss: float
+    exact: float
+    polite: float | None
+
+
+@dataclass(frozen=True)
+class _Document:
+    ids: list[int]
+    answer: int  # where the answer begins
+
+
+def ask(model: Mistral, tokenizer: Tokenizer, questions: list[Question], *, chat: bool) -> list[Outcome]:
+    """Ask each question: through the chat template, where both registers are accepted, or as plain text to be continued."""
+    documents: list[_Document] = []
+    for question in questions:
+        if chat:
+            documents += [_chat_document(tokenizer, question, polite) for polite in (False, True)]
+        else:
+            documents.append(_text_document(tokenizer, question))
+    log_probs, greedy = _score(model, documents)
+    ways = 2 if chat else 1
+    outcomes = []
+    for place, question in enumerate(questions):
+        of_question = slice(ways * place, ways * (place + 1))
+        chosen = greedy[of_question]
+        loss = -float(torch.tensor(log_probs[of_question], dtype=torch.float64).logsumexp(0))
+        outcomes.append(Outcome(question, loss, any(chosen), chat and chosen[1]))
+    return outcomes
+
+
+def score(outcomes: list[Outcome]) -> dict[tuple[str, str], Score]:
+    """(language, kind) -> Score; a language and kind without questions is left out."""
+    scores = {}
+    for language in LANGUAGES:
+        for kind in KINDS:
+            some = [o for o in outcomes if o.question.language == language and o.question.item.kind == kind]
+            if some:
+                exact = sum(outcome.exact for outcome in some)
+                polite = sum(outcome.polite for outcome in some) / exact if exact else None
+                loss = sum(outcome.loss for outcome in some) / len(some)
+                scores[language, kind] = Score(len(some), loss, exact / len(some), polite)
+    return scores
+
+
+def _chat_document(tokenizer: Tokenizer, question: Question, polite: bool) -> _Document:
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": question.text}])
+    answered = encode_chat(
+        tokenizer,
+        [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer(polite)}],
+    )
+    return _joined(prompt, answered.ids, question)
+
+
+def _text_document(tokenizer: Tokenizer, question: Question) -> _Document:
+    prompt, document = (tokenizer.encode(text) for text in (question.prompt, question.document))
+    return _joined([tokenizer.bos_id, *prompt], [tokenizer.bos_id, *document, tokenizer.eos_id], question)
+
+
+def _joined(prompt: list[int], ids: list[int], question: Question) -> _Document:
+    # Else a model that continues the prompt could not spell the answer in the pieces that it was trained on.
+    assert ids[: len(prompt)] == prompt, f"pieces reach from the question into the answer: {question.text}"
+    return _Document(ids, len(prompt))
+
+
+@torch.no_grad()
+def _score(model: Mistral, documents: list[_Document]) -> tuple[list[float], list[bool]]:
+    """For each document: log-probability of its answer, and whether each token of it is the likeliest at its place."""
+    log_probs: list[float] = []
+    greedy: list[bool] = []
+    model.eval()
+    start = 0
+    while start < len(documents):
+        end, tokens = start, 0
+        while end < len(documents) and (end == start or tokens + len(documents[end].ids) <= PACK_TOKENS):
+            tokens += len(documents[end].ids)
+            end += 1
+        log_prob_D, greedy_D = _score_pack(model, documents[start:end])
+        log_probs += log_prob_D.tolist()
+        greedy += greedy_D.tolist()
+        start = end
+    return log_probs, greedy
+
+
+def _score_pack(model: Mistral, documents: list[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    device = model.lm_head.weight.device
+    lengths = [len(document.ids) - 1 for document in documents]
+    bounds = [0, *accumulate(lengths)]
+    rows, owner, labels = [], [], []
+    for index, document in enumerate(documents):
+        for place in range(document.answer - 1, lengths[index]):
+            rows.append(bounds[index] + place)
+            owner.append(index)
+            labels.append(document.ids[place + 1])
+    tokens_T = torch.tensor([id for document in documents for id in document.ids[:-1]], device=device)
+    positions_T = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths]).to(device)
+    cu_docs = torch.tensor(bounds, dtype=torch.int32, device=device)
+    hidden_TD = model(tokens_T, positions_T, packed_attention(cu_docs, model.config.sliding_window))
+    logits_NV = model.logits(hidden_TD[torch.tensor(rows, device=device)])
+    label_N = torch.tensor(labels, device=device)
+    log_prob_N = logits_NV.log_softmax(dim=-1).gather(1, label_N[:, None])[:, 0]
+    owner_N = torch.tensor(owner, device=device)
+    log_prob_D = torch.zeros(len(documents), device=device).index_add(0, owner_N, log_prob_N)
+    wrong_D = torch.zeros(len(documents), device=device).index_add(0, owner_N, (logits_NV.argmax(dim=-1) != label_N).float())
+    return log_prob_D.cpu(), (wrong_D == 0).cpu()

@@ -1,0 +1,270 @@
+"""The report of a quickstart: tables as Markdown, everything as JSON, losses as a picture."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from model.folder import write_file
+from model.generate import Sampling, generate
+from model.vocabulary.chat import encode_prompt
+from model.vocabulary.tokenizer import Tokenizer
+from model.weights import load_model
+from recipes.example.evaluate import Score
+from recipes.example.facts import KINDS, LANGUAGES
+from recipes.example.text import Example
+
+FILES = ("report.md", "report.json", "losses.png")
+TRAINED = {"base": "base", "cpt": "CPT", "sft1": "SFT 1", "sft2": "SFT 2", "dpo": "DPO"}  # run folder -> name
+LANGUAGE_NAMES = {"en": "English", "ja": "Japanese"}
+CELLS = [(language, kind) for language in LANGUAGES for kind in KINDS]
+
+LEAST_EXACT = 0.80  # of each language and kind after SFT 2
+MOST_ENGLISH_LOSS = 0.05  # of the exact share, by SFT 2
+ANSWERS = 3  # shown in each language
+
+
+def machine(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU ({os.cpu_count()} cores)"
+
+
+def row(entry: dict[str, Any]) -> str:
+    """One line on a model, for the console."""
+    scores: dict[tuple[str, str], Score] = entry["held_out"]
+    cells = "  ".join(f"{LANGUAGE_NAMES[la]} {kind}s {s.exact:.0%}" for (la, kind), s in scores.items())
+    return f"held-out questions answered exactly after {entry['model']}: {cells}"
+
+
+def language_share(scores: dict[tuple[str, str], Score], language: str, value: str) -> float | None:
+    """`exact`: share of the language's questions; `polite`: share of its exact answers, None where there is none."""
+    some = [score for (of, _), score in scores.items() if of == language]
+    exact = sum(score.exact * score.questions for score in some)
+    if value == "exact":
+        return exact / sum(score.questions for score in some)
+    return sum((score.polite or 0.0) * score.exact * score.questions for score in some) / exact if exact else None
+
+
+def sample_answers(folder: Path, example: Example, device: torch.device) -> list[dict[str, str]]:
+    """What the exported model says, greedily, to some held-out questions: `language`, `question`, `answer`."""
+    tokenizer = Tokenizer.load(folder)
+    model = load_model(folder, device=device)
+    sampling = Sampling(temperature=0.0, max_new_tokens=40)
+    answers = []
+    for language in LANGUAGES:
+        questions = [question for question in example.held_out if question.language == language]
+        for place in range(ANSWERS):
+            text = questions[place * (len(questions) - 1) // (ANSWERS - 1)].text
+            prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            ids = list(generate(model, prompt, sampling, stop_ids=(tokenizer.eos_id,)))
+            answers.append({"language": language, "question": text, "answer": tokenizer.decode(ids).strip()})
+    return answers
+
+
+def collect(
+    out: Path,
+    example: Example,
+    models: list[dict[str, Any]],
+    *,
+    vocabulary: dict[str, Any],
+    seconds: dict[str, float],
+    answers: list[dict[str, str]],
+    exported: Path,
+    device: torch.device,
+    full: bool,
+) -> dict[str, Any]:
+    """Everything that the report says, as JSON values; `missed` lists the targets that were not reached."""
+    by_name = {entry["model"]: entry for entry in models}
+    curves = {folder: _curve(out / folder / "metrics.jsonl") for folder in TRAINED}
+    margins = {when: _last_value(curves["dpo"], "rewards/margins", first=when == "before") for when in ("before", "after")}
+    polite = {
+        language: {
+            when: language_share(by_name[name]["held_out"], language, "polite")
+            for when, name in (("before", "SFT 2"), ("after", "DPO"))
+        }
+        for language in LANGUAGES
+    }
+    kept = {name: language_share(by_name[name]["held_out"], "en", "exact") for name in ("SFT 1", "SFT 2")}
+    return {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "full": full,
+        "questions": {"trained": len(example.trained), "held_out": len(example.held_out), "unseen": len(example.unseen)},
+        "models": [
+            {
+                "model": entry["model"],
+                "folder": entry["folder"],
+                "asked_as": "chat" if entry["chat"] else "plain text",
+                **{name: _cells(entry[name]) for name in ("held_out", "unseen")},
+            }
+            for entry in models
+        ],
+        "characters_per_token": {
+            Path(name).stem: {"before": values["characters_per_token_before"], "after": values["characters_per_token"]}
+            for name, values in vocabulary["heldout"].items()
+        },
+        "pieces": {"before": vocabulary["base_pieces"], "after": vocabulary["pieces"]},
+        "english_exact": kept,
+        "reward_margin": margins,
+        "polite_share": polite,
+        "answers": answers,
+        "curves": curves,
+        "seconds": {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(sum(seconds.values()), 1)},
+        "exported": str(exported),
+        "missed": _missed(by_name, kept, polite),
+    }
+
+
+def _cells(scores: dict[tuple[str, str], Score]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{language} {kind}": {
+            "questions": score.questions, "loss": round(score.loss, 4), "exact": round(score.exact, 4),
+            "polite": None if score.polite is None else round(score.polite, 4),
+        }
+        for (language, kind), score in scores.items()
+    }  # fmt: skip
+
+
+def _missed(by_name: dict[str, Any], kept: dict[str, Any], polite: dict[str, Any]) -> list[str]:
+    missed = []
+    for (language, kind), score in by_name["SFT 2"]["held_out"].items():
+        if score.exact < LEAST_EXACT:
+            name = f"{LANGUAGE_NAMES[language]} {kind}s"
+            missed.append(f"{name} are {score.exact:.1%} exact after SFT 2, below {LEAST_EXACT:.0%}")
+    lost = kept["SFT 1"] - kept["SFT 2"]
+    if lost > MOST_ENGLISH_LOSS:
+        missed.append(f"English lost {100 * lost:.1f} points in SFT 2, more than {100 * MOST_ENGLISH_LOSS:.0f}")
+    for language, share in polite.items():
+        if share["before"] is None or share["after"] is None or share["after"] <= share["before"]:
+            missed.append(f"the share of polite {LANGUAGE_NAMES[language]} answers did not rise in DPO")
+    return missed
+
+
+def _curve(path: Path) -> dict[str, list[dict[str, float]]]:
+    """A run's training values and held-out values by step."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
+    heldout = [
+        {"step": line["step"], **{key.split("/", 2)[2]: value for key, value in line.items() if key.startswith("eval/")}}
+        for line in lines
+        if "loss" not in line
+    ]
+    return {"training": training, "heldout": heldout}
+
+
+def _last_value(curve: dict[str, list[dict[str, float]]], name: str, *, first: bool) -> float:
+    values = [line[name] for line in curve["heldout"] if name in line]
+    return values[0 if first else -1]
+
+
+def write(out: Path, table: dict[str, Any]) -> None:
+    """Write report.json, losses.png and report.md into `out`."""
+    write_file(out / "report.json", json.dumps(table, ensure_ascii=False, indent=1) + "\n")
+    _draw(out / "losses.png", table["curves"])
+    write_file(out / "report.md", "\n".join(markdown(table)) + "\n")
+
+
+def markdown(table: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    lines = [
+        "# Quickstart",
+        "",
+        f"{table['seconds']['total']:.0f} s on {table['machine']}, torch {table['torch']}. "
+        f"Held out: {table['questions']['held_out']} combinations of fact or sum, phrasing and language that are in no "
+        f"training data; {table['questions']['trained']} others of the same facts and sums are.",
+        "",
+        "## Held-out questions",
+        "",
+        *_score_table(table, "held_out"),
+        "",
+        "Exact: greedy decoding gives an accepted answer, end token included. Loss: -log probability of an accepted "
+        "answer, nats an answer, so that it does not depend on the pieces. Models up to CPT continue plain text, later ones "
+        "are asked through the chat template, where both registers are accepted.",
+        "",
+        "## Sums never seen, facts never asked about",
+        "",
+        "Without a target: these sums are nowhere in the training data, these facts only in statements.",
+        "",
+        *_score_table(table, "unseen"),
+        "",
+        "## Vocabulary",
+        "",
+        f"{table['pieces']['before']:,} pieces before the merge, {table['pieces']['after']:,} after it.",
+        "",
+        "| held-out text | characters per token before | after |",
+        "|---|---:|---:|",
+        *(
+            f"| {name} | {values['before']:.2f} | {values['after']:.2f} |"
+            for name, values in table["characters_per_token"].items()
+        ),
+        "",
+        "## Preference tuning",
+        "",
+        "| held-out pairs | before DPO | after |",
+        "|---|---:|---:|",
+        f"| reward margin | {table['reward_margin']['before']:.3f} | {table['reward_margin']['after']:.3f} |",
+        *(
+            f"| polite share of the exact {LANGUAGE_NAMES[language]} answers | {_percent(share['before'])} | "
+            f"{_percent(share['after'])} |"
+            for language, share in table["polite_share"].items()
+        ),
+        "",
+        "## Answers of the exported model",
+        "",
+        *(f"- {answer['question']}  \n  **{answer['answer']}**" for answer in table["answers"]),
+        "",
+        "## Losses",
+        "",
+        "![Training and held-out losses of the five training stages](losses.png)",
+        "",
+        "## Time",
+        "",
+        "| stage | seconds |",
+        "|---|---:|",
+        *(f"| {name} | {value:.1f} |" for name, value in table["seconds"].items()),
+        "",
+        f"Exported model: `{table['exported']}` (`AutoModelForCausalLM.from_pretrained`, or "
+        f"`python -m recipes.chat --model {table['exported']}`)",
+        "",
+    ]
+    if not table["full"]:
+        return [*lines, "Targets: not checked, as this was not the whole example with its full number of steps."]
+    return [*lines, f"Targets: {'all reached' if not table['missed'] else 'MISSED: ' + '; '.join(table['missed'])}."]
+
+
+def _score_table(table: dict[str, Any], questions: str) -> list[str]:
+    names = [f"{LANGUAGE_NAMES[language]} {kind}s" for language, kind in CELLS]
+    lines = [
+        "| after | " + " | ".join(f"{name}: exact | loss" for name in names) + " |",
+        "|---|" + "---:|" * (2 * len(names)),
+    ]
+    for entry in table["models"]:
+        cells = [entry[questions].get(f"{language} {kind}") for language, kind in CELLS]
+        shown = (f"{_percent(cell['exact'])} | {cell['loss']:.2f}" if cell else "- | -" for cell in cells)
+        lines.append(f"| {entry['model']} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{share:.1%}"
+
+
+def _draw(path: Path, curves: dict[str, Any]) -> None:
+    figure = Figure(figsize=(3.2 * len(curves), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (folder, curve) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        axes.plot([p["step"] for p in curve["training"]], [p["loss"] for p in curve["training"]], lw=0.8, label="training")
+        axes.plot([p["step"] for p in curve["heldout"]], [p["loss"] for p in curve["heldout"]], "o--", label="held-out")
+        axes.set(title=TRAINED[folder], xlabel="step", ylim=(0, None))
+    figure.axes[0].set_ylabel("loss (nats)")
+    figure.axes[0].legend()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=100, format="png")
+    os.replace(partial, path)
