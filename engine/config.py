@@ -113,6 +113,8 @@ def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[st
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             raise ValueError(f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{nearest[0]}'")
+        if name in values:
+            raise ValueError(f"'{prefix}{name}' is given twice, spelled with - and with _")
         values[name] = _convert(hints[name], value, prefix + key)
     return values
 
@@ -139,6 +141,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, type) and type(value) is hint:
         return value
     expected = getattr(hint, "__name__", str(hint))
+    if origin is tuple or dataclasses.is_dataclass(hint):
+        expected = "a list" if origin is tuple else "a table"
     raise ValueError(f"{name} = {value!r}: must be {expected}, is {type(value).__name__}")
 
 

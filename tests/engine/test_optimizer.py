@@ -1,0 +1,130 @@
+"""AdamW over a model's parameters against torch.optim.AdamW, and its state."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.optimizer import AdamW, OptimizerSettings
+
+STEPS = 25
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"matrix": (6, 5), "scale": (7,), "large": (300, 4)}
+    return {
+        name: nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for name, s in shapes.items()
+    }
+
+
+def gradients(step, named):
+    """Of very different sizes over the steps, so that some are clipped and some are not."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in named.values():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 10.0 ** (step % 4 - 3)
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def rate(step):
+    return 3e-3 * (1 + step) / STEPS
+
+
+@pytest.mark.parametrize(
+    ("settings", "clipped"),
+    [
+        (OptimizerSettings(), {False, True}),
+        (OptimizerSettings(beta1=0.8, beta2=0.999, eps=1e-6, weight_decay=0.5, clip_norm=0.0), {False}),
+        (OptimizerSettings(weight_decay=0.0, clip_norm=0.01), {True}),
+    ],
+)
+def test_equals_torchs_in_float64(settings, clipped):
+    """Weight decay on matrices alone, and the gradient clipped as a whole."""
+    ours, theirs = parameters(), parameters(torch.float64)
+    optimizer = AdamW(ours.items(), settings)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+    seen = set()
+    for step in range(STEPS):
+        gradients(step, ours)
+        gradients(step, theirs)
+        norm = optimizer.step(rate(step))
+        limit = settings.clip_norm or float("inf")
+        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), limit)
+        seen.add(bool(expected > limit))
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+        for group in reference.param_groups:
+            group["lr"] = rate(step)
+        reference.step()
+        assert all(parameter.grad is None for parameter in ours.values())
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.detach().double(), theirs[name].detach(), rtol=1e-5, atol=1e-6)
+    assert seen == clipped
+
+
+def test_bfloat16_parameters_follow_float32_ones_exactly():
+    """The parameter is the rounded master; the master with its low bits is the float32 run's parameter."""
+    small, wide = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in wide.items()}
+    optimizers = AdamW(small.items(), OptimizerSettings()), AdamW(wide.items(), OptimizerSettings())
+    for step in range(STEPS):
+        gradients(step, small)
+        for name, parameter in wide.items():
+            parameter.grad = small[name].grad.float()
+        norms = [optimizer.step(1e-4) for optimizer in optimizers]
+        assert norms[0] == norms[1]
+    for name, parameter in small.items():
+        low = optimizers[0].state[f"{name}.remainder"].int() & 0xFFFF
+        high = parameter.detach().view(torch.int16).int() - (low >> 15)
+        assert torch.equal(((high << 16) | low).view(torch.float32), wide[name].detach())
+        # bfloat16 alone would not have moved: the updates are below half a step of most values.
+        assert not torch.equal(wide[name].detach(), parameters(torch.bfloat16)[name].detach().float())
+
+
+def test_state_moves_to_another_optimizer():
+    settings = OptimizerSettings()
+    runs = []
+    for split in (STEPS, 9):
+        named = parameters(torch.bfloat16)
+        optimizer = AdamW(named.items(), settings)
+        for step in range(STEPS):
+            if step == split:
+                saved = {name: tensor.clone() for name, tensor in optimizer.state.items()}
+                optimizer, updates = AdamW(named.items(), settings), optimizer.updates
+                optimizer.load(saved, updates)
+            gradients(step, named)
+            optimizer.step(rate(step))
+        runs.append(named)
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name])
+
+
+def test_state_that_does_not_fit_is_named():
+    optimizer = AdamW(parameters(torch.bfloat16).items(), OptimizerSettings())
+    whole = dict(optimizer.state)
+    for change, message in [
+        ({"scale.exp_avg": None}, r"optimizer state scale.exp_avg: missing, the model needs \[7\] torch.float32"),
+        ({"matrix.exp_avg_sq": torch.zeros(5, 6)}, r"optimizer state matrix.exp_avg_sq: \[5, 6\]"),
+        ({"large.remainder": torch.zeros(300, 4)}, r"optimizer state large.remainder: .* torch.float32, .* torch.int16"),
+    ]:
+        state = {name: tensor for name, tensor in (whole | change).items() if tensor is not None}
+        with pytest.raises(ValueError, match=message):
+            optimizer.load(state, 3)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"matrix is torch.float64: the optimizer trains float32 and bfloat16"):
+        AdamW(parameters(torch.float64).items(), OptimizerSettings())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta1", 1.0), ("beta2", -0.1), ("eps", 0.0), ("weight_decay", -0.1), ("clip_norm", -1.0)]
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=rf"optimizer.{name} = {value}"):
+        OptimizerSettings(**{name: value})
