@@ -147,7 +147,7 @@ def tiny_data(tiny_tokenizer, tmp_path_factory) -> TinyData:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_settings(tiny_model, tiny_data):
     """tiny_settings(stage, out, **changes) -> settings of "pretrain", "sft" or "dpo": six steps, held-out data, a log line
     every other step."""

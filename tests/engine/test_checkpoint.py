@@ -1,0 +1,197 @@
+"""Checkpoints: complete, loadable by `transformers`, checked before use, and free of pickles."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.checkpoint import checkpoints, load_optimizer, model_folder, newest_checkpoint, read_state
+from engine.optimizer import AdamW, OptimizerSettings
+from model.mistral import packed_attention
+from model.vocabulary.tokenizer import Tokenizer
+from model.weights import load_model
+from recipes import dpo, pretrain
+
+WEIGHTS = "model-00001-of-00001.safetensors"
+OPTIMIZER = "training/optimizer-00001.safetensors"
+FILES = {
+    "config.json", "generation_config.json", WEIGHTS, "model.safetensors.index.json", "tokenizer.model", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", OPTIMIZER, "training/state.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings_of(tiny_settings):
+    return lambda out: tiny_settings("pretrain", out, steps=4, checkpoint_every=1, keep_checkpoints=3)
+
+
+@pytest.fixture(scope="module")
+def original(settings_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "run"
+    pretrain.run(settings_of(folder))
+    return folder
+
+
+@pytest.fixture
+def run_folder(original, tmp_path):
+    """A run of four steps of which the last three checkpoints are kept."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture
+def settings(settings_of, run_folder):
+    return settings_of(run_folder)
+
+
+def files_of(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_loads_in_transformers(tiny_settings, tmp_path, dtype):
+    last = pretrain.run(tiny_settings("pretrain", tmp_path / "run", dtype=dtype))
+    assert files_of(last) == FILES
+    reference = AutoModelForCausalLM.from_pretrained(last, attn_implementation="eager").eval()
+    assert reference.dtype == getattr(torch, dtype)
+    # In float32 both, so that only the weights are compared.
+    reference, model = reference.float(), load_model(last)
+    tokenizer, theirs = Tokenizer.load(last), AutoTokenizer.from_pretrained(last)
+    text = "the red dog sees ねこ and runs, は 赤い いぬ を 見る です. It runs home 🐕"
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert theirs(text).input_ids == ids
+    assert len(ids) > model.config.sliding_window
+    tokens = torch.tensor(ids)
+    with torch.no_grad():
+        expected = reference(tokens[None]).logits[0, :, :340]
+        bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+        found = model.logits(model(tokens, torch.arange(len(ids)), packed_attention(bounds, 16)))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_the_newest_are_kept_and_the_newest_is_named(run_folder):
+    assert [path.name for path in checkpoints(run_folder)] == ["step-00000002", "step-00000003", "step-00000004"]
+    assert newest_checkpoint(run_folder).name == "step-00000004"
+    assert (run_folder / "latest").read_text() == "step-00000004\n"
+    assert {path.name for path in run_folder.iterdir()} == {
+        "config.toml", "metrics.jsonl", "tensorboard", "latest", "step-00000002", "step-00000003", "step-00000004",
+    }  # fmt: skip
+    assert [read_state(path).step for path in checkpoints(run_folder)] == [2, 3, 4]
+
+
+def test_a_run_folder_names_its_newest_model(run_folder, tiny_model):
+    assert model_folder(str(run_folder)) == run_folder / "step-00000004"
+    assert model_folder(str(run_folder / "step-00000002")) == run_folder / "step-00000002"
+    assert model_folder(str(tiny_model)) == tiny_model
+
+
+def test_folders_of_other_names_are_no_checkpoints(run_folder):
+    for name in (".step-00000009.partial", ".step-00000001.old", "step-9", "step-000000010", "step-last"):
+        (run_folder / name).mkdir()
+    assert newest_checkpoint(run_folder).name == "step-00000004"
+    assert newest_checkpoint(run_folder / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"training/state.json"}))
+def test_a_file_that_is_missing_or_cut_is_named_with_the_remedy(settings, run_folder, name):
+    newest = run_folder / "step-00000004"
+    file = newest / name
+    whole = file.read_bytes()
+    remedy = rf"; delete {newest} to resume from the checkpoint before it"
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{file}: missing from the checkpoint{remedy}"):
+        pretrain.run(settings)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"{file}: {len(whole) - 1} bytes, {len(whole)} were written{remedy}"):
+        pretrain.run(settings)
+
+
+@pytest.mark.parametrize("change", ["missing", "cut", "key", "no object"])
+def test_a_state_that_cannot_be_read_is_named_with_the_remedy(run_folder, change):
+    newest = run_folder / "step-00000004"
+    state = newest / "training" / "state.json"
+    table = json.loads(state.read_text())
+    if change == "missing":
+        state.unlink()
+    elif change == "cut":
+        os.truncate(state, 100)
+    else:
+        del table["plan"]
+        state.write_text(json.dumps(table if change == "key" else [table]))
+    with pytest.raises((FileNotFoundError, ValueError)) as error:
+        read_state(newest)
+    assert str(state) in str(error.value)
+    assert f"delete {newest} to resume from the checkpoint before it" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_remedy_works(settings, run_folder, metric_lines):
+    lines = metric_lines(run_folder)
+    weights = (run_folder / "step-00000004" / WEIGHTS).read_bytes()
+    for file in (run_folder / "step-00000004").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(FileNotFoundError):
+        pretrain.run(settings)
+    (run_folder / "step-00000004" / "training").rmdir()
+    (run_folder / "step-00000004").rmdir()
+    pretrain.run(settings)
+    assert (run_folder / "step-00000004" / WEIGHTS).read_bytes() == weights
+    assert metric_lines(run_folder) == lines
+
+
+def test_optimizer_state_of_the_right_size_but_broken(settings, run_folder):
+    newest = run_folder / "step-00000004"
+    file = newest / OPTIMIZER
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    optimizer = AdamW(load_model(newest).named_parameters(), OptimizerSettings())
+    with pytest.raises(ValueError, match=rf"{file}: not a whole safetensors file .*; delete {newest} to resume"):
+        load_optimizer(newest, optimizer)
+
+
+def test_optimizer_state_comes_back(run_folder):
+    newest = run_folder / "step-00000004"
+    optimizer = AdamW(load_model(newest).named_parameters(), OptimizerSettings())
+    load_optimizer(newest, optimizer)
+    assert optimizer.updates == 4
+    with safe_open(newest / OPTIMIZER, framework="pt") as file:
+        assert set(file.keys()) == set(optimizer.state)
+        for name, tensor in optimizer.state.items():
+            assert torch.equal(tensor, file.get_tensor(name))
+            assert tensor.any()
+
+
+def test_state_larger_than_a_shard_is_written_in_several_files(tiny_settings, tmp_path, monkeypatch):
+    """A file holds what fits the limit, at least one tensor; the state that is read back is the same."""
+    whole = pretrain.run(tiny_settings("pretrain", tmp_path / "whole"))
+    monkeypatch.setattr("engine.checkpoint.MAX_SHARD_BYTES", 60_000)
+    split = pretrain.run(tiny_settings("pretrain", tmp_path / "split"))
+    files = sorted(path for path in (split / "training").iterdir() if path.suffix == ".safetensors")
+    assert len(files) > 3
+    assert sum(file.stat().st_size > 60_000 + 4096 for file in files) == 0
+    states = []
+    for folder in (whole, split):
+        optimizer = AdamW(load_model(folder).named_parameters(), OptimizerSettings())
+        load_optimizer(folder, optimizer)
+        states.append(optimizer.state)
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
+    """Pickles of protocol 2 and later begin with PROTO, torch's files are zip archives or, older, begin with a pickle."""
+    dpo.run(tiny_settings("dpo", tmp_path / "run", checkpoint_every=3))
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    suffixes = {file.suffix for file in files if not file.name.startswith("events.out.tfevents")}
+    assert suffixes == {".json", ".jsonl", ".toml", ".safetensors", ".jinja", ".model", ""}
+    assert [file.name for file in files if not file.suffix] == ["latest"]
+    for file in files:
+        head = file.read_bytes()[:4]
+        assert not head.startswith((b"\x80", b"PK", b"\x1f\x8b")), file
+        if file.suffix == ".safetensors":
+            # Tensors and one word of metadata: nothing is stored as bytes to be interpreted.
+            with safe_open(file, framework="pt") as opened:
+                assert opened.metadata() == {"format": "pt"}
