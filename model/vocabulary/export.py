@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
     special_tokens_map.json and chat_template.jinja.
 
     Loaded with `AutoTokenizer` the folder gives the ids that sentencepiece gives, except where a text spells `<s>`,
-    `</s>` or `<unk>`, which become special tokens there. Files are replaced one by one, each as a whole, and
-    `tokenizer.model` last: a folder that has it has all of them. The bytes depend on the model alone.
+    `</s>` or `<unk>`, which become special tokens there (and, for a model that normalizes text, where several combining
+    marks follow one another). Files are replaced one by one, each as a whole, and `tokenizer.model` last: a folder that
+    has it has all of them. The bytes depend on the model alone.
 
     Raises:
         ValueError: the model is not BPE, or writes spaces in a way that tokenizer.json cannot express.
@@ -45,12 +47,12 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
         "eos_token": processor.id_to_piece(processor.eos_id()),
         "unk_token": processor.id_to_piece(processor.unk_id()),
     }
+    # Other control pieces stay ordinary entries: no text encodes to them in sentencepiece, so none may here.
     added = [
-        {"id": id, "content": piece.piece, "special": special, "normalized": False}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        {"id": id, "content": piece.piece, "special": True}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for id, piece in enumerate(proto.pieces)
-        # Other control pieces stay ordinary entries: no text encodes to them in sentencepiece, so none may here.
-        if (special := piece.piece in specials.values()) or piece.type == _Piece.USER_DEFINED
+        if piece.piece in specials.values()
     ]
     config = {
         "add_bos_token": True,
@@ -85,6 +87,9 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
         )
     normalizers: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
+        if "nfkc" in spec.name:
+            # The table alone misses composites longer than five bytes: half-width kana with a voicing mark.
+            normalizers.append({"type": "NFKC"})
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if spec.remove_extra_whitespaces:
@@ -100,6 +105,11 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     ]
     if spec.add_dummy_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    # Pieces that are matched before any merge, even beside a letter: split off, and then taken whole. As added tokens they
+    # would begin a new text each, with a space before it.
+    defined = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED]
+    pattern = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bos = specials["bos_token"]
     bos_id = next(token["id"] for token in added if token["content"] == bos)
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
@@ -110,7 +120,7 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
+        "pre_tokenizer": split if defined else None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [start, first],
@@ -126,7 +136,7 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": bool(proto.trainer_spec.byte_fallback),
-            "ignore_merges": False,
+            "ignore_merges": bool(defined),
             "vocab": {piece.piece: id for id, piece in enumerate(proto.pieces)},
             "merges": _merges(proto),
         },

@@ -51,11 +51,8 @@ def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
     Raises:
         ValueError: it is no SentencePiece model, not BPE (Unigram, word, character), or has no byte fallback.
     """
-    try:
-        proto = _protobuf.ModelProto.FromString(model_bytes)
-        sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-    except Exception as error:  # protobuf's own classes of errors differ between its versions
-        raise ValueError(f"{source} is not a SentencePiece model: damaged, cut short or of another kind") from error
+    Tokenizer(model_bytes, source)
+    proto = _protobuf.ModelProto.FromString(model_bytes)
     if proto.trainer_spec.model_type != _TrainerSpec.BPE:
         kind = _TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
         raise ValueError(f"{source} is a SentencePiece model of type {kind}: new pieces can be merged into BPE only")

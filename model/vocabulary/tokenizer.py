@@ -19,6 +19,7 @@ __all__ = ["StreamDecoder", "Tokenizer", "mistral_tokenizer_path", "write_tokeni
 
 _protobuf: Any = sentencepiece_pb2  # its classes are made at import time, out of a type checker's sight
 _EncodedText = _protobuf.SentencePieceText
+_UNENCODABLE = (RuntimeError, TypeError, UnicodeEncodeError)  # for a str that is no Unicode, by version of sentencepiece
 
 
 class Tokenizer:
@@ -38,7 +39,7 @@ class Tokenizer:
             ValueError: the bytes are no SentencePiece model, or one without `<s>`, `</s>` or `<unk>`.
         """
         if not model_bytes:
-            raise ValueError(f"{source} is empty: not a SentencePiece model")
+            raise ValueError(f"{source} is empty, so it is not a SentencePiece model")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
@@ -76,15 +77,15 @@ class Tokenizer:
         """
         try:
             return self._processor.encode(text, out_type=int)
-        except (RuntimeError, UnicodeEncodeError) as error:
-            raise _unencodable(text) from error
+        except _UNENCODABLE as error:
+            raise _explained(error, [text]) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for each text, on all cores."""
         try:
             return self._processor.encode(list(texts), out_type=int)
-        except (RuntimeError, UnicodeEncodeError) as error:
-            raise next((_unencodable(text) for text in texts if not _is_unicode(text)), error) from error
+        except _UNENCODABLE as error:
+            raise _explained(error, texts) from error
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the [begin, end) of its characters in `text`.
@@ -94,8 +95,8 @@ class Tokenizer:
         """
         try:
             encoded = _EncodedText.FromString(self._processor.encode(text, out_type="serialized_proto"))
-        except (RuntimeError, UnicodeEncodeError) as error:
-            raise _unencodable(text) from error
+        except _UNENCODABLE as error:
+            raise _explained(error, [text]) from error
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         begin = 0
@@ -180,12 +181,12 @@ def _incomplete(run: list[int]) -> int:
     return 0
 
 
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _unencodable(text: str) -> ValueError:
-    place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
-    return ValueError(
-        f"character {place} of the text is U+{ord(text[place]):04X}, half of a surrogate pair: not valid Unicode text"
-    )
+def _explained(error: Exception, texts: Sequence[str]) -> Exception:
+    """The lone surrogate that made encoding fail, if that was it."""
+    for text in texts:
+        for place, character in enumerate(text):
+            if "\ud800" <= character <= "\udfff":
+                return ValueError(
+                    f"character {place} of the text is U+{ord(character):04X}, half of a surrogate pair: not valid Unicode"
+                )
+    return error

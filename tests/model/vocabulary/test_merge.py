@@ -1,0 +1,167 @@
+"""Merging: the base is kept, every new piece can be produced, order and errors."""
+
+import argparse
+import heapq
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
+
+from model.vocabulary.merge import check_base, extend, merge, split_pieces, unreachable
+from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.train import is_japanese, is_wanted
+
+
+def encode_as_defined(model_bytes: bytes, text: str) -> list[str]:
+    """BPE as sentencepiece defines it, written down anew: join the pair of the highest score, the leftmost of equals."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model_bytes)
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    symbols = list("\u2581" + text.replace(" ", "\u2581"))
+    while True:
+        joined = [(scores.get(left + right), -place) for place, (left, right) in enumerate(itertools.pairwise(symbols))]
+        best = max((entry for entry in joined if entry[0] is not None), default=None)
+        if best is None:
+            break
+        place = -best[1]
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    spelled = ([symbol] if symbol in scores else [f"<0x{byte:02X}>" for byte in symbol.encode()] for symbol in symbols)
+    return list(itertools.chain(*spelled))
+
+
+def test_appends_the_pieces_asked_for(extended, mistral):
+    merged, pieces = extended.merged, extended.tokenizer.pieces()
+    assert pieces[:32000] == mistral.pieces()
+    assert pieces[32000:] == merged.pieces
+    assert len(pieces) == len(set(pieces)) == extended.tokenizer.vocab_size
+    assert merged.base_size == 32000
+    assert all(is_wanted(piece) for piece in merged.pieces)
+
+
+def test_no_piece_is_unreachable(extended):
+    assert unreachable(extended.tokenizer.model_bytes) == []
+    processor = sentencepiece.SentencePieceProcessor(model_proto=extended.merged.model_bytes)
+    # The same in the middle of a text, where no dummy space is put before it. A newline joins with nothing.
+    for id, piece in enumerate(extended.merged.pieces, 32000):
+        assert processor.encode("\n" + piece.replace("\u2581", " "), out_type=int)[-1] == id
+
+
+def test_scores_fall_with_the_id_below_all_of_the_base(extended):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(extended.merged.model_bytes)
+    scores = [piece.score for piece in proto.pieces]
+    assert np.all(np.diff(np.float32(scores[31999:])[1:]) < 0)
+    assert max(scores[32000:]) < min(scores[:32000])
+    assert proto.trainer_spec.vocab_size == len(proto.pieces)
+
+
+@settings(deadline=None, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_ids_without_japanese_characters_are_the_base_s(extended, mistral, text):
+    if not is_japanese(text):
+        assert extended.tokenizer.encode(text) == mistral.encode(text)
+
+
+def test_code_and_other_scripts_keep_their_ids(extended, mistral):
+    lines = [line for module in (argparse, heapq, random) for line in Path(module.__file__).read_text().split("\n")]
+    lines += ["Größe naïve", "Привет, мир", "مرحبا بالعالم", "नमस्ते", "สวัสดี", "שלום", "γειά σου", "안녕하세요", "Xin chào"]
+    plain = [line for line in lines if not is_japanese(line)]
+    assert len(plain) > 3000
+    assert extended.tokenizer.encode_batch(plain) == mistral.encode_batch(plain)
+
+
+@settings(deadline=None, derandomize=True)
+@given(data=st.data())
+def test_encoding_is_bpe_by_score(extended, data):
+    pieces = st.sampled_from(extended.merged.pieces).map(lambda piece: piece.replace("\u2581", " "))
+    text = "".join(data.draw(st.lists(st.one_of(pieces, st.sampled_from(["a", " ", "の", "The", "   ", "\n"])), max_size=6)))
+    ids = extended.tokenizer.encode(text)
+    names = extended.tokenizer.pieces()
+    assert [names[id] for id in ids] == (encode_as_defined(extended.merged.model_bytes, text) if text else [])
+
+
+def test_japanese_becomes_shorter(extended, mistral):
+    before, after = (sum(map(len, tokenizer.encode_batch(extended.texts))) for tokenizer in (mistral, extended.tokenizer))
+    assert after < 0.6 * before
+
+
+def test_a_larger_merge_begins_with_a_smaller_one(mistral, written_texts):
+    small, large = (extend(mistral.model_bytes, written_texts, size)[0] for size in (200, 260))
+    assert large.pieces[: len(small.pieces)] == small.pieces
+
+
+def test_merging_repeats_and_prunes(mistral):
+    # Nothing builds 火水木金.
+    candidates = ["日月", "日月火", "火水木金", "日月火", "の", "土日"]
+    merged = merge(mistral.model_bytes, candidates, 3)
+    assert merged.pieces == ["日月", "日月火", "土日"]
+    assert merged.dropped["unreachable"] == 1
+    assert merged.dropped["in the base already"] == 2  # the one repeated, and の
+    assert merged.model_bytes == merge(mistral.model_bytes, candidates, 3).model_bytes
+
+
+def test_a_piece_reachable_only_through_one_beyond_the_size_is_dropped(mistral):
+    candidates = ["日月火水", "木金", "日月", "火水", "土日"]
+    assert merge(mistral.model_bytes, candidates, 4).pieces == ["日月火水", "木金", "日月", "火水"]
+    assert merge(mistral.model_bytes, candidates, 3).pieces == ["木金", "日月", "火水"]
+
+
+def test_a_piece_needs_all_its_characters(mistral):
+    rare = "鱟"
+    assert len(mistral.encode(rare)) > 2
+    merged = merge(mistral.model_bytes, ["日" + rare, "土日"], 1)
+    assert merged.pieces == ["土日"]
+    assert merged.dropped["has a character that is no piece"] == 1
+    assert merge(mistral.model_bytes, [rare, "日" + rare], 2).pieces == [rare, "日" + rare]
+
+
+def test_characters_leave_room_for_merges(mistral):
+    characters = [chr(0x9F00 + n) for n in range(40)]
+    merged = merge(mistral.model_bytes, [*characters, "日月", "土日", "火水", "木金"], 6)
+    assert merged.pieces == [*characters[:3], "日月", "土日", "火水"]
+    assert len(merge(mistral.model_bytes, [*characters, "日月"], 20).pieces) == 20
+
+
+def test_split_pieces_spells_each_new_piece(extended, mistral):
+    names = mistral.pieces()
+    for piece, ids in zip(extended.merged.pieces, split_pieces(mistral, extended.tokenizer), strict=True):
+        assert len(ids) > 1
+        spelled = b"".join(bytes.fromhex(names[id][3:-1]) if id < 259 else names[id].encode() for id in ids)
+        assert spelled.decode() == piece
+
+
+def test_split_pieces_needs_the_same_base(extended, mistral, train_model):
+    with pytest.raises(ValueError, match="does not begin with the base tokenizer's pieces"):
+        split_pieces(Tokenizer(train_model()), extended.tokenizer)
+
+
+def test_bases_that_cannot_be_extended_are_refused(mistral, train_model):
+    with pytest.raises(ValueError, match=r"base\.model is a SentencePiece model of type unigram: .* BPE only"):
+        check_base(train_model(model_type="unigram"), "base.model")
+    with pytest.raises(ValueError, match="of type word"):
+        check_base(train_model(model_type="word", byte_fallback=False))
+    with pytest.raises(ValueError, match="no byte fallback"):
+        check_base(train_model(byte_fallback=False))
+    for damaged in (b"", b"\x00\x01", mistral.model_bytes[:5000]):
+        with pytest.raises(ValueError, match=r"is .*not a SentencePiece model"):
+            check_base(damaged)
+
+
+def test_another_base_that_holds_japanese_already(mistral, written_texts):
+    once, _ = extend(mistral.model_bytes, written_texts, 100)
+    twice, _ = extend(once.model_bytes, written_texts, 100)
+    assert twice.base_size == 32100
+    assert not set(once.pieces) & set(twice.pieces)
+    assert unreachable(twice.model_bytes) == []
+
+
+def test_asking_for_more_than_there_is(mistral, written_texts):
+    with pytest.raises(ValueError, match=r"50,000 new pieces asked for, but the text gives \d+") as error:
+        extend(mistral.model_bytes, written_texts[:20], 50_000)
+    assert type(error.value) is ValueError
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        merge(mistral.model_bytes, ["日月"], 0)
