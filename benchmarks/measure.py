@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers.worker import cpu_seconds as cpu_seconds
+from benchmarks.peers.worker import peak_memory as peak_memory
 from engine.environment import nvidia_driver
 from model.folder import write_file
 
@@ -102,25 +103,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak GiB since `reset_peak_memory` on CUDA (allocated, reserved); the process's peak resident set on the CPU."""
-    if device.type == "cuda":
-        return {
-            "allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
-            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
-        }
-    return {"resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-
-
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process, all threads."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:

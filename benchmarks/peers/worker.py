@@ -1,0 +1,155 @@
+"""The side of a measured process: it trains when told to, and says how long each step took.
+
+A trainer is started as `python <module>.py job.json`. Orders come as lines of JSON on standard input: {"steps": n} trains n
+steps; the end of the input ends the process. Answers go as lines of JSON to what was standard output and is kept for them
+alone (what libraries print goes to standard error): first {"ready": {...}} or {"missing": why}, then one for each order.
+
+Only Python and torch are imported, so that a peer's process holds nothing of ours.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+class Worker:
+    """Takes orders and answers them. `job`: what the process was started with."""
+
+    def __init__(self, argv: list[str] | None = None, answers: Mapping[str, Callable[[], Any]] | None = None) -> None:
+        """answers: what to do for orders other than {"steps": n}, by their name."""
+        self.job: dict[str, Any] = json.loads(Path((sys.argv if argv is None else argv)[1]).read_text(encoding="utf-8"))
+        self.device = torch.device(self.job["device"])
+        self.dtype: torch.dtype = getattr(torch, self.job["dtype"])
+        self.answers = dict(answers or {})
+        self.versions: dict[str, str | None] = {"torch": torch.__version__}
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        self._left = 0
+        self._marks: list[Any] = []
+        self._losses: list[Any] = []
+        self._tokens: list[int | None] = []
+        if self.job.get("threads"):
+            torch.set_num_threads(self.job["threads"])
+
+    def need(self, *modules: str) -> list[ModuleType]:
+        """Import a peer's packages; a process without them says which is missing and ends."""
+        found = []
+        for name in modules:
+            try:
+                found.append(importlib.import_module(name))
+                self.versions[name] = getattr(found[-1], "__version__", None)
+            except ImportError as error:
+                absent = getattr(error, "name", None) or name
+                self.missing(f"{absent} is not installed" if isinstance(error, ModuleNotFoundError) else f"{name}: {error}")
+        return found
+
+    def missing(self, why: str) -> None:
+        """Say why there is nothing to measure, and end."""
+        self._say({"missing": why})
+        raise SystemExit(0)
+
+    def ready(self, **facts: Any) -> None:
+        """Everything is loaded; `facts` go into the result."""
+        self._say({"ready": {"versions": self.versions, **facts}})
+
+    def serve(self, step: Callable[[int], torch.Tensor]) -> None:
+        """Call step(index) -> loss as often as told."""
+        index, going = 0, self.start()
+        while going:
+            going = self.done(step(index))
+            index += 1
+
+    def start(self) -> bool:
+        """Wait for the first order. False where there is none. From here on peaks of a GPU's memory count."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self._next_order()
+
+    def done(self, loss: Any, tokens: int | None = None) -> bool:
+        """A step has ended. After the last one ordered, answer and wait for the next order; False at the end of orders."""
+        self._losses.append(loss)
+        self._tokens.append(tokens)
+        self._mark()
+        self._left -= 1
+        if self._left:
+            return True
+        self._report()
+        return self._next_order()
+
+    def _next_order(self) -> bool:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "steps" in order:
+                self._left = order["steps"]
+                self._marks, self._losses, self._tokens = [], [], []
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                self._cpu = cpu_seconds()
+                self._mark()
+                return True
+            (name,) = order
+            self._say({name: self.answers[name]()})
+        return False
+
+    def _mark(self) -> None:
+        # Events, so that the device need not be waited for between steps.
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def _report(self) -> None:
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            seconds = [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        else:
+            seconds = [after - before for before, after in pairs]
+        self._say({
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds() - self._cpu,
+            "loss": [float(loss) for loss in self._losses],
+            "tokens": self._tokens,
+            "memory": peak_memory(self.device),
+        })  # fmt: skip
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        self._out.write(json.dumps(answer) + "\n")
+        self._out.flush()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak GiB since `reset_peak_memory_stats` on CUDA (allocated, reserved); the process's peak resident set on the CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+    return {"resident_gib": peak_resident_bytes() / 2**30}
+
+
+def peak_resident_bytes() -> int:
+    """The process's largest resident set. Not getrusage's, which starts with the peak of the process that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
