@@ -7,6 +7,8 @@ each row, with "complete" false until the last, so that one that is cut off leav
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import platform
@@ -31,8 +33,10 @@ from model.folder import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# Enough to push any GPU's second-level cache out (an H200 has 50 MiB).
-_FLUSH_BYTES = 256 * 2**20
+# Enough to push the last-level cache out (an H200 has 50 MiB).
+_FLUSH_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
+# About 1 ms, in which the host launches what is timed.
+_BUSY_CYCLES = 2_000_000
 _PACKAGES = (
     "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "fla-core", "torchtitan",
 )  # fmt: skip
@@ -73,25 +77,44 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def kernel_seconds(work: Callable[[], Any], device: torch.device, *, repeats: int = 30, warmup: int = 5) -> list[float]:
+def kernel_seconds(
+    work: Callable[..., Any],
+    device: torch.device,
+    *,
+    repeats: int = 30,
+    warmup: int = 5,
+    prepare: Callable[[], Any] | None = None,
+) -> list[float]:
     """Seconds of each of `repeats` calls of a short operation.
 
-    On CUDA: events around each call, the cache flushed before it, all launches queued before the first is waited for, so that
-    the host's launch times do not count. On the CPU: the host's clock.
+    Args: prepare: makes what each call of `work` is given, outside the time taken: inputs that the call may overwrite, or a
+        forward pass before a backward one. Without it `work` is called with nothing.
+
+    The caches are flushed before each call. On CUDA: events around each call; every call is queued behind a device that is
+    kept busy, so that the host's launch times do not count. On the CPU: the host's clock.
     """
+
+    def arguments() -> tuple[Any, ...]:
+        return () if prepare is None else (prepare(),)
+
     for _ in range(warmup):
-        work()
+        work(*arguments())
+    flush = torch.empty(_FLUSH_BYTES[device.type] // 4, dtype=torch.int32, device=device)
     if device.type != "cuda":
-        return [seconds_of(work, device) for _ in range(repeats)]
-    flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+        seconds = []
+        for _ in range(repeats):
+            given = arguments()
+            flush.zero_()
+            seconds.append(seconds_of(functools.partial(work, *given), device))
+        return seconds
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     synchronize(device)
-    # Keeps the device busy while the host queues everything behind it.
-    torch.cuda._sleep(int(1e8))
     for before, after in events:
+        given = arguments()
+        torch.cuda._sleep(_BUSY_CYCLES)
         flush.zero_()
         before.record()
-        work()
+        work(*given)
         after.record()
     synchronize(device)
     return [before.elapsed_time(after) / 1e3 for before, after in events]
@@ -106,6 +129,29 @@ def synchronize(device: torch.device) -> None:
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def reset_peak_resident() -> None:
+    """Forget the largest resident set so far, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that torch's allocator held during one call beyond those it held before, what the call returns included."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    recorded = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
