@@ -1,0 +1,95 @@
+"""What each part of `benchmarks.gpu` does in its own process: python -m benchmarks.gpu_parts PART FILE [--rehearse].
+
+Settings are made here in code, as a machine that is lent for half an hour need not have what reads command lines.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from engine.environment import choose_device, report
+
+
+def environment(out: Path, rehearse: bool) -> None:
+    """What the machine reaches, of which all fractions are; what is installed goes to the log."""
+    device = choose_device("cpu" if rehearse else "cuda")
+    for what, value in report():
+        print(f"{what:<16} {value}")
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        reached = measure.ceilings(device, dtype)
+        name = str(dtype).removeprefix("torch.")
+        rows.append({"what": f"matrix product, {name}", "unit": "TFLOP/s", "reached": reached["product_flops"] / 1e12})
+    rows.append({"what": "copy", "unit": "GB/s, read and written", "reached": reached["copy_bytes"] / 1e9})
+    _write(out, "environment", device, rows)
+
+
+def gpu_tests(out: Path, rehearse: bool, folder: Path = measure.ROOT / "tests") -> None:
+    """The tests in `folder` that need a GPU. Those of the rehearsal are collected and skip, as there is none.
+
+    Only files that name the mark are collected, so that what others need and a machine lacks is no failure.
+    """
+    import pytest
+
+    device = choose_device("cpu" if rehearse else "cuda")
+    if rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    files = [str(path) for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    record = _Record(out, device)
+    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *files], [record])
+    record.write(complete=True)
+    raise SystemExit(0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else int(status))
+
+
+class _Record:
+    """Writes each test's outcome as soon as it is known, so that a run that is cut off leaves them."""
+
+    def __init__(self, out: Path, device: torch.device):
+        self.out, self.device = out, device
+        self.rows: list[dict[str, Any]] = []
+        self.written = time.monotonic()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._add(report, "failed")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # A test has one outcome of three reports: its call's, or that of a set-up or tear-down that was not passed.
+        if report.when == "call" or report.outcome != "passed":
+            self._add(report, report.outcome)
+
+    def _add(self, report: Any, outcome: str) -> None:
+        row = {"test": report.nodeid, "outcome": outcome, "seconds": round(getattr(report, "duration", 0.0), 3)}
+        if outcome == "failed":
+            row["why"] = report.longreprtext.splitlines()[-20:]
+        elif outcome == "skipped":
+            row["why"] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        self.rows.append(row)
+        if time.monotonic() - self.written > 1:
+            self.write(complete=False)
+
+    def write(self, *, complete: bool) -> None:
+        _write(self.out, "tests", self.device, self.rows, complete=complete)
+        self.written = time.monotonic()
+
+
+def _write(out: Path, name: str, device: torch.device, rows: list[dict[str, Any]], *, complete: bool = True) -> None:
+    measure.write_result(out, measure.result(name, " ".join(sys.argv), device, {}, rows, complete=complete))
+
+
+PARTS: dict[str, Callable[[Path, bool], None]] = {"environment": environment, "tests": gpu_tests}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    name, out, *rest = list(sys.argv[1:] if argv is None else argv)
+    PARTS[name](Path(out), rest == ["--rehearse"])
+
+
+if __name__ == "__main__":
+    main()

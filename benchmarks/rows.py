@@ -1,0 +1,100 @@
+"""A result's rows: which fields say what was measured, which are measurements, and how each reads.
+
+Everything here is a function of the committed JSON alone, so that a table is the same wherever it is made.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_NEEDED = ("benchmark", "command", "when", "commit", "machine", "settings", "rows")
+# The fields that tell a benchmark's rows apart; of one that is not listed, all that are neither floats nor spreads.
+KEYS: dict[str, tuple[str, ...]] = {}
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises: FileNotFoundError; ValueError naming the file and what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such result file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    missing = [name for name in _NEEDED if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise ValueError(f"{path}: no '{missing[0]}'; a result file is what a benchmark writes with --out")
+    return content
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A row without nesting: {"memory": {"plan": 1}} is {"memory plan": 1}; spreads stay, lists become text."""
+    values: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping) and not is_spread(value):
+            values.update(flat(value, f"{prefix}{name} "))
+        elif isinstance(value, list):
+            values[prefix + name] = "; ".join(map(str, value)) or None
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def is_spread(value: Any) -> bool:
+    """Whether a value is a median with its 20th and 80th percentile."""
+    return isinstance(value, Mapping) and "median" in value
+
+
+def identity(benchmark: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a flat row that say what was measured."""
+    names = KEYS.get(benchmark)
+    if names is None:
+        return {name: value for name, value in row.items() if isinstance(value, (str, bool, int)) and name != "missing"}
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def label(values: Mapping[str, Any]) -> str:
+    """Some fields of a row in one line: text as it is, other values with their names."""
+    return ", ".join(
+        str(value) if isinstance(value, str) else f"{words(name)} {number(value)}" for name, value in values.items()
+    )
+
+
+def words(name: str) -> str:
+    """A field's name for people."""
+    return name.replace("_", " ")
+
+
+def number(value: Any, unit: float = 1.0) -> str:
+    """A value with four digits; `unit` divides it."""
+    if value is None:
+        return "-"
+    if is_spread(value):
+        low, high = number(value["low"], unit), number(value["high"], unit)
+        return f"{number(value['median'], unit)} ({low} to {high})"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and unit == 1:
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, (int, float)):
+        value /= unit
+        if value and not 1e-3 <= abs(value) < 1e12:
+            return f"{value:.3e}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def seconds_unit(name: str, values: Iterable[Any]) -> tuple[float, str]:
+    """What to divide a column of times by, and the unit to say so; (1, "") for other columns."""
+    if name.split()[-1].split("_")[-1] not in ("seconds", "s"):
+        return 1.0, ""
+    times = [value["median"] if is_spread(value) else value for value in values]
+    largest = max((abs(time) for time in times if isinstance(time, (int, float)) and not isinstance(time, bool)), default=1.0)
+    return next(((unit, text) for unit, text in ((1.0, "s"), (1e-3, "ms")) if largest >= unit), (1e-6, "µs"))
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> list[str]:
+    """The names of all fields, those of `first` before the others, each where it first appears; "missing" is not one."""
+    seen = dict.fromkeys(name for row in rows for name in row if name != "missing")
+    return [*(name for name in first if name in seen), *(name for name in seen if name not in first)]

@@ -1,0 +1,226 @@
+"""The unattended run: its clock, what it keeps, what it resumes, what it exits with. Its parts are processes throughout."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import gpu
+from benchmarks.gpu import Part, Run, divide
+from benchmarks.measure import ROOT, run_part
+
+# Stands for a part: writes the first rows, then the rest, or does what its name says in between. Needs no torch, to be quick.
+_PART = """
+import json, sys, time
+name, out = sys.argv[1:3]
+def write(rows, complete):
+    content = {"benchmark": name, "command": "passing", "when": "2026-01-01T00:00:00+00:00", "commit": "abc", "machine": {},
+               "settings": {}, "complete": complete, "rows": [{"row": i, "outcome": "failed" if name == "untrue" else "passed"}
+               for i in range(rows)]}
+    open(out, "w").write(json.dumps(content))
+print(name, "begins", flush=True)
+if name == "silent":
+    sys.exit(0)
+write(1, False)
+if name == "hanging":
+    time.sleep(600)
+if name == "broken":
+    raise ValueError("this is what went wrong")
+write(2, True)
+"""
+
+
+def _part(name: str, **fields) -> Part:
+    return Part(name, fields.pop("seconds", 10), arguments=lambda part, out, _: ["-c", _PART, name, str(out)], **fields)
+
+
+def _run(out: Path, *parts: Part, seconds: float = 60, **options) -> tuple[bool, dict, Run]:
+    run = Run(out, parts, seconds=seconds, **options)
+    done = run.run()
+    return done, json.loads((out / "gpu-summary.json").read_text()), run
+
+
+@given(
+    st.floats(-10, 1000),
+    st.lists(st.floats(1, 500), min_size=1, max_size=8),
+    st.lists(st.floats(0, 1), min_size=8, max_size=8),
+)
+def test_parts_together_never_get_more_than_there_is(total, lengths, used):
+    parts = [Part(str(i), seconds) for i, seconds in enumerate(lengths)]
+    remaining = total
+    for i, part in enumerate(parts):
+        limit = divide(remaining, parts[i:])
+        assert 0 <= limit <= max(0, remaining) + 1e-9
+        # Nobody gets less than its share of the whole, as the earlier ones can only leave more.
+        assert limit >= max(0, total) * part.seconds / sum(lengths) - 1e-6
+        remaining -= limit * used[i]
+    assert divide(remaining, parts[-1:]) == pytest.approx(max(0, remaining))
+
+
+def test_one_part_that_fails_takes_no_other_with_it(tmp_path, capsys):
+    parts = [_part("first"), _part("broken"), _part("silent"), _part("last")]
+    done, summary, run = _run(tmp_path, *parts)
+    assert not done
+    assert {name: entry["status"] for name, entry in summary["parts"].items()} == {
+        "first": "done", "broken": "failed (exit 1)", "silent": "failed (left no whole result)", "last": "done",
+    }  # fmt: skip
+    assert summary["parts"]["broken"]["rows"] == 1
+    assert summary["parts"]["broken"]["output"][-1] == "ValueError: this is what went wrong"
+    assert json.loads((tmp_path / "gpu-last.json").read_text())["command"] == "python -m benchmarks.gpu --parts last"
+    log = (tmp_path / "gpu-log.txt").read_text()
+    assert [line for line in log.splitlines() if line.endswith("begins")] == [f"{part.name} begins" for part in parts]
+    assert "broken (not whole)" in run.tables()
+    assert "ValueError: this is what went wrong" in run.tables().splitlines()[-3]
+    assert "last: done" in capsys.readouterr().out
+
+
+def test_a_part_is_cut_off_at_its_share_and_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_LEAST_SECONDS", 0.5)
+    start = time.monotonic()
+    done, summary, _ = _run(tmp_path, _part("hanging", seconds=2), _part("after", seconds=4), seconds=6)
+    assert time.monotonic() - start < 6
+    assert not done
+    assert summary["parts"]["hanging"]["status"] == "cut off after 2 s"
+    assert summary["parts"]["after"]["status"] == "done"
+    assert 3 < summary["parts"]["after"]["limit"] <= 4
+    content = json.loads((tmp_path / "gpu-hanging.json").read_text())
+    assert content["rows"] == [{"row": 0, "outcome": "passed"}]
+    assert content["complete"] is False
+
+
+def test_no_time_left_starts_nothing(tmp_path):
+    done, summary, _ = _run(tmp_path, _part("first"), seconds=3)
+    assert not done
+    assert summary["parts"] == {"first": {"status": "not started: no time left"}}
+
+
+def test_resume_runs_only_what_is_not_whole(tmp_path):
+    _run(tmp_path, _part("first"), _part("broken"), _part("inside", in_summary=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "gpu-broken.json", "gpu-first.json", "gpu-log.txt", "gpu-summary.json",
+    ]  # fmt: skip
+    (tmp_path / "gpu-torn.json").write_text('{"rows": [')
+    parts = [_part("first"), _part("broken"), _part("inside", in_summary=True), _part("torn"), _part("never")]
+    _, summary, _ = _run(tmp_path, *parts, resume=True)
+    assert {name: entry["status"] for name, entry in summary["parts"].items()} == {
+        "first": "done before", "inside": "done before", "broken": "failed (exit 1)", "torn": "done", "never": "done",
+    }  # fmt: skip
+    assert summary["results"]["inside"]["rows"] == [{"row": 0, "outcome": "passed"}, {"row": 1, "outcome": "passed"}]
+    # Without --resume all of them run anew.
+    _, summary, _ = _run(tmp_path, _part("first"))
+    assert summary["parts"]["first"]["status"] == "done"
+    assert "inside" in summary["results"]
+    # What a rehearsal leaves is not what a GPU was to measure.
+    assert not Run(tmp_path, [], seconds=1, rehearse=True).kept
+    assert Run(tmp_path, [_part("first")], seconds=1, rehearse=True).result(_part("first")) is None
+
+
+def test_all_done_is_told_from_failed_tests(tmp_path):
+    assert _run(tmp_path, _part("first"))[0]
+    done, summary, _ = _run(tmp_path, _part("untrue", in_summary=True))
+    assert not done
+    assert summary["parts"]["untrue"]["status"] == "done, but 2 of 2 tests failed"
+    done, summary, _ = _run(tmp_path, _part("untrue", in_summary=True), resume=True)
+    assert not done
+    assert summary["parts"]["untrue"]["status"] == "done before, but 2 of 2 tests failed"
+
+
+def test_the_folder_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_MOST_LOG_BYTES", 100)
+    (tmp_path / "gpu-log.txt").write_text("x" * 1000)
+    (tmp_path / ".gpu-first.json.partial").write_text("{")
+    _run(tmp_path, _part("first"))
+    assert (tmp_path / "gpu-log.txt").stat().st_size < 300
+    assert not list(tmp_path.glob(".*"))
+    # Besides the parts that have a file of their own: the summary and the log.
+    assert sum(not part.in_summary for part in gpu.PARTS) + 2 <= 8
+
+
+def test_a_run_that_is_stopped_ends_its_part_and_leaves_its_summary(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys\nfrom benchmarks import gpu\n"
+        f"gpu.PARTS = [gpu.Part('hanging', 10, arguments=lambda part, out, _: ['-c', {_PART!r}, 'hanging', str(out)])]\n"
+        "gpu.main(['--rehearse', '--out', sys.argv[1]])\n"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(out)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / "rehearsal-hanging.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    summary = json.loads((out / "rehearsal-summary.json").read_text())
+    assert summary["parts"]["hanging"]["status"] == "interrupted"
+    assert summary["parts"]["hanging"]["rows"] == 1
+    assert "interrupted" in output.splitlines()[-1]
+    assert not _running(str(out / "rehearsal-hanging.json"))
+
+
+def _running(argument: str) -> bool:
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return any(argument.encode() in line for line in lines)
+
+
+def test_tests_leave_each_outcome(tmp_path):
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "conftest.py").write_text("def pytest_configure(config):\n    config.addinivalue_line('markers', 'gpu: x')\n")
+    (folder / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_unmarked():\n    assert False\n"
+        "@pytest.mark.gpu\ndef test_good():\n    pass\n"
+        "@pytest.mark.gpu\ndef test_bad():\n    assert 1 == 2, 'one is not two'\n"
+        "@pytest.mark.gpu\ndef test_skipped():\n    pytest.skip('no reason')\n"
+        "@pytest.mark.gpu\ndef test_unset(nothing):\n    pass\n"
+    )
+    (folder / "test_unread.py").write_text("import there_is_no_such_module\n# pytest.mark.gpu\n")
+    (folder / "test_other.py").write_text("import there_is_no_such_module\n")
+    out = tmp_path / "out.json"
+    code = f"import pathlib\nfrom benchmarks.gpu_parts import gpu_tests\ngpu_tests(*map(pathlib.Path, [{str(out)!r}]), True, "
+    status, output = run_part(["-c", f"{code}pathlib.Path({str(folder)!r}))"], limit=60)
+    assert status == "done", output
+    content = json.loads(out.read_text())
+    assert content["complete"]
+    outcomes = {row["test"].rpartition("::")[2].rpartition("/")[2]: row["outcome"] for row in content["rows"]}
+    assert outcomes == {
+        "test_unread.py": "failed", "test_good": "passed", "test_bad": "failed", "test_skipped": "skipped",
+        "test_unset": "failed",
+    }  # fmt: skip
+    assert any("one is not two" in line for row in content["rows"] for line in row.get("why", []))
+
+
+def test_the_command_line_runs_the_chosen_parts(tmp_path):
+    arguments = ["-m", "benchmarks.gpu", "--rehearse", "--parts", "environment", "--out", str(tmp_path)]
+    status, output = run_part(arguments, limit=120)
+    assert status == "done", output
+    content = json.loads((tmp_path / "rehearsal-environment.json").read_text())
+    assert content["complete"]
+    assert all(row["reached"] > 0 for row in content["rows"])
+    assert content["command"] == "python -m benchmarks.gpu --parts environment --rehearse"
+    assert "matrix product, bfloat16" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--parts", "kernel"], "unknown part 'kernel'"),
+        (["--minutes", "0"], "must be above 0"),
+        (["--minutes", "nan"], "above 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(arguments)
+    assert says in capsys.readouterr().err
