@@ -103,6 +103,11 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
         epochs=settings.epochs,
     )
     run = Run(settings, device, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
+    if run.pack_tokens < plan.longest_unit:
+        unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
+        raise ValueError(
+            f"pack_tokens = {run.pack_tokens} is below {unit} ({plan.longest_unit} tokens); raise it, or leave it out"
+        )
     checkpoint = newest_checkpoint(settings.out)
     if checkpoint is None:
         return run

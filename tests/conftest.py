@@ -163,6 +163,7 @@ def tiny_settings(tiny_model, tiny_data):
             "context_length": sizes[0], "step_size": sizes[1], "pack_tokens": 128, "steps": 6, "device": "cpu",
             "schedule": {"peak": 3e-3, "warmup_steps": 2}, "log": {"every": 2},
         }  # fmt: skip
-        return from_table(settings_class, table | changes)
+        changed = {key: value for key, value in (table | changes).items() if value is not None}
+        return from_table(settings_class, changed)
 
     return make

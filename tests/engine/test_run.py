@@ -1,0 +1,229 @@
+"""A run that cannot work says so before its first step, in one line that names the thing and the remedy, and writes nothing."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data.dataset import DatasetWriter, TokenDataset
+from engine.run import open_run
+from engine.settings import FREE_ON_RESUME
+from model.config import read_config
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from recipes import dpo, pretrain, sft
+
+RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
+
+
+def refused(recipe, settings, error=ValueError):
+    """The message of the refusal; the run folder must be as it was."""
+    out = Path(settings.out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")} if out.is_dir() else None
+    with pytest.raises(error) as caught:
+        recipe.run(settings)
+    assert "\n" not in str(caught.value)
+    assert ({path: path.stat().st_mtime_ns for path in out.rglob("*")} if out.is_dir() else None) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "expected"),
+    [
+        ("pretrain", "conversations", "holds conversations, this recipe trains on text"),
+        ("pretrain", "preferences", "holds preferences, this recipe trains on text"),
+        ("sft", "preferences", "holds preferences, this recipe trains on conversations or text"),
+        ("dpo", "conversations", "holds conversations, this recipe trains on preferences"),
+    ],
+)
+def test_data_of_another_kind(tiny_settings, tiny_data, tmp_path, stage, kind, expected):
+    folder = str(getattr(tiny_data, kind))
+    settings = tiny_settings(stage, tmp_path / "run", sources=[{"path": folder}], heldout=[])
+    assert refused(RECIPES[stage], settings) == f"{folder}: {expected}"
+    settings = tiny_settings(stage, tmp_path / "run", heldout=[folder])
+    assert refused(RECIPES[stage], settings) == f"{folder}: {expected}"
+
+
+def test_text_may_be_mixed_into_conversations(tiny_settings, tiny_data, tmp_path):
+    sources = [{"path": str(tiny_data.conversations), "share": 0.8}, {"path": str(tiny_data.text), "share": 0.2}]
+    last = sft.run(tiny_settings("sft", tmp_path / "run", sources=sources))
+    assert last.name == "step-00000006"
+
+
+def test_data_of_another_tokenizer(tiny_settings, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with DatasetWriter(folder, "text", vocab_size=340, tokenizer_fingerprint="0" * 64) as writer:
+        writer.add([1, 5, 6, 2])
+        writer.finish()
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", sources=[{"path": str(folder)}]))
+    assert message == f"{folder}: was prepared with another tokenizer than the model's; prepare it again with recipes.prepare"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "parts"),
+    [
+        ({"model": "nowhere/at/all"}, FileNotFoundError, ["nowhere/at/all", "no such folder"]),
+        ({"sources": [{"path": "nowhere"}]}, FileNotFoundError, ["nowhere", "recipes.prepare"]),
+        ({"heldout": ["nowhere"]}, FileNotFoundError, ["nowhere", "recipes.prepare"]),
+        ({"tokenizer": "nowhere"}, FileNotFoundError, ["nowhere", "no such folder"]),
+        ({"model": "preset:tiny"}, ValueError, ["preset:tiny", "a preset has no tokenizer", "name its folder as tokenizer"]),
+        ({"context_length": 129}, ValueError, ["context_length = 129", "max_position_embeddings = 128"]),
+        ({"step_size": 20}, ValueError, ["step_size = 20", "raise step_size or lower context_length"]),
+        ({"pack_tokens": 20}, ValueError, ["pack_tokens = 20", "(32 tokens)", "raise it, or leave it out"]),
+        ({"steps": None}, ValueError, ["neither steps nor epochs"]),
+        ({"steps": 100, "epochs": 1}, ValueError, ["steps = 100", "lower steps, raise epochs"]),
+    ],
+)
+def test_settings_that_do_not_fit(tiny_settings, tmp_path, changes, error, parts):
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", **changes), error)
+    for part in parts:
+        assert part in message
+
+
+def test_an_unknown_preset_names_the_nearest(tiny_settings, tiny_tokenizer, tmp_path):
+    settings = tiny_settings("pretrain", tmp_path / "run", model="preset:tinny", tokenizer=str(tiny_tokenizer))
+    assert refused(pretrain, settings) == "unknown preset 'tinny'; the nearest known one is 'tiny'"
+
+
+def test_a_preset_takes_its_vocabulary_from_the_tokenizer(tiny_settings, tiny_tokenizer, tmp_path):
+    changes = {"model": "preset:tiny", "tokenizer": str(tiny_tokenizer), "steps": 1}
+    checkpoints = [pretrain.run(tiny_settings("pretrain", tmp_path / name, **changes)) for name in "ab"]
+    config = read_config(checkpoints[0])
+    assert (config.vocab_size, config.unpadded_vocab_size, config.hidden_size) == (384, 340, 64)
+    tokenizer = Tokenizer.load(tiny_tokenizer)
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    weights = [(folder / "model-00001-of-00001.safetensors").read_bytes() for folder in checkpoints]
+    assert weights[0] == weights[1]
+    other = pretrain.run(tiny_settings("pretrain", tmp_path / "c", **changes, seed=1))
+    assert (other / "model-00001-of-00001.safetensors").read_bytes() != weights[0]
+
+
+def test_a_tokenizer_larger_than_the_model(tiny_settings, tmp_path):
+    write_tokenizer_folder(tmp_path / "large", mistral_tokenizer_path().read_bytes())
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", tokenizer=str(tmp_path / "large")))
+    assert "the tokenizer has 32000 pieces" in message
+    assert "only 340" in message
+    assert "resize the model with recipes.vocabulary, or name its own tokenizer" in message
+
+
+def test_two_held_out_folders_of_one_name(tiny_settings, tiny_data, tmp_path):
+    copy = shutil.copytree(tiny_data.text_heldout, tmp_path / "copy" / tiny_data.text_heldout.name)
+    settings = tiny_settings("pretrain", tmp_path / "run", heldout=[str(tiny_data.text_heldout), str(copy)])
+    assert "two folders have one name" in refused(pretrain, settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out of the evaluation")
+def test_held_out_pairs_that_are_all_too_long(tiny_settings, tiny_data, tmp_path):
+    """All pairs, or all of those that the limit leaves."""
+    places = TokenDataset.open(tiny_data.preferences_heldout).lengths.reshape(-1, 2).max(axis=1) - 1
+    assert places[0] > places.min()
+    for context_length, limit in [(int(places.min()) - 1, None), (int(places[0]) - 1, 1)]:
+        settings = tiny_settings("dpo", tmp_path / "run", context_length=context_length, heldout_limit=limit)
+        message = refused(dpo, settings)
+        assert message.startswith(f"{tiny_data.preferences_heldout}: nothing to evaluate")
+        assert f"context_length = {context_length}" in message
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_an_out_that_cannot_be_a_folder(tiny_settings, tmp_path, below):
+    (tmp_path / "file").write_text("")
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / below), NotADirectoryError)
+    assert message == f"{tmp_path / below}: cannot be written: {tmp_path / 'file'} is not a folder; choose another out"
+
+
+def test_an_out_without_permission(tiny_settings, tmp_path, monkeypatch):
+    """As `os.access` tells it, which the superuser's real permissions would not."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "deep" / "run"), PermissionError)
+    assert message == f"{tmp_path / 'deep' / 'run'}: cannot be written: no permission for {tmp_path}; choose another out"
+
+
+def test_more_than_one_process(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run"))
+    assert message == "WORLD_SIZE = 2: training runs in one process; start it with --nproc-per-node 1"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert open_run(tiny_settings("pretrain", tmp_path / "run"), ("text",)).start == 0
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_settings, tmp_path_factory):
+    """A run of six steps that got as far as three."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    sft.run(tiny_settings("sft", folder, checkpoint_every=3))
+    shutil.rmtree(folder / "step-00000006")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 5}, "seed = 0, asked for is 5"),
+        ({"steps": 7}, "steps = 6, asked for is 7"),
+        ({"neftune_alpha": 1.0}, "neftune_alpha = 5.0, asked for is 1.0"),
+        ({"epochs": 50}, "epochs = None, asked for is 50.0"),
+        ({"schedule": {"peak": 1e-3, "warmup_steps": 2}}, "schedule.peak = 0.003, asked for is 0.001"),
+        ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 = 0.95, asked for is 0.99"),
+        ({"dtype": "bfloat16"}, "dtype = 'float32', asked for is 'bfloat16'"),
+        ({"step_size": 257}, "step_size = 256, asked for is 257"),
+    ],
+)
+def test_changed_settings_on_resuming_are_named(tiny_settings, begun, changes, named):
+    message = refused(sft, tiny_settings("sft", begun, **changes))
+    remedy = "choose another out, or the settings that it began with"
+    assert message == f"{begun}: holds a run with {named}; {remedy}"
+
+
+def test_changed_sources_on_resuming_are_named(tiny_settings, tiny_data, begun):
+    path = str(tiny_data.conversations)
+    message = refused(sft, tiny_settings("sft", begun, sources=[{"path": path, "passes": 2.0}]))
+    assert "holds a run with sources.0.passes = None, asked for is 2.0" in message
+    message = refused(sft, tiny_settings("sft", begun, sources=[{"path": path}, {"path": str(tiny_data.text)}]))
+    assert "holds a run with sources.1.path = None" in message
+
+
+def test_dtypes_are_compared_as_resolved(tiny_settings, begun, tmp_path):
+    """auto means float32 on this run's CPU: float32 asked for is the same run."""
+    copy = Path(shutil.copytree(begun, tmp_path / "run"))
+    assert open_run(tiny_settings("sft", copy, dtype="float32"), ("conversations",)).start == 3
+    state = json.loads((copy / "step-00000003" / "training" / "state.json").read_text())
+    assert state["settings"]["dtype"] == "float32"
+
+
+def test_changed_data_on_resuming(tiny_settings, tiny_data, begun, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(tiny_data.conversations, tmp_path / "data"))
+    out = tmp_path / "run"
+    changes = {"sources": [{"path": str(data)}], "checkpoint_every": 3}
+    sft.run(tiny_settings("sft", out, **changes))
+    shutil.rmtree(out / "step-00000006")
+    shutil.rmtree(data)
+    shutil.copytree(tiny_data.conversations_heldout, data)
+    message = refused(sft, tiny_settings("sft", out, **changes))
+    assert message == f"{out}: the prepared data changed since this run began; restore it or choose another out"
+
+
+def test_resume_never(tiny_settings, begun):
+    message = refused(sft, tiny_settings("sft", begun, resume="never"), FileExistsError)
+    assert message == f"{begun}: holds a run already (step-00000003); choose another out, or resume = auto"
+
+
+def test_another_recipes_run(tiny_settings, begun):
+    """A folder of fine-tuning is not continued by pre-training."""
+    assert f"{begun}: holds a run with " in refused(pretrain, tiny_settings("pretrain", begun))
+
+
+def test_what_may_change_on_resuming_are_settings(tiny_settings, tmp_path):
+    known = set(vars(tiny_settings("dpo", tmp_path)))
+    assert known >= FREE_ON_RESUME
+    assert not FREE_ON_RESUME & {"model", "sources", "seed", "optimizer", "schedule", "step_size", "context_length", "dtype"}
+
+
+def test_default_micro_batch_holds_the_longest_unit(tiny_settings, tmp_path):
+    """One context for documents, two for pairs."""
+    for stage, kinds, expected in [("pretrain", ("text",), 32), ("dpo", ("preferences",), 128)]:
+        run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=0), kinds)
+        assert run.pack_tokens == expected
+        assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
