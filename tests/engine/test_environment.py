@@ -1,0 +1,111 @@
+"""Which device a run takes, and what it says where the one that is there cannot be used."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import environment
+from engine.environment import DeviceError, choose_device, nvidia_driver, report
+
+ROOT = Path(__file__).resolve().parents[2]
+DRIVER_TEXT = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build  (dvs-builder@U22)\n"
+    "GCC version:  gcc version 12.3.0\n"
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(cuda=usable by torch, driver=text of the driver's file or None, build=torch's CUDA or None, ...)."""
+
+    def make(*, cuda=False, driver=None, build="13.0", compiler=True, header=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.version, "cuda", build)
+        file = tmp_path / "driver"
+        if driver is not None:
+            file.write_text(driver)
+        monkeypatch.setattr(environment, "_DRIVER", file)
+        monkeypatch.setattr(environment.shutil, "which", lambda name: f"/usr/bin/{name}" if compiler else None)
+        (tmp_path / "Python.h").write_text("")
+        monkeypatch.setattr(environment, "python_header", lambda: tmp_path / ("Python.h" if header else "absent/Python.h"))
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_a_usable_gpu(machine, name, expected):
+    machine(cuda=True, driver=DRIVER_TEXT)
+    assert choose_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_no_gpu(machine, name):
+    machine()
+    assert choose_device(name) == torch.device("cpu")
+
+
+def test_no_gpu_but_asked_for(machine):
+    machine()
+    with pytest.raises(DeviceError, match=r"device = cuda: no NVIDIA driver is loaded .* or use device = cpu"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("build", "parts"),
+    [
+        ("13.0", ["driver 580.82.07", f"torch {torch.__version__}", "built for CUDA 13.0", "update the driver"]),
+        (None, ["driver 580.82.07", "built for CPU only", "install the CUDA build of torch"]),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu_quietly(machine, name, build, parts):
+    machine(driver=DRIVER_TEXT, build=build)
+    with pytest.raises(DeviceError) as error:
+        choose_device(name)
+    assert all(part in str(error.value) for part in [*parts, "or use device = cpu"])
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_what_triton_needs_is_named(machine, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    machine(cuda=True, driver=DRIVER_TEXT, compiler=False)
+    with pytest.raises(DeviceError, match=r"no C compiler, .* install gcc or clang, or set CC"):
+        choose_device("auto")
+    machine(cuda=True, driver=DRIVER_TEXT, header=False)
+    with pytest.raises(DeviceError, match=r"Python.h is missing, .* install Python's development package"):
+        choose_device("auto")
+
+
+def test_a_named_compiler_is_the_only_one(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(environment.shutil, "which", lambda name: {"gcc": "/usr/bin/gcc"}.get(name))
+    monkeypatch.delenv("CC", raising=False)
+    assert environment.compiler() == "/usr/bin/gcc"
+    monkeypatch.setenv("CC", "icc")
+    assert environment.compiler() is None
+
+
+@pytest.mark.parametrize(("text", "version"), [(DRIVER_TEXT, "580.82.07"), ("something else\n", "unknown"), ("", None)])
+def test_driver_versions(machine, text, version):
+    machine(driver=text)
+    assert nvidia_driver() == version
+
+
+def test_the_report_tells_an_unusable_gpu(machine):
+    machine(driver=DRIVER_TEXT, build=None)
+    rows = dict(report())
+    assert rows["NVIDIA driver"] == "580.82.07"
+    assert rows["device used"].startswith("none: an NVIDIA GPU is present")
+    assert "CPU only" in rows["torch"]
+
+
+def test_the_command_prints_what_is_there():
+    command = [sys.executable, "-m", "engine.environment"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"torch            {torch.__version__}" in result.stdout
+    assert str(ROOT / "kernels" / "__init__.py") in result.stdout
+    assert "device used" in result.stdout

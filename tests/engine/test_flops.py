@@ -1,0 +1,88 @@
+"""The work of a step against brute force and torch's own count of the same products."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.flops import attended_pairs, peak_flops, training_flops
+from model.config import PRESETS, MistralConfig
+
+
+@given(st.lists(st.integers(0, 40), max_size=5), st.none() | st.integers(1, 50))
+def test_attended_pairs_by_brute_force(lengths, window):
+    expected = 0
+    for length in lengths:
+        for query in range(length):
+            expected += sum(key <= query and (window is None or query - window < key) for key in range(length))
+    assert attended_pairs(lengths, window) == expected
+
+
+@pytest.mark.parametrize("window", [3, None])
+def test_training_flops_are_those_that_torch_counts(window):
+    """A model of plain products, each query multiplied with the keys that it sees and no others."""
+    config = MistralConfig(
+        vocab_size=24, unpadded_vocab_size=21, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=window,
+    )  # fmt: skip
+    lengths, rows = [7, 1, 4], [0, 3, 4, 9, 11]
+
+    def weight(inputs, outputs):
+        return torch.randn(inputs, outputs, requires_grad=True)
+
+    head = weight(12, 21)
+    layers = [(weight(12, 4 * 6), weight(12, 2 * 6), weight(12, 2 * 6), weight(24, 12), weight(12, 20), weight(12, 20),
+               weight(20, 12)) for _ in range(2)]  # fmt: skip
+    hidden = torch.randn(sum(lengths), 12, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        state = hidden
+        for q, k, v, o, gate, up, down in layers:
+            query, key, value = (
+                (state @ q).unflatten(1, (4, 6)), (state @ k).unflatten(1, (2, 6)), (state @ v).unflatten(1, (2, 6)),
+            )  # fmt: skip
+            outputs = []
+            for document, start in enumerate(torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()):
+                for place in range(start, start + lengths[document]):
+                    first = start if window is None else max(start, place - window + 1)
+                    heads = []
+                    for head_index in range(4):
+                        scores = query[place, head_index][None] @ key[first : place + 1, head_index // 2].T
+                        heads.append(scores.softmax(-1) @ value[first : place + 1, head_index // 2])
+                    outputs.append(torch.cat(heads, dim=1))
+            state = state + torch.cat(outputs) @ o
+            state = state + ((state @ gate) * (state @ up)) @ down
+        (state[rows] @ head).sum().backward()
+    found = training_flops(config, tokens=12, rows=len(rows), pairs=attended_pairs(lengths, window))
+    assert found == counter.get_total_flops()
+
+
+def test_shisa_7b_costs_what_the_arithmetic_says():
+    """7.471 billion parameters in products, 6 operations each; attention at 4096 tokens: 3.22 GFLOP a token."""
+    config = PRESETS["shisa-7b"]
+    linear = training_flops(config, tokens=1, rows=1, pairs=0)
+    in_products = config.parameters - (2 * 32 + 1) * 4096 - config.vocab_size * 4096 - 64 * 4096
+    assert linear == 6 * in_products
+    assert linear == pytest.approx(44.83e9, rel=1e-3)
+    whole = training_flops(config, tokens=4096, rows=4096, pairs=attended_pairs([4096], 4096)) / 4096
+    assert whole - linear == pytest.approx(3.22e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA Imaginary 9000", None),
+    ],
+)
+def test_peaks_are_by_name_and_unknown_ones_are_not_guessed(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = peak_flops(torch.device("cuda"))
+    assert found == (None if tflops is None else tflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
