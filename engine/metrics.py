@@ -85,9 +85,9 @@ class Metrics:
         for line in lines:
             if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
                 raise FloatingPointError(
-                    f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: training stopped, and no "
-                    "checkpoint holds this step. Resuming would repeat it: look at the data, or start a run in another out with "
-                    "a lower learning rate (schedule.peak), from an earlier checkpoint if there is one"
+                    f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: training stopped, "
+                    "and no checkpoint holds this step. Resuming would repeat it: look at the data, or start a run in another "
+                    "out with a lower learning rate (schedule.peak), from an earlier checkpoint if there is one"
                 )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
