@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_NEEDED = ("benchmark", "command", "when", "commit", "machine", "settings", "rows")
+_NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
 # The fields that tell a benchmark's rows apart; of one that is not listed, all that are neither floats nor spreads.
 KEYS: dict[str, tuple[str, ...]] = {}
 
@@ -22,9 +22,9 @@ def read_result(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    missing = [name for name in _NEEDED if not isinstance(content, dict) or name not in content]
-    if missing:
-        raise ValueError(f"{path}: no '{missing[0]}'; a result file is what a benchmark writes with --out")
+    for name, kind in _NEEDED.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise ValueError(f"{path}: '{name}' is not there or no {kind.__name__}; --out of a benchmark gives a result file")
     return content
 
 
