@@ -84,14 +84,7 @@ def collect(
     by_name = {entry["model"]: entry for entry in models}
     curves = {folder: _curve(out / folder / "metrics.jsonl") for folder in TRAINED}
     margins = {when: _last_value(curves["dpo"], "rewards/margins", first=when == "before") for when in ("before", "after")}
-    polite = {
-        language: {
-            when: language_share(by_name[name]["held_out"], language, "polite")
-            for when, name in (("before", "SFT 2"), ("after", "DPO"))
-        }
-        for language in LANGUAGES
-    }
-    kept = {name: language_share(by_name[name]["held_out"], "en", "exact") for name in ("SFT 1", "SFT 2")}
+    kept, polite = _english_exact(by_name), _polite_shares(by_name)
     return {
         "machine": machine(device),
         "torch": torch.__version__,
@@ -118,7 +111,7 @@ def collect(
         "curves": curves,
         "seconds": {**{name: round(value, 1) for name, value in seconds.items()}, "total": round(sum(seconds.values()), 1)},
         "exported": str(exported),
-        "missed": _missed(by_name, kept, polite),
+        "missed": missed_targets(by_name),
     }
 
 
@@ -132,19 +125,34 @@ def _cells(scores: dict[tuple[str, str], Score]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _missed(by_name: dict[str, Any], kept: dict[str, Any], polite: dict[str, Any]) -> list[str]:
+def missed_targets(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Each target that was missed, in words. Args: models: name -> {"held_out": scores} of SFT 1, SFT 2 and DPO."""
     missed = []
-    for (language, kind), score in by_name["SFT 2"]["held_out"].items():
+    for (language, kind), score in models["SFT 2"]["held_out"].items():
         if score.exact < LEAST_EXACT:
             name = f"{LANGUAGE_NAMES[language]} {kind}s"
             missed.append(f"{name} are {score.exact:.1%} exact after SFT 2, below {LEAST_EXACT:.0%}")
+    kept = _english_exact(models)
     lost = kept["SFT 1"] - kept["SFT 2"]
-    if lost > MOST_ENGLISH_LOSS:
+    # Shares of whole questions: what is exactly the limit must not fail by a rounding of the last digit.
+    if lost > MOST_ENGLISH_LOSS + 1e-9:
         missed.append(f"English lost {100 * lost:.1f} points in SFT 2, more than {100 * MOST_ENGLISH_LOSS:.0f}")
-    for language, share in polite.items():
+    for language, share in _polite_shares(models).items():
         if share["before"] is None or share["after"] is None or share["after"] <= share["before"]:
             missed.append(f"the share of polite {LANGUAGE_NAMES[language]} answers did not rise in DPO")
     return missed
+
+
+def _english_exact(models: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {name: language_share(models[name]["held_out"], "en", "exact") or 0.0 for name in ("SFT 1", "SFT 2")}
+
+
+def _polite_shares(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    stages = {"before": "SFT 2", "after": "DPO"}
+    return {
+        language: {when: language_share(models[name]["held_out"], language, "polite") for when, name in stages.items()}
+        for language in LANGUAGES
+    }
 
 
 def _curve(path: Path) -> dict[str, list[dict[str, float]]]:
