@@ -183,6 +183,8 @@ class Run:
 
 
 def _short(value: Any) -> Any:
+    if of.why_missing(value) is not None:
+        return "missing"
     return value.replace("\n", " ")[:80] if isinstance(value, str) else value
 
 

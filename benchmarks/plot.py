@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _BAR, _GAP, _HEADING, _TOP, _BOTTOM = 18, 8, 26, 46, 38
-_PLOT, _MARGIN, _VALUES = 440, 16, 130
+_PLOT, _MARGIN = 440, 16
 # An average character of 12 px in the usual sans-serif fonts, a little more than less.
 _CHARACTER = 6.6
 _OURS, _OTHERS, _RANGE = "#0b6e99", "#a9b4bd", "#33404a"
@@ -35,7 +35,9 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
     ticks = math.ceil(max(max(bar.high, bar.value) for bar in bars) / step - 1e-9) or 1
     scale = _PLOT / (ticks * step)
     height = _TOP + sum((_HEADING if heading else 0) + len(group) * (_BAR + _GAP) for heading, group in groups) + _BOTTOM
-    width = max(left + _PLOT + _VALUES, _MARGIN * 2 + round(8 * len(title)))
+    ends = [left + max(bar.high, bar.value) * scale + 6 for bar in bars]
+    texts = [end + _CHARACTER * len(bar.text) for bar, end in zip(bars, ends, strict=True)]
+    width = _MARGIN + round(max(left + _PLOT, _MARGIN + 8.5 * len(title), *texts))
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#1d252b" role="img">',

@@ -136,9 +136,10 @@ def _table(result: Result, only: Sequence[str]) -> str:
     """A Markdown table of the rows that were measured, what all of them share above it and what is missing below it."""
     measured = [row for row in result.rows if not row.get("missing")]
     names = of.columns_of(measured, result.view.first)
+    unknown = [name for name in names if {of.number(row.get(name)) for row in measured} <= {"missing", "-"}]
     shared = [name for name in names if len(measured) > 1 and len({repr(row.get(name)) for row in measured}) == 1]
-    said = {name: measured[0][name] for name in shared if measured[0].get(name) is not None}
-    names = [name for name in names if name not in shared and (not only or name in only)]
+    said = {name: measured[0][name] for name in shared if name not in unknown}
+    names = [name for name in names if name not in (*shared, *unknown) and (not only or name in only)]
     blocks = []
     if said and not only:
         blocks.append(f"All rows: {', '.join(f'{of.words(name)} {of.number(value)}' for name, value in said.items())}.\n")
@@ -148,6 +149,10 @@ def _table(result: Result, only: Sequence[str]) -> str:
         lines = [[of.number(row.get(name), units[name][0]) for name in names] for row in measured]
         blocks.append("".join(map(_line, (heads, ["---"] * len(names), *lines))))
     missing: dict[str, list[str]] = {}
+    for name in [*unknown, *names]:
+        for why in dict.fromkeys(of.why_missing(row.get(name)) for row in measured):
+            if why is not None:
+                missing.setdefault(why, []).append(of.words(name))
     for row in result.rows:
         if row.get("missing"):
             what = {name: value for name, value in of.identity(result.benchmark, row).items() if name not in shared}

@@ -29,10 +29,10 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A row without nesting: {"memory": {"plan": 1}} is {"memory plan": 1}; spreads stay, lists become text."""
+    """A row without nesting: {"memory": {"plan": 1}} is {"memory plan": 1}; spreads and missing values stay, lists are text."""
     values: dict[str, Any] = {}
     for name, value in row.items():
-        if isinstance(value, Mapping) and not is_spread(value):
+        if isinstance(value, Mapping) and not is_spread(value) and why_missing(value) is None:
             values.update(flat(value, f"{prefix}{name} "))
         elif isinstance(value, list):
             values[prefix + name] = "; ".join(map(str, value)) or None
@@ -44,6 +44,11 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def is_spread(value: Any) -> bool:
     """Whether a value is a median with its 20th and 80th percentile."""
     return isinstance(value, Mapping) and "median" in value
+
+
+def why_missing(value: Any) -> str | None:
+    """Why a field's value could not be measured; None where it was, or where nothing is said."""
+    return str(value["missing"]) if isinstance(value, Mapping) and "missing" in value else None
 
 
 def identity(benchmark: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +75,8 @@ def number(value: Any, unit: float = 1.0) -> str:
     """A value with four digits; `unit` divides it."""
     if value is None:
         return "-"
+    if why_missing(value) is not None:
+        return "missing"
     if is_spread(value):
         low, high = number(value["low"], unit), number(value["high"], unit)
         return f"{number(value['median'], unit)} ({low} to {high})"

@@ -26,8 +26,24 @@ def view(monkeypatch):
 def checkout(tmp_path, make_result, spread):
     """A checkout of nothing but one result file and a README with a region."""
     rows = [
-        {"shape": 7, "seconds": 0.0021, "name": "komainu", "speed": spread(1900.0, 2000.0, 2100.0), "same": "x"},
-        {"shape": 7, "seconds": 0.25, "name": "trl|padded", "speed": spread(900.0, 1000.0, 1100.0), "same": "x"},
+        {
+            "shape": 7,
+            "seconds": 0.0021,
+            "name": "komainu",
+            "speed": spread(1900.0, 2000.0, 2100.0),
+            "same": "x",
+            "plan": {"missing": "no plan exists"},
+            "watts": {"missing": "no NVML"},
+        },
+        {
+            "shape": 7,
+            "seconds": 0.25,
+            "name": "trl|padded",
+            "speed": spread(900.0, 1000.0, 1100.0),
+            "same": "x",
+            "plan": {"missing": "no plan exists"},
+            "watts": 7.0,
+        },
         {"shape": 7, "name": "liger", "missing": "liger-kernel is not installed"},
     ]
     _write(tmp_path, FILE, make_result(rows))
@@ -72,10 +88,12 @@ def test_a_result_gives_what_where_when_with_what(checkout):
     assert '"layers": 4' in text
     # What all rows share stands once; times share a unit; a bar cannot break the table.
     assert "All rows: shape 7, same x.\n" in text
-    assert "| name | seconds (ms) | speed |\n| --- | --- | --- |\n" in text
-    assert "| komainu | 2.1 | 2,000 (1,900 to 2,100) |\n" in text
-    assert "| trl\\|padded | 250 | 1,000 (900 to 1,100) |\n" in text
+    assert "| name | seconds (ms) | speed | watts |\n| --- | --- | --- | --- |\n" in text
+    assert "| komainu | 2.1 | 2,000 (1,900 to 2,100) | missing |\n" in text
+    assert "| trl\\|padded | 250 | 1,000 (900 to 1,100) | 7 |\n" in text
     assert "- liger: liger-kernel is not installed\n" in text
+    assert "- plan: no plan exists\n" in text
+    assert "- watts: no NVML\n" in text
     assert "cut off" not in text
     assert "not committed" not in text
     assert page(read_results(checkout / "benchmarks" / "results")) == text
