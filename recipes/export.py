@@ -36,6 +36,8 @@ def run(settings: ExportSettings) -> Path:
     source = Path(settings.source)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such run, checkpoint or model folder")
+    if Path(settings.out).resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{settings.out}: is or holds the source, which overwriting it would delete; name another folder")
     checkpoint = newest_checkpoint(source) or source
     if (checkpoint / "training").is_dir():
         read_state(checkpoint)

@@ -1,0 +1,157 @@
+"""Export: a folder that `transformers` loads, the same bytes every time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.mistral import packed_attention
+from model.vocabulary.chat import encode_chat
+from model.vocabulary.tokenizer import Tokenizer
+from model.weights import load_model, read_tensors
+from recipes import export, sft
+from recipes.export import ExportSettings
+
+FILES = {
+    "config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+}  # fmt: skip
+MESSAGES = [
+    {"role": "system", "content": "the red dog"},
+    {"role": "user", "content": "ねこ は 赤い です"},
+    {"role": "assistant", "content": "it runs 🐕"},
+    {"role": "user", "content": "and the cat"},
+    {"role": "assistant", "content": "sees it"},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_settings, tmp_path_factory):
+    """A run folder of which two checkpoints are kept."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    sft.run(tiny_settings("sft", folder, checkpoint_every=3))
+    return folder
+
+
+def test_a_float32_export_gives_the_same_logits_and_tokens(trained, tmp_path):
+    out = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "exported"), dtype="float32"))
+    assert {file.name for file in out.iterdir()} == FILES
+    tokenizer, theirs = Tokenizer.load(trained / "step-00000006"), AutoTokenizer.from_pretrained(out)
+    ids = encode_chat(tokenizer, MESSAGES).ids
+    assert theirs.apply_chat_template(MESSAGES, return_dict=False) == ids
+    assert theirs("the cat sees ねこ").input_ids == [tokenizer.bos_id, *tokenizer.encode("the cat sees ねこ")]
+    model = load_model(trained / "step-00000006")
+    reference = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert reference.dtype == torch.float32
+    assert (reference.config.sliding_window, len(ids) > 16) == (16, True)
+    tokens = torch.tensor(ids)
+    with torch.no_grad():
+        expected = reference(tokens[None]).logits[0, :, :340]
+        bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+        found = model.logits(model(tokens, torch.arange(len(ids)), packed_attention(bounds, 16)))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_narrower_export_is_the_rounded_weights(trained, tmp_path, dtype):
+    settings = {} if dtype == "bfloat16" else {"dtype": dtype}
+    out = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "exported"), **settings))
+    whole = dict(read_tensors(trained / "step-00000006"))
+    narrow = dict(read_tensors(out))
+    assert whole.keys() == narrow.keys()
+    for name, tensor in narrow.items():
+        assert tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(tensor, whole[name].to(tensor.dtype))
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == getattr(torch, dtype)
+
+
+def test_exporting_again_gives_the_same_bytes(trained, tmp_path):
+    folders = []
+    for name in "ab":
+        export.main(["--source", str(trained), "--out", str(tmp_path / name)])
+        folders.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    export.main(["--source", str(trained / "step-00000006"), "--out", str(tmp_path / "a"), "--overwrite"])
+    folders.append({file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()})
+    assert folders[0].keys() == FILES
+    assert folders[0] == folders[1] == folders[2]
+
+
+def test_an_export_can_be_exported(trained, tmp_path):
+    """Any Mistral folder with its tokenizer.model."""
+    first = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "a")))
+    second = export.run(ExportSettings(source=str(first), out=str(tmp_path / "b")))
+    assert all((second / name).read_bytes() == (first / name).read_bytes() for name in FILES)
+
+
+def test_the_newest_checkpoint_of_a_run_is_taken(trained, tmp_path, capsys):
+    older = export.run(ExportSettings(source=str(trained / "step-00000003"), out=str(tmp_path / "older")))
+    newest = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "newest")))
+    name = "model-00001-of-00001.safetensors"
+    assert (older / name).read_bytes() != (newest / name).read_bytes()
+    shown = capsys.readouterr().out.splitlines()
+    assert f"from {trained / 'step-00000003'};" in shown[-2]
+    assert f"from {trained / 'step-00000006'};" in shown[-1]
+
+
+def refused(arguments):
+    with pytest.raises(SystemExit) as ended:
+        export.main(arguments)
+    assert "\n" not in ended.value.code
+    return ended.value.code
+
+
+def test_sources_that_cannot_be_exported(trained, tiny_model, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    assert refused(["--source", "nowhere", *out]) == "error: nowhere: no such run, checkpoint or model folder"
+    (tmp_path / "empty").mkdir()
+    message = refused(["--source", str(tmp_path / "empty"), *out])
+    assert message == f"error: {tmp_path / 'empty'}: holds neither a complete checkpoint (step-...) nor a config.json"
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    assert "tokenizer.model" in refused(["--source", str(tmp_path / "bare"), *out])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_not_whole(trained, tmp_path):
+    broken = tmp_path / "run" / "step-00000001"
+    for file in (trained / "step-00000006").rglob("*"):
+        if file.is_file():
+            copy = broken / file.relative_to(trained / "step-00000006")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    weights = broken / "model-00001-of-00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    message = refused(["--source", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert str(weights) in message
+    assert f"delete {broken}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_cannot_be_written(trained, tmp_path):
+    source = ["--source", str(trained)]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "kept").write_text("kept")
+    assert "exists already" in refused([*source, "--out", str(tmp_path / "there")])
+    assert (tmp_path / "there" / "kept").read_text() == "kept"
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused([*source, "--out", str(tmp_path / "file" / "out")])
+
+
+@pytest.mark.parametrize("which", ["run", "checkpoint", "parent"])
+def test_overwriting_the_source_is_refused(trained, which):
+    before = sorted(trained.rglob("*"))
+    out = {"run": trained, "checkpoint": trained / "step-00000006", "parent": trained.parent}[which]
+    source = trained / "step-00000006" if which == "checkpoint" else trained
+    message = refused(["--source", str(source), "--out", str(out), "--overwrite"])
+    assert message == f"error: {out}: is or holds the source, which overwriting it would delete; name another folder"
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_configuration_files_work_here_too(trained, tmp_path):
+    toml = tmp_path / "export.toml"
+    toml.write_text(f"source = {json.dumps(str(trained))}\nout = 'unused'\ndtype = 'float16'\n")
+    export.main([str(toml), "--out", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert not Path("unused").exists()
