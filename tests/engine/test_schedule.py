@@ -55,13 +55,14 @@ def test_a_linear_schedule_ends_at_its_final_share():
     steps=st.integers(1, 200),
     share=st.floats(0, 1),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_rises_to_the_peak_then_never_rises_and_never_stops(kind, warmup, steps, share):
     chosen = ScheduleSettings(kind=kind, peak=PEAK, warmup_steps=warmup, final_share=0.0 if kind == "constant" else share)
     rates = [learning_rate(chosen, step, steps) for step in range(steps)]
     top = min(max(warmup - 1, 0), steps - 1)
     assert all(a < b for a, b in itertools.pairwise(rates[: top + 1]))
-    assert all(a >= b for a, b in itertools.pairwise(rates[top:]))
+    # The warm-up reaches the peak up to rounding.
+    assert all(a >= b * (1 - 1e-15) for a, b in itertools.pairwise(rates[top:]))
     assert min(rates) > 0
     assert max(rates) <= PEAK * (1 + 1e-12)
     if steps > warmup:
