@@ -112,7 +112,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         print("\n".join(_plan(settings)))
         return {}
     device = choose_device(settings.device)
-    out = _start_afresh(Path(settings.out))
+    out = start_afresh(Path(settings.out))
     example = make_example(settings.example)
     print(f"quickstart on {report.machine(device)}, everything goes to {out}")
     seconds: dict[str, float] = {}
@@ -203,7 +203,7 @@ def _shell_command(stage: Stage) -> str:
     return f"python -m recipes.{stage.module} recipes/tiny/{stage.name}.toml"
 
 
-def _start_afresh(out: Path) -> Path:
+def start_afresh(out: Path) -> Path:
     """Make the folder, or remove what an earlier quickstart made in it, and only that."""
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise FileExistsError(f"{out}: holds files that are not of a quickstart; choose another folder with --out")

@@ -236,7 +236,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
         "",
         "| stage | seconds |",
         "|---|---:|",
-        *(f"| {name} | {value:.1f} |" for name, value in table["seconds"].items()),
+        *(f"| {name} | {value:.1f} |" for name, value in _grouped(table["seconds"]).items()),
         "",
         f"Exported model: `{table['exported']}` (`AutoModelForCausalLM.from_pretrained`, or "
         f"`python -m recipes.chat --model {table['exported']}`)",
@@ -245,6 +245,15 @@ def markdown(table: dict[str, Any]) -> list[str]:
     if not table["full"]:
         return [*lines, "Targets: not checked, as this was not the whole example with its full number of steps."]
     return [*lines, f"Targets: {'all reached' if not table['missed'] else 'MISSED: ' + '; '.join(table['missed'])}."]
+
+
+def _grouped(seconds: dict[str, float]) -> dict[str, float]:
+    """The preparations as one, in the place of the first."""
+    grouped: dict[str, float] = {}
+    for name, value in seconds.items():
+        key = "prepare" if name.startswith("prepare_") else name
+        grouped[key] = grouped.get(key, 0.0) + value
+    return grouped
 
 
 def _score_table(table: dict[str, Any], questions: str) -> list[str]:

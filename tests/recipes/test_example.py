@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +66,13 @@ def messages_of(record) -> list[list[dict[str, str]]]:
 
 def stands_in(sentence: str, text: str) -> bool:
     """Whether a sentence stands in a text, other than as the end or beginning of longer numbers."""
-    return re.search(r"(?<!\d)" + re.escape(sentence) + r"(?!\d)", text) is not None
+    place = text.find(sentence)
+    while place >= 0:
+        end = place + len(sentence)
+        if not text[max(0, place - 1) : place].isdigit() and not text[end : end + 1].isdigit():
+            return True
+        place = text.find(sentence, place + 1)
+    return False
 
 
 def spellings(question: Question) -> list[str]:

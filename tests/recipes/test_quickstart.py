@@ -1,0 +1,226 @@
+"""The whole pipeline at a fraction of its size, and what surrounds it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import newest_checkpoint
+from engine.data.dataset import TokenDataset
+from engine.data.plan import Plan
+from engine.settings import TrainSettings
+from model.config import read_config
+from model.vocabulary.tokenizer import Tokenizer
+from model.weights import load_model
+from recipes import prepare, quickstart, vocabulary
+from recipes.example import report
+from recipes.example.text import ExampleSettings, make_example, write_example
+
+SMALL = ExampleSettings(
+    facts=16, largest_first=3, largest_second=3, unseen_sums=2, unasked_facts=2, conversation_rounds=1, preferences=8
+)
+TRAINED = ("base", "cpt", "sft1", "sft2", "dpo")
+MODELS = ["base", "resized", "CPT", "SFT 1", "SFT 2", "DPO"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    settings = quickstart.QuickstartSettings(out=str(out), device="cpu", steps=2, new_pieces=100, example=SMALL)
+    return out, quickstart.run(settings)
+
+
+def test_every_stage_leaves_what_it_makes(made):
+    out, _ = made
+    assert {path.name for path in out.iterdir()} == set(quickstart.MADE)
+    for name in TRAINED:
+        checkpoint = newest_checkpoint(out / name)
+        assert checkpoint == out / name / "step-00000002"
+        assert (out / name / "metrics.jsonl").is_file()
+        assert (checkpoint / "training" / "state.json").is_file()
+    assert read_config(out / "base" / "step-00000002").unpadded_vocab_size == 32000
+    assert read_config(out / "resized").unpadded_vocab_size == 32100
+    assert read_config(out / "export").vocab_size == 32128
+    for path in (out / "data").iterdir():
+        assert len(TokenDataset.open(path)) > 0
+
+
+def test_each_stage_starts_from_the_one_before(made):
+    out, _ = made
+
+    def begun_with(name: str) -> str:
+        return json.loads((out / name / "step-00000002" / "training" / "state.json").read_text())["settings"]["model"]
+
+    last = {name: str(out / name / "step-00000002") for name in TRAINED}
+    assert begun_with("base") == "preset:tiny"
+    assert begun_with("cpt") == str(out / "resized")
+    assert [begun_with(name) for name in ("sft1", "sft2", "dpo")] == [last[name] for name in ("cpt", "sft1", "sft2")]
+
+
+def test_the_exported_folder_is_the_last_model_and_loads_in_transformers(made):
+    out, table = made
+    transformers = pytest.importorskip("transformers")
+    assert table["exported"] == str(out / "export")
+    ours = load_model(out / "export")
+    last = load_model(out / "dpo" / "step-00000002")
+    for (name, exported), (_, trained) in zip(ours.named_parameters(), last.named_parameters(), strict=True):
+        assert torch.equal(exported, trained), name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "export")
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    question = [{"role": "user", "content": "日本の首都はどこですか？"}, {"role": "assistant", "content": "東京です。"}]
+    text = transformers.AutoTokenizer.from_pretrained(out / "export").apply_chat_template(question, tokenize=False)
+    assert text == "<s>[INST] 日本の首都はどこですか？ [/INST] 東京です。 </s>"
+
+
+def test_the_report_has_every_item(made):
+    out, table = made
+    assert table == json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert [entry["model"] for entry in table["models"]] == MODELS
+    cells = {"en fact", "en sum", "ja fact", "ja sum"}
+    for entry in table["models"]:
+        for questions in ("held_out", "unseen"):
+            assert set(entry[questions]) == cells
+            for cell in entry[questions].values():
+                assert 0 <= cell["exact"] <= 1
+                assert cell["loss"] > 0
+                assert cell["questions"] > 0
+    for values in table["characters_per_token"].values():
+        assert values["before"] > 0
+    assert (
+        table["characters_per_token"]["text_ja_heldout"]["after"] > table["characters_per_token"]["text_ja_heldout"]["before"]
+    )
+    assert (
+        table["characters_per_token"]["text_en_heldout"]["after"] == table["characters_per_token"]["text_en_heldout"]["before"]
+    )
+    assert table["reward_margin"]["before"] == 0
+    assert table["reward_margin"]["after"] != 0
+    assert set(table["polite_share"]) == {"en", "ja"}
+    assert [answer["language"] for answer in table["answers"]] == ["en"] * 3 + ["ja"] * 3
+    for name in TRAINED:
+        curve = table["curves"][name]
+        assert [point["step"] for point in curve["training"]] == [1, 2]
+        assert [point["step"] for point in curve["heldout"]] == [0, 2]
+    seconds = table["seconds"]
+    assert set(seconds) == {"example", "evaluation", "total", *(stage.name for stage in quickstart.STAGES)}
+    assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=1)
+
+
+def test_the_report_can_be_read_and_seen(made):
+    out, table = made
+    text = (out / "report.md").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for name in MODELS:
+        # Held-out questions, and what was never seen or asked; eight figures each.
+        assert len([line for line in lines if line.startswith(f"| {name} |") and line.count("|") == 10]) == 2
+    for heading in ("Held-out questions", "Vocabulary", "Preference tuning", "Answers", "Losses", "Time"):
+        assert any(line.startswith("## ") and heading in line for line in lines)
+    for answer in table["answers"]:
+        assert answer["question"] in text
+    assert "reward margin" in text
+    assert table["exported"] in text
+    assert "not checked" in lines[-1]
+    picture = (out / "losses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+def test_a_full_run_that_misses_its_targets_fails(made):
+    _, table = made
+    assert table["missed"]
+    assert not table["full"]
+    quickstart.check_targets(table, Path("run"))
+    with pytest.raises(RuntimeError, match=r"English facts are .*% exact after SFT 2, below 80%.*run/report\.md"):
+        quickstart.check_targets(table | {"full": True}, Path("run"))
+    quickstart.check_targets(table | {"full": True, "missed": []}, Path("run"))
+
+
+def test_a_second_run_removes_only_what_the_first_made(tmp_path):
+    out = tmp_path / "run"
+    quickstart.start_afresh(out)
+    for name in ("sft1", "export"):
+        (out / name / "deep").mkdir(parents=True)
+    (out / "report.md").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "data").write_text("mine")
+    (out / "data").symlink_to(tmp_path / "elsewhere")
+    quickstart.start_afresh(out)
+    assert {path.name for path in out.iterdir()} == {quickstart.MARKER, "notes.txt"}
+    assert (tmp_path / "elsewhere" / "data").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit, match="holds files that are not of a quickstart"):
+        quickstart.main(["--out", str(tmp_path), "--device", "cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_dry_run_prints_every_stage_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quickstart.main(["--dry-run"])
+    printed = capsys.readouterr().out
+    for stage in quickstart.STAGES:
+        assert f"python -m recipes.{stage.module} recipes/tiny/{stage.name}.toml" in printed
+    assert "250 steps" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argument", ["--steps=0", "--new-pieces=0"])
+def test_settings_out_of_range_are_refused(argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.main([argument])
+    assert "must be at least 1" in str(stopped.value) + capsys.readouterr().err
+
+
+def test_every_path_moves_with_the_folder():
+    settings = quickstart.QuickstartSettings(out="elsewhere")
+    for stage in quickstart.STAGES:
+        assert quickstart.ROOT not in repr(quickstart.configure(stage, settings, ""))
+
+
+def test_a_configuration_alone_starts_where_the_one_before_ends(tmp_path):
+    """What `python -m recipes.<stage> recipes/tiny/<stage>.toml` names as its model is what the stage before leaves."""
+    configured = {stage.name: quickstart.configure(stage, quickstart.QuickstartSettings(), "") for stage in quickstart.STAGES}
+    # The second fine-tuning is counted in epochs: how many steps that is follows from the data and the vocabulary.
+    write_example(tmp_path / "example", make_example(ExampleSettings()))
+    here = quickstart.QuickstartSettings(out=str(tmp_path))
+    alone = {stage.name: quickstart.configure(stage, here, "") for stage in quickstart.STAGES}
+    merged = {
+        "out": str(tmp_path / "tokenizer"),
+        "base": str(tmp_path / "example" / "mistral"),
+        "model": None,
+        "model_out": None,
+    }
+    vocabulary.run(type(alone["vocabulary"])(**{**vars(alone["vocabulary"]), **merged}))
+    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size == 32512
+    prepare.run(alone["prepare_chat_ja"])
+    sft2 = alone["sft2"]
+    plan = Plan(
+        [TokenDataset.open(sft2.sources[0].path)], list(sft2.sources), seed=sft2.seed, context_length=sft2.context_length,
+        step_size=sft2.step_size, steps=None, epochs=sft2.epochs,
+    )  # fmt: skip
+    assert sft2.epochs == 1
+
+    def last(name: str) -> str:
+        return f"{configured[name].out}/step-{configured[name].steps or plan.steps:08d}"
+
+    assert configured["vocabulary"].model == last("base")
+    assert configured["cpt"].model == configured["vocabulary"].model_out
+    assert configured["sft1"].model == last("cpt")
+    assert configured["sft2"].model == last("sft1")
+    assert configured["dpo"].model == last("sft2")
+    assert configured["export"].source == configured["dpo"].out
+    prepared = {settings.out for settings in configured.values() if isinstance(settings, prepare.PrepareSettings)}
+    used = {
+        path
+        for settings in configured.values()
+        if isinstance(settings, TrainSettings)
+        for path in (*settings.heldout, *(source.path for source in settings.sources))
+    }
+    assert used == prepared
+
+
+def test_the_machine_is_named():
+    assert f"{torch.get_num_threads()} threads" in report.machine(torch.device("cpu"))
