@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,7 @@ from benchmarks.peers.worker import peak_memory as peak_memory
 from engine.environment import nvidia_driver
 from model.folder import write_file
 
+Sample = TypeVar("Sample")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Enough to push the last-level cache out (an H200 has 50 MiB).
@@ -54,12 +55,12 @@ def spread(samples: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-def alternate(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(candidates: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
     """Measure candidates in turn, each once a round, so that what slows the machine slows all of them.
 
-    A candidate does one measured piece of work and returns its seconds.
+    A candidate does one measured piece of work and returns what it took, as seconds.
     """
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
     names = list(candidates)
     for turn in range(rounds):
         # Another one first each round: the first after a pause is not always the same.
