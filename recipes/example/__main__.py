@@ -15,7 +15,9 @@ class WriteSettings:
     """The embedded example as files."""
 
     out: str = "runs/quickstart/example"
-    """Folder to write; an old one is replaced."""
+    """Folder to write."""
+    overwrite: bool = False
+    """Replace an existing folder."""
     example: ExampleSettings = field(default_factory=ExampleSettings)
     """Size and seed."""
 
@@ -23,7 +25,7 @@ class WriteSettings:
 def run(settings: WriteSettings) -> Example:
     """Write the files; returns the split that they follow."""
     example = make_example(settings.example)
-    write_example(settings.out, example)
+    write_example(settings.out, example, overwrite=settings.overwrite)
     print(
         f"{settings.out}: {len(example.trained):,} trained combinations of item, phrasing and language, "
         f"{len(example.held_out)} held out, {len(example.unseen)} about what is never seen or asked"

@@ -38,6 +38,21 @@ class ExampleSettings:
     conversation_rounds: int = 2  # how often the conversations ask each trained question
     preferences: int = 300  # pairs in each language
 
+    def __post_init__(self) -> None:
+        for name in ("largest_first", "largest_second", "conversation_rounds", "preferences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"example.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("polite_share", "system_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"example.{name} = {getattr(self, name)}: must lie in 0 .. 1")
+        facts, sums = len(all_facts()[: self.facts]), self.largest_first * self.largest_second
+        for name, most, what in (("unasked_facts", facts, "facts"), ("unseen_sums", sums, "sums")):
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(
+                    f"example.{name} = {getattr(self, name)}: must lie in 0 .. {most - 1}, as there are {most} {what} and "
+                    "some must be left to train on"
+                )
+
 
 @dataclass(frozen=True)
 class Question:
@@ -87,14 +102,9 @@ class Example:
 
 
 def make_example(settings: ExampleSettings) -> Example:
-    """Raises ValueError where the settings leave nothing to train on."""
+    """Divide what can be asked, by the Latin square, into what is trained and what is held out."""
     facts = all_facts()[: settings.facts]
     sums = all_sums(settings.largest_first, settings.largest_second)
-    if settings.unasked_facts >= len(facts) or settings.unseen_sums >= len(sums):
-        raise ValueError(
-            f"nothing is left to train on: {settings.unasked_facts} of {len(facts)} facts are never asked about and "
-            f"{settings.unseen_sums} of {len(sums)} sums unseen; lower these two"
-        )
     draw = random.Random(f"split {settings.seed}")
     unasked = {item.name for item in draw.sample(facts, settings.unasked_facts)}
     unseen_sums = {item.name for item in draw.sample(sums, settings.unseen_sums)}
@@ -188,13 +198,15 @@ def phrases(example: Example, language: str) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def write_example(folder: str | Path, example: Example) -> None:
-    """Write all of the example into a folder, which appears when it is complete; an old one is replaced.
+def write_example(folder: str | Path, example: Example, *, overwrite: bool = False) -> None:
+    """Write all of the example into a folder, which appears when it is complete.
 
     `mistral` is a tokenizer folder of Mistral 7B's own pieces. Names ending in `_heldout` hold what is never trained on.
     The files show several of the forms that `recipes.prepare` reads: text and JSONL, ShareGPT and messages.
+
+    Raises: FileExistsError where the folder exists and `overwrite` is false.
     """
-    with complete_folder(folder, overwrite=True) as out:
+    with complete_folder(folder, overwrite=overwrite) as out:
         write_tokenizer_folder(out / "mistral", mistral_tokenizer_path().read_bytes())
         for language in LANGUAGES:
             asked = [question for question in example.held_out if question.language == language]

@@ -194,9 +194,28 @@ def test_files_are_a_function_of_the_settings(folder, tmp_path):
         assert (folder / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
-def test_an_example_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="nothing is left to train on: 8 of 5 facts"):
-        make_example(ExampleSettings(facts=5))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"facts": 5}, r"example.unasked_facts = 8: must lie in 0 .. 4, as there are 5 facts"),
+        ({"largest_first": 3, "largest_second": 4}, r"example.unseen_sums = 12: must lie in 0 .. 11"),
+        ({"polite_share": 1.5}, r"example.polite_share = 1.5: must lie in 0 .. 1"),
+        ({"preferences": 0}, r"example.preferences = 0: must be at least 1"),
+    ],
+)
+def test_settings_that_leave_nothing_or_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ExampleSettings(**changes)
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(example, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_example(tmp_path / "mine", example)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    write_example(tmp_path / "mine", example, overwrite=True)
+    assert not (tmp_path / "mine" / "notes.txt").exists()
 
 
 @pytest.fixture(scope="module")
