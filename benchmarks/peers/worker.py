@@ -37,7 +37,7 @@ class Worker:
         self._left = 0
         self._marks: list[Any] = []
         self._losses: list[Any] = []
-        self._tokens: list[int | None] = []
+        self._counts: list[dict[str, int]] = []
         if self.job.get("threads"):
             torch.set_num_threads(self.job["threads"])
 
@@ -75,10 +75,13 @@ class Worker:
             torch.cuda.reset_peak_memory_stats(self.device)
         return self._next_order()
 
-    def done(self, loss: Any, tokens: int | None = None) -> bool:
-        """A step has ended. After the last one ordered, answer and wait for the next order; False at the end of orders."""
+    def done(self, loss: Any, **counts: int) -> bool:
+        """A step has ended. After the last one ordered, answer and wait for the next order; False at the end of orders.
+
+        counts: tokens and documents of the step, where it may differ from the job's.
+        """
         self._losses.append(loss)
-        self._tokens.append(tokens)
+        self._counts.append(counts)
         self._mark()
         self._left -= 1
         if self._left:
@@ -91,7 +94,7 @@ class Worker:
             order = json.loads(line)
             if "steps" in order:
                 self._left = order["steps"]
-                self._marks, self._losses, self._tokens = [], [], []
+                self._marks, self._losses, self._counts = [], [], []
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 self._cpu = cpu_seconds()
@@ -121,7 +124,7 @@ class Worker:
             "seconds": seconds,
             "cpu_seconds": cpu_seconds() - self._cpu,
             "loss": [float(loss) for loss in self._losses],
-            "tokens": self._tokens,
+            "counts": self._counts,
             "memory": peak_memory(self.device),
         })  # fmt: skip
 

@@ -1,0 +1,95 @@
+"""What the figures of a training step mean.
+
+tokens: places that go through the blocks; padding never counts. A document of L tokens has L - 1 of them, as its last token is
+only predicted. MFU: operations that the step needs (attended pairs exactly, the head only where something is predicted, no
+look-up) over the device's published peak. HFU: the same with what is computed again in the backward pass. of_ceiling: the
+needed operations over what a large matrix product reached in the same process.
+"""
+
+import importlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measure import spread
+from engine.data.batches import Step
+from engine.loop import step_flops
+from kernels.linear_log_prob import DEFAULT_BUDGET
+from model.config import MistralConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step: places, documents, places that are trained on, operations needed, operations computed again."""
+
+    places: int
+    documents: int
+    trained: int
+    flops: int
+    again: int
+
+
+def work_of(config: MistralConfig, step: Step, recompute: str = "") -> Work:
+    """The work of one rank's step."""
+    flops, trained = step_flops(config, step)
+    documents = sum(len(batch.document_D) for batch in step.batches)
+    again = sum(head_again(config, int((batch.rows_N >= 0).sum())) for batch in step.batches)
+    modes = getattr(importlib.import_module("engine.flops"), "recomputed_flops", None)
+    if recompute and modes is not None:
+        again += modes(config, step, recompute)
+    return Work(step.tokens, documents, trained, flops, again)
+
+
+def head_again(config: MistralConfig, rows: int, budget_bytes: int = DEFAULT_BUDGET) -> int:
+    """Operations of logits that are computed a second time in the backward pass, as they do not fit the head's budget."""
+    chunk = max(1, budget_bytes // (4 * config.unpadded_vocab_size))
+    return 0 if rows <= chunk else 2 * rows * config.hidden_size * config.unpadded_vocab_size
+
+
+def speed(
+    works: Sequence[Work],
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    first: int,
+    steps: int,
+    peak: float | None,
+    ceiling: float | None,
+) -> dict[str, Any]:
+    """What rounds of `steps` steps each, of which the first is step `first`, say of speed.
+
+    A trainer that composes its steps itself counts them; its operations are then those of an average place.
+    peak, ceiling: operations a second; None where unknown, and so are then the shares of it.
+    """
+    found: dict[str, list[float]] = {name: [] for name in ("tokens", "seconds", "cpu_seconds", "flops", "executed")}
+    every = _total(works)
+    for turn, answer in enumerate(rounds):
+        work = _total(works[first + turn * steps : first + (turn + 1) * steps])
+        places, share = work.places, 1.0
+        if all(answer["counts"]):
+            places = sum(counts["tokens"] - counts["documents"] for counts in answer["counts"])
+            work, share = every, places / every.places
+        found["tokens"].append(places)
+        found["flops"].append(share * work.flops)
+        found["executed"].append(share * (work.flops + work.again))
+        found["seconds"].append(sum(answer["seconds"]))
+        found["cpu_seconds"].append(answer["cpu_seconds"])
+
+    def ratio(top: str, bottom: str = "seconds", unit: float | None = 1.0) -> dict[str, Any] | None:
+        if unit is None:
+            return None
+        return spread([value / by / unit for value, by in zip(found[top], found[bottom], strict=True)])
+
+    return {
+        "tokens": round(sum(found["tokens"]) / len(rounds) / steps),
+        "step_seconds": spread([*itertools.chain.from_iterable(answer["seconds"] for answer in rounds)]),
+        "tokens_per_second": ratio("tokens"),
+        "tokens_per_cpu_second": ratio("tokens", "cpu_seconds"),
+        "mfu": ratio("flops", unit=peak),
+        "hfu": ratio("executed", unit=peak),
+        "of_ceiling": ratio("flops", unit=ceiling),
+    }
+
+
+def _total(works: Sequence[Work]) -> Work:
+    return Work(*(sum(getattr(work, name) for work in works) for name in ("places", "documents", "trained", "flops", "again")))

@@ -1,0 +1,110 @@
+"""Our side of a measurement: `python -m benchmarks.own job.json` trains as the recipes do, step by step when told to.
+
+The job's "settings" are those of the recipe of its "objective"; of the parts in "references" the eager references run.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from benchmarks.breakdown import OPTIMIZER, breakdown
+from benchmarks.measure import ceilings
+from benchmarks.parts import planned_gib, references, replaced
+from benchmarks.peers.worker import Worker, cpu_seconds
+from engine.config import from_table
+from engine.data.batches import Step, evaluation_batches, step_stream
+from engine.data.dataset import TokenDataset
+from engine.data.plan import Plan
+from engine.loop import Objective, accumulate
+from engine.objectives.next_token import NextToken
+from engine.objectives.preference import Preference, reference_log_probs
+from engine.optimizer import AdamW
+from engine.run import Run
+from engine.schedule import learning_rate
+from engine.settings import TrainSettings
+from model.config import MistralConfig
+from model.mistral import Mistral
+from recipes.dpo import DpoSettings
+from recipes.pretrain import PretrainSettings
+from recipes.sft import SftSettings
+
+SETTINGS: dict[str, type[TrainSettings]] = {"next-token": PretrainSettings, "sft": SftSettings, "dpo": DpoSettings}
+KINDS = {"next-token": "text", "sft": "conversations", "dpo": "preferences"}
+
+
+def main() -> None:
+    worker = Worker()
+    with replaced(list(references(worker.job.get("references", ())))):
+        measure_steps(worker)
+
+
+def measure_steps(worker: Worker) -> None:
+    """Open the run, and train as told. Answers the orders "ceilings" and "breakdown" as well."""
+    run = open_job(worker.job)
+    model = run.load_model() if run.settings.model else fresh_model(run)
+    optimizer = AdamW(model.named_parameters(), run.settings.optimizer)
+    objective, facts = objective_of(run, model)
+    stream = step_stream(run.plan, 0, pack_tokens=run.pack_tokens)
+
+    def step(_: int = 0) -> Tensor:
+        return train_step(run, model, optimizer, objective, next(stream))
+
+    worker.answers["ceilings"] = lambda: ceilings(run.device, run.dtype)
+    worker.answers["breakdown"] = lambda: breakdown(step, run.device)
+    worker.ready(plan_gib=planned_gib(run), **facts)
+    worker.serve(step)
+
+
+def open_job(job: dict[str, Any]) -> Run:
+    """The run of a job, without the tokenizer that synthetic tokens do not have."""
+    settings = from_table(SETTINGS[job["objective"]], job["settings"])
+    config = MistralConfig(**job["config"])
+    datasets = [TokenDataset.open(source.path) for source in settings.sources]
+    plan = Plan(
+        datasets, list(settings.sources), seed=settings.seed, context_length=settings.context_length,
+        step_size=settings.step_size, steps=settings.steps, epochs=settings.epochs,
+    )  # fmt: skip
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    return Run(settings, device, dtype, config, None, datasets, {}, plan, None, 0)  # type: ignore[arg-type]
+
+
+def fresh_model(run: Run) -> Mistral:
+    """Random weights made on the device, where billions of them take no time; nothing is compared with them."""
+    with torch.device("meta"):
+        model = Mistral(run.config)
+    model = model.to(run.dtype).to_empty(device=run.device)
+    torch.manual_seed(run.settings.seed)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=run.config.initializer_range)
+    return model
+
+
+def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
+    """The recipe's objective and, for preferences, what the reference's log-probabilities took."""
+    settings = run.settings
+    if not isinstance(settings, DpoSettings):
+        return NextToken(neftune_alpha=getattr(settings, "neftune_alpha", 0.0), seed=settings.seed), {}
+    start = (time.perf_counter(), cpu_seconds())
+    tables = []
+    for dataset in run.datasets:
+        batches = evaluation_batches(dataset, context_length=settings.context_length, pack_tokens=run.pack_tokens)
+        tables.append(reference_log_probs(model, batches, len(dataset) // 2))
+    spent = {"seconds": time.perf_counter() - start[0], "cpu_seconds": cpu_seconds() - start[1]}
+    spent["tokens"] = float(sum(int(dataset.lengths.sum()) for dataset in run.datasets))
+    objective = Preference(settings.preference, tables, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
+    return objective, {"reference": spent}
+
+
+def train_step(run: Run, model: Mistral, optimizer: AdamW, objective: Objective, step: Step) -> Tensor:
+    """What the training loop does in a step; returns the loss."""
+    values = accumulate(model, objective, step)
+    with record_function(OPTIMIZER):
+        optimizer.step(learning_rate(run.settings.schedule, step.index, run.plan.steps))
+    return values["loss"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Which parts of the engine exist: found by looking, so that a column or row fills by itself once its part is there."""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+from engine.settings import TrainSettings
+
+# The operators of each part of the ladder, by module; each has its eager reference beside it.
+OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
+    "fused operators": (
+        ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary"),
+        ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"),
+    ),
+    "attention": (("kernels.attention", "sliding_window_attention"),),
+    "fused head": (("kernels.linear_log_prob", "linear_log_prob"),),
+    "fused optimizer": (("kernels.adamw", "adamw_"),),
+}  # fmt: skip
+LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer")
+_OURS = ("kernels", "model", "engine")
+
+
+def reference_name(name: str) -> str:
+    """The eager reference of an operator: rms_norm -> rms_norm_reference, adamw_ -> adamw_reference_."""
+    return f"{name.removesuffix('_')}_reference{'_' if name.endswith('_') else ''}"
+
+
+def is_fused(module: str, name: str) -> bool:
+    """Whether an operator does anything but call its reference."""
+    function = getattr(importlib.import_module(module), name)
+    return bool(set(function.__code__.co_names) - {reference_name(name)})
+
+
+def missing_part(part: str) -> str | None:
+    """Why a part of the ladder cannot be measured yet; None where it can."""
+    if part == "light recompute":
+        return missing_setting("recompute", "light")
+    if part == "eager" or any(is_fused(*operator) for operator in OPERATORS[part]):
+        return None
+    return "only the eager reference exists"
+
+
+def missing_setting(name: str, value: str) -> str | None:
+    """Why the engine cannot be told `name = value`; None where it can. An empty value asks for nothing."""
+    if not value:
+        return None
+    if name not in {field.name for field in fields(TrainSettings)}:
+        return f"the engine has no {name} setting yet"
+    allowed = typing.get_args(typing.get_type_hints(TrainSettings)[name])
+    return None if not allowed or value in allowed else f"{name} = {value} is not one of {', '.join(map(str, allowed))}"
+
+
+def missing_ranks(ranks: int) -> str | None:
+    """Why as many ranks cannot train together; None where they can."""
+    if ranks == 1 or importlib.util.find_spec("engine.parallel"):
+        return None
+    return "the engine trains in one process"
+
+
+def planned_gib(run: Any) -> float | dict[str, str]:
+    """Peak GiB of a run by the memory plan, from `engine.memory.planned_peak_bytes(run)`."""
+    if importlib.util.find_spec("engine.memory") is None:
+        return {"missing": "the engine has no memory plan"}
+    planned = getattr(importlib.import_module("engine.memory"), "planned_peak_bytes", None)
+    return planned(run) / 2**30 if planned else {"missing": "engine.memory has no planned_peak_bytes"}
+
+
+@contextlib.contextmanager
+def replaced(substitutes: Iterable[tuple[Callable, Callable]]) -> Iterator[None]:
+    """Wherever our modules name one of these functions, let them name its substitute."""
+    undo = []
+    for original, substitute in substitutes:
+        for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] in _OURS]:
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    undo.append((module, name, original))
+                    setattr(module, name, substitute)
+    try:
+        yield
+    finally:
+        for module, name, original in undo:
+            setattr(module, name, original)
+
+
+def references(parts: Iterable[str]) -> Iterator[tuple[Callable, Callable]]:
+    """(operator, its eager reference) of these parts, for `replaced`."""
+    for part in parts:
+        for module_name, name in OPERATORS.get(part, ()):
+            module = importlib.import_module(module_name)
+            yield getattr(module, name), getattr(module, reference_name(name))

@@ -1,0 +1,67 @@
+"""A transformers model trained as ours is: the same packed rows, the same AdamW and clipping, in a plain loop."""
+
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from steps import Row, Steps
+from torch import Tensor, nn
+from worker import Worker
+
+
+def load(worker: Worker, transformers: ModuleType) -> Any:
+    """The model of the job's folder, in training mode."""
+    model = transformers.MistralForCausalLM.from_pretrained(
+        worker.job["weights"], dtype=worker.dtype, attn_implementation=worker.job.get("attention", "sdpa")
+    )
+    return model.to(worker.device).train()
+
+
+def optimizer(worker: Worker, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW with the job's constants; weight decay on matrices only."""
+    settings, every = worker.job["optimizer"], list(parameters)
+    groups = [
+        {"params": [parameter for parameter in every if parameter.ndim > 1], "weight_decay": settings["weight_decay"]},
+        {"params": [parameter for parameter in every if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings["beta1"], settings["beta2"])
+    return torch.optim.AdamW(groups, lr=worker.job["learning_rate"], betas=betas, eps=settings["eps"], fused=True)
+
+
+def causal_lm_loss(model: Any, row: Row, trained: float) -> Tensor:
+    """A row's part of the step's loss. Equally long documents go in as a rectangle, which needs no mask between documents."""
+    if len(set(row.lengths)) == 1:
+        shape, positions = (len(row.lengths), row.lengths[0]), {}
+    else:
+        shape, positions = (1, len(row.tokens_T)), {"position_ids": row.positions_T[None]}
+    labels = row.labels_T.view(shape)
+    return model(
+        input_ids=row.tokens_T.view(shape), labels=labels, shift_labels=labels, num_items_in_batch=trained, use_cache=False,
+        **positions,
+    ).loss  # fmt: skip
+
+
+def train(worker: Worker, model: Any, loss_of: Callable[[Any, Row, float], Tensor] = causal_lm_loss) -> None:
+    """Serve steps: every micro-batch forward and backward, clip, AdamW."""
+    steps, update, limit = (
+        Steps(worker.job["steps_file"]),
+        optimizer(worker, model.parameters()),
+        worker.job["optimizer"]["clip_norm"],
+    )
+
+    def step(index: int) -> Tensor:
+        total, trained = torch.zeros((), device=worker.device), steps.trained(index)
+        for row in steps.rows(index):
+            moved = Row(*(tensor.to(worker.device) for tensor in (row.tokens_T, row.labels_T, row.positions_T)), row.lengths)
+            loss = loss_of(model, moved, trained)
+            loss.backward()
+            total += loss.detach()
+        if limit:
+            nn.utils.clip_grad_norm_(model.parameters(), limit)
+        update.step()
+        update.zero_grad(set_to_none=True)
+        return total
+
+    worker.ready()
+    worker.serve(step)

@@ -1,0 +1,40 @@
+"""TRL's supervised fine-tuning trainer: padded, padding-free, or packed (best-fit decreasing, as it packs by default).
+
+Padded and padding-free steps hold the very documents of ours. Packed, TRL composes the steps itself from the same documents: as
+many rows of the longest document's length as come nearest to the tokens of a step of ours.
+"""
+
+from steps import IGNORED, Steps
+from trainer import arguments, measured, tokenizer
+from worker import Worker
+
+
+def main() -> None:
+    worker = Worker()
+    transformers, datasets, trl = worker.need("transformers", "datasets", "trl")
+    steps, mode = Steps(worker.job["steps_file"]), worker.job["mode"]
+    documents = [steps.documents(step) for step in range(len(steps))]
+    dataset = datasets.Dataset.from_list([
+        {"input_ids": one.ids, "labels": [id if on else IGNORED for id, on in zip(one.ids, one.trained, strict=True)]}
+        for step in documents for one in step
+    ])  # fmt: skip
+    tokens = sum(len(one.ids) for step in documents for one in step)
+    numbers = iter(range(len(dataset)))
+    groups = [[next(numbers) for _ in step] for step in documents]
+    packed = mode == "packed"
+    settings = trl.SFTConfig(
+        **arguments(worker, len(steps)),
+        max_length=steps.longest if packed else None,
+        packing=packed,
+        padding_free=mode == "padding_free",
+        per_device_train_batch_size=max(1, round(tokens / len(steps) / steps.longest)) if packed else len(groups[0]),
+    )
+    trainer = measured(trl.SFTTrainer, worker, transformers, None if packed else groups)(
+        model=worker.job["weights"], args=settings, train_dataset=dataset, processing_class=tokenizer(transformers)
+    )
+    worker.ready()
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
