@@ -194,9 +194,11 @@ def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
 
 @pytest.mark.parametrize(("kind", "loss"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("ipo-mean", 25.0), ("hinge", 1.0)])
 def test_before_the_first_step_the_margin_is_zero(model, tiny_data, kind, loss):
-    """Whatever the packing: the reference's and the policy's batches differ. 25 = (1 / (2 * 0.1))^2."""
+    """Whatever the packing: the reference's and the policy's batches differ. 25 = (1 / (2 * 0.1))^2.
+
+    NEFTune's noise is for training only."""
     reference = reference_log_probs(model, batches_of(tiny_data.preferences, 300), 32)
-    objective = Preference(PreferenceSettings(loss=kind), [reference])
+    objective = Preference(PreferenceSettings(loss=kind), [reference], neftune_alpha=15.0)
     found = evaluate(model, [Evaluation("p", objective, whole_step(batches_of(tiny_data.preferences, 60)))])
     assert found["eval/p/loss"] == pytest.approx(loss, rel=1e-5)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import engine.reference
 import engine.run
 from engine.data.batches import evaluation_batches
-from engine.data.dataset import TokenDataset
+from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.objectives.preference import reference_log_probs
 from model.weights import load_model, save_model
 from recipes import dpo
@@ -49,6 +49,17 @@ def cut_back(out, step):
     for folder in out.glob("step-*"):
         if int(folder.name.removeprefix("step-")) > step:
             folder.rename(folder.with_name("removed" + folder.name))
+
+
+def exchanged(folder, out):
+    """A copy of a prepared folder whose rejected answers are the chosen ones."""
+    pairs = TokenDataset.open(folder)
+    out.mkdir()
+    with DatasetWriter(out, "preferences", vocab_size=340, tokenizer_fingerprint=pairs.tokenizer_fingerprint) as writer:
+        for i in range(len(pairs)):
+            writer.add(pairs.tokens(i ^ 1), pairs.trained(i ^ 1), int(pairs.prompt_lengths[i ^ 1]))
+        writer.finish()
+    return out
 
 
 BOTH = ["source 0", "heldout preferences-heldout"]
@@ -90,9 +101,9 @@ def test_computed_again_when_something_changed(tiny_settings, tiny_model, tiny_d
     elif change == "dtype":
         changes = {"dtype": "bfloat16"}
     elif change == "dataset":
-        # As many pairs, of other content: only the training set is new.
-        half = [{"path": str(tiny_data.preferences)}, {"path": str(tiny_data.preferences_heldout)}]
-        changes, expected = {"sources": half}, []
+        # As many pairs, chosen and rejected exchanged.
+        changes = {"sources": [{"path": str(exchanged(tiny_data.preferences, tmp_path / "exchanged"))}]}
+        expected = ["source 0"]
     else:
         changes = {"context_length": 60}
     dpo.run(tiny_settings("dpo", tmp_path / "b", reference_cache=cache, **changes))
