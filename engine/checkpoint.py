@@ -55,12 +55,17 @@ def save_checkpoint(
             "step": state.step, "updates": optimizer.updates, "settings": state.settings, "plan": state.plan, "files": files,
         }  # fmt: skip
         (partial / STATE).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_file(out / "latest", folder.name + "\n")
+    point_latest_at(folder)
     for old in checkpoints(out)[:-keep]:
         # Renamed first: a kill in the middle must not leave half a checkpoint under a complete one's name.
         doomed = old.rename(old.with_name(f".{old.name}.old"))
         shutil.rmtree(doomed)
     return folder
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Write the checkpoint's name to `latest` beside it."""
+    write_file(checkpoint.parent / "latest", checkpoint.name + "\n")
 
 
 def checkpoints(out: str | Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint import load_optimizer, save_checkpoint
+from engine.checkpoint import load_optimizer, point_latest_at, save_checkpoint
 from engine.config import to_table, to_toml
 from engine.data.batches import Batch, Step, step_stream
 from engine.flops import attended_pairs, peak_flops, training_flops
@@ -40,9 +40,12 @@ class Evaluation:
 def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[Evaluation] = ()) -> Path:
     """Train from the run's first step (or where its checkpoint ended) to its last. Returns the last checkpoint's folder."""
     settings, steps = run.settings, run.plan.steps
-    if run.checkpoint is not None and run.start >= steps:
-        print(f"{run.checkpoint}: all {steps} steps are done already")
-        return run.checkpoint
+    if run.checkpoint is not None:
+        # A kill may have come between the checkpoint's appearance and this.
+        point_latest_at(run.checkpoint)
+        if run.start >= steps:
+            print(f"{run.checkpoint}: all {steps} steps are done already")
+            return run.checkpoint
     optimizer = AdamW(model.named_parameters(), settings.optimizer)
     if run.checkpoint is not None:
         load_optimizer(run.checkpoint, optimizer)

@@ -39,9 +39,9 @@ class DpoSettings(TrainSettings):
 def run(settings: DpoSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run)."""
     opened = open_run(settings, ("preferences",))
+    heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):
         return None
-    heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     sets = {f"source {i}": (dataset, training_pairs(opened, dataset)) for i, dataset in enumerate(opened.datasets)}
     sets.update({f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()})
     cache = Path(settings.reference_cache) if settings.reference_cache else opened.out / "reference"

@@ -21,11 +21,11 @@ def announce(run: Run) -> bool:
 
 def train_next_token(run: Run, objective: NextToken) -> Path | None:
     """Pre-training or supervised fine-tuning with its held-out sets."""
-    if not announce(run):
-        return None
     evaluations = [
         Evaluation(name, objective, whole_step(heldout_batches(run, dataset))) for name, dataset in run.heldout.items()
     ]
+    if not announce(run):
+        return None
     return train(run, run.load_model(), objective, evaluations)
 
 

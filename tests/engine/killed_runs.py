@@ -68,7 +68,7 @@ POINTS = {
     "rename": lambda: patch(
         model.folder, "replace_folder", 2, after=None, before=lambda part, _: cut(part / "training/state.json")
     ),
-    "latest": lambda: patch(engine.checkpoint, "write_file", 2, after=None),
+    "latest": lambda: patch(engine.checkpoint, "point_latest_at", 2, after=None),
     "removal": lambda: patch(
         engine.checkpoint.shutil, "rmtree", 1, after=None, before=lambda path: (path / "config.json").unlink(),
         only=lambda path, **_: Path(path).name.endswith(".old") and "step-" in Path(path).name and Path(path).is_dir(),

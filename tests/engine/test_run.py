@@ -121,10 +121,11 @@ def test_held_out_pairs_that_are_all_too_long(tiny_settings, tiny_data, tmp_path
     places = TokenDataset.open(tiny_data.preferences_heldout).lengths.reshape(-1, 2).max(axis=1) - 1
     assert places[0] > places.min()
     for context_length, limit in [(int(places.min()) - 1, None), (int(places[0]) - 1, 1)]:
-        settings = tiny_settings("dpo", tmp_path / "run", context_length=context_length, heldout_limit=limit)
-        message = refused(dpo, settings)
-        assert message.startswith(f"{tiny_data.preferences_heldout}: nothing to evaluate")
-        assert f"context_length = {context_length}" in message
+        changes = {"context_length": context_length, "heldout_limit": limit}
+        for dry_run in (False, True):
+            message = refused(dpo, tiny_settings("dpo", tmp_path / "run", dry_run=dry_run, **changes))
+            assert message.startswith(f"{tiny_data.preferences_heldout}: nothing to evaluate")
+            assert f"context_length = {context_length}" in message
 
 
 @pytest.mark.parametrize("below", ["file", "file/run"])
