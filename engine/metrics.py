@@ -139,7 +139,8 @@ class Metrics:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            # JSON has no NaN; a value that is not finite is null there.
+            file.writelines(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n" for line in lines)
         for line in lines:
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
             if self.settings.tensorboard:
@@ -147,6 +148,10 @@ class Metrics:
                     self._writer.add_scalar(name, value, line["step"])
             if self._wandb is not None:
                 self._wandb.log(values, step=line["step"])
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_line(record: StepRecord) -> dict[str, Any]:
