@@ -147,6 +147,8 @@ def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # Its profiler announces itself on the terminal otherwise.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     assert profiler.profiler is not None

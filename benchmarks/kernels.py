@@ -1,0 +1,310 @@
+"""One table of all operators of `kernels`, ours beside torch, torch.compile and the peers that are installed.
+
+    python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small ones on a CPU
+    python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
+
+A row is one operator, direction, shape, dtype and provider. "backward" is the backward pass alone (its memory is that of
+forward and backward together), "both" is timed in one piece. Data is random and copied anew for each call, caches are flushed,
+and on CUDA calls are queued behind a busy device (`measure.kernel_seconds`); providers take turns.
+
+The floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate; what is counted is
+with each operator in `benchmarks.operators`. The error is the largest difference to float64 over the largest exact value; what
+is off by more than twice the error of plain torch in the same dtype and a rounding is marked "wrong", and is no peer to beat.
+On a CPU, caches absorb what is written, so that small shapes can be faster than their floor.
+"""
+
+import difflib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from benchmarks import measure
+from benchmarks.operators import OPERATORS
+from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes, Tensors, gradient_of
+from engine.config import to_table
+from engine.environment import choose_device
+from model.config import MistralConfig, preset
+
+SMALL = MistralConfig(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+    sliding_window=128,
+)  # fmt: skip
+# Seconds of a call from which on a turn is one call.
+_SLOW = 0.5
+COLUMNS = (
+    "operator", "direction", "shape", "provider", "seconds", "floor_seconds", "floor_fraction", "speed_over_best_peer",
+    "best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """What to measure, and where."""
+
+    operators: tuple[str, ...] = ()
+    """Names as in the table; default all."""
+    providers: tuple[str, ...] = ()
+    """Names as in the table; default all."""
+    preset: str = ""
+    """Model whose shapes are taken; default shisa-7b (Mistral 7B's with 120,064 rows of vocabulary) on CUDA, small on a CPU."""
+    tokens: tuple[int, ...] = ()
+    """Tokens of the packed row; default 8192 on CUDA, 256 on a CPU."""
+    document: int = 0
+    """Tokens of each document of the row; 0: all one document."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on a CPU."""
+    rounds: int = 3
+    """Turns that each provider takes."""
+    repeats: int = 0
+    """Timed calls of a turn; default 10 on CUDA, 5 on a CPU."""
+    out: str = ""
+    """File of the result; default: print only."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("document", 0), ("rounds", 1), ("repeats", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if any(tokens < 1 for tokens in self.tokens):
+            raise ValueError(f"tokens = {list(self.tokens)}: must be at least 1 each")
+        _check_names("operators", self.operators, [operator.name for operator in OPERATORS])
+        known = {provider.name: 0 for operator in OPERATORS for provider in operator.providers()}
+        _check_names("providers", self.providers, list(known))
+
+
+def _check_names(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{setting}: unknown {name!r}; the nearest known one is {nearest!r}")
+
+
+def run(settings: KernelSettings, command: str = "benchmarks.kernels") -> dict[str, Any]:
+    """Measure, print a table, write the result after each operator; returns it."""
+    device = choose_device(settings.device)
+    cuda = device.type == "cuda"
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else (torch.bfloat16 if cuda else torch.float32)
+    name = settings.preset or ("shisa-7b" if cuda else "small")
+    config = SMALL if name == "small" else preset(name)
+    tokens = settings.tokens or ((8192,) if cuda else (256,))
+    resolved = to_table(settings) | {"preset": name, "tokens": list(tokens), "dtype": str(dtype).removeprefix("torch.")}
+    timing = Timing(device, settings.rounds, settings.repeats or (10 if cuda else 5), measure.ceilings(device, dtype))
+    rows: list[dict[str, Any]] = []
+
+    def content(complete: bool) -> dict[str, Any]:
+        return measure.result("kernels", command, device, resolved, rows, complete=complete) | {"ceilings": timing.ceilings}
+
+    for operator in OPERATORS:
+        if settings.operators and operator.name not in settings.operators:
+            continue
+        for count in tokens if operator.per_tokens else tokens[:1]:
+            case = operator.case(Sizes.of(config, count, settings.document), dtype, device)
+            new = measure_operator(operator, case, settings.providers, timing)
+            rows += new
+            print(measure.table(new, [column for column in COLUMNS if any(column in row for row in new)]), flush=True)
+            del case
+            if cuda:
+                torch.cuda.empty_cache()
+            if settings.out:
+                measure.write_result(settings.out, content(complete=False))
+    result = content(complete=True)
+    if settings.out:
+        measure.write_result(settings.out, result)
+    return result
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How calls are timed, and what the device reaches."""
+
+    device: torch.device
+    rounds: int
+    repeats: int
+    ceilings: dict[str, float]
+
+    def samples(self, works: dict[str, tuple[Callable[..., Any], Callable[[], Any]]]) -> dict[str, list[float]]:
+        """Seconds of each name's (work, its preparation), in turns."""
+        repeats: dict[str, int] = {}
+
+        def turn(name: str) -> list[float]:
+            work, prepare = works[name]
+            if name not in repeats:
+                slow = max(measure.kernel_seconds(work, self.device, repeats=2, warmup=0, prepare=prepare)) > _SLOW
+                repeats[name] = 1 if slow else self.repeats
+            warmup = 0 if repeats[name] == 1 else 1
+            return measure.kernel_seconds(work, self.device, repeats=repeats[name], warmup=warmup, prepare=prepare)
+
+        turns = measure.alternate({name: partial(turn, name) for name in works}, self.rounds)
+        return {name: [seconds for part in parts for seconds in part] for name, parts in turns.items()}
+
+
+class Trial:
+    """One provider on one case, its inputs fresh for each call."""
+
+    def __init__(self, operator: Operator, provider: Provider, case: Case) -> None:
+        self.case = case
+        self.call: Call = provider.build(case)
+        self.differentiable = operator.differentiable
+
+    def leaves(self) -> Tensors:
+        """Copies of the inputs, as the provider takes them."""
+        copies = self.call.arrange({name: tensor.clone() for name, tensor in self.case.inputs.items()})
+        return {
+            name: tensor.detach().requires_grad_(self.differentiable and tensor.is_floating_point())
+            for name, tensor in copies.items()
+        }
+
+    def upstream(self) -> Tensors:
+        return self.call.upstream({name: tensor.clone() for name, tensor in self.case.upstream.items()})
+
+    def timed(self, direction: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        """(what is timed, what makes its argument) of a direction."""
+        if direction == "backward":
+
+            def before() -> tuple[Tensors, Tensors, Tensors]:
+                leaves, upstream = self.leaves(), self.upstream()
+                return self.call.run(leaves), upstream, leaves
+
+            return (lambda given: gradient_of(*given)), before
+        if direction == "both":
+            return self._both, lambda: (self.leaves(), self.upstream())
+        return self.call.run, self.leaves
+
+    def peak_bytes(self, direction: str) -> int:
+        leaves, upstream = self.leaves(), self.upstream()
+        if direction in ("backward", "both"):
+            return measure.allocated_peak(lambda: self._both((leaves, upstream)), self.case.device)
+        return measure.allocated_peak(lambda: self.call.run(leaves), self.case.device)
+
+    def results(self, *, backward: bool) -> Tensors:
+        """What comes out, under the names of the exact results."""
+        leaves = self.leaves()
+        outputs = self.call.run(leaves)
+        gradients = gradient_of(outputs, self.upstream(), leaves) if backward else {}
+        found = self.call.results(leaves, {name: output.detach() for name, output in outputs.items()}, gradients)
+        measure.synchronize(self.case.device)
+        return found
+
+    def _both(self, given: tuple[Tensors, Tensors]) -> Tensors:
+        leaves, upstream = given
+        return gradient_of(self.call.run(leaves), upstream, leaves)
+
+
+def measure_operator(operator: Operator, case: Case, names: Sequence[str], timing: Timing) -> list[dict[str, Any]]:
+    """The rows of one operator on one case; names: of the providers, all where empty."""
+    providers = list(operator.providers())
+    judge = Judge(operator, case, next(provider for provider in providers if provider.name == operator.yardstick))
+    rows: list[dict[str, Any]] = []
+    trials: dict[str, Trial] = {}
+    for provider in providers:
+        if names and provider.name not in names:
+            continue
+        for direction in provider.directions or operator.directions:
+            row: dict[str, Any] = {
+                "operator": operator.name, "direction": direction, "shape": operator.shape(case.sizes),
+                "dtype": str(case.dtype).removeprefix("torch."), "provider": provider.name,
+            }  # fmt: skip
+            rows.append(row)
+            try:
+                missing = provider.missing(case)
+                if missing is None:
+                    trial = trials.get(provider.name) or Trial(operator, provider, case)
+                    trials[provider.name] = trial
+                    row |= judge.errors(trial, direction)
+                    row["peak_mib"] = trial.peak_bytes(direction) / 2**20
+                    continue
+            except Exception as error:  # a peer's, whatever it is, must not end the table
+                missing = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
+            row["missing"] = missing
+    judge.forget()
+    for direction in operator.directions:
+        measured = {row["provider"]: row for row in rows if row["direction"] == direction and "missing" not in row}
+        if not measured:
+            continue
+        samples = timing.samples({name: trials[name].timed(direction) for name in measured})
+        cost = operator.cost(case, direction)
+        floor = max(cost.bytes / timing.ceilings["copy_bytes"], cost.operations / timing.ceilings["product_flops"])
+        for name, row in measured.items():
+            seconds = measure.spread(samples[name])
+            row |= {
+                "seconds": seconds, "floor_seconds": floor, "floor_fraction": floor / seconds["median"], "bytes": cost.bytes,
+                "operations": cost.operations,
+            }  # fmt: skip
+        rivals = {provider.name for provider in providers if provider.rival}
+        compare(list(measured.values()), rivals)
+    return rows
+
+
+def compare(rows: Sequence[dict[str, Any]], rivals: set[str]) -> None:
+    """Add to each row the fastest of the right rivals, and how many times its speed this one has."""
+    peers = [row for row in rows if row["provider"] in rivals and "wrong" not in row]
+    if not peers:
+        return
+    best = min(peers, key=lambda row: row["seconds"]["median"])
+    for row in rows:
+        row["best_peer"] = best["provider"]
+        row["speed_over_best_peer"] = best["seconds"]["median"] / row["seconds"]["median"]
+
+
+@dataclass
+class Judge:
+    """Holds the exact results, and what error is allowed."""
+
+    operator: Operator
+    case: Case
+    yardstick: Provider
+    exact: Tensors = field(default_factory=dict)
+    allowed: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exact = self.operator.exact(self.case)
+        plain = Trial(self.operator, self.yardstick, self.case).results(backward=self.operator.differentiable)
+        self.allowed = {}
+        for name, result in plain.items():
+            # Beside twice the error of plain torch, which may have been lucky: one rounding, and float32 sums of another order.
+            rounding = torch.finfo(result.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+            self.allowed[name] = 2 * self._error(name, result) + rounding
+
+    def forget(self) -> None:
+        """Free the exact results."""
+        self.exact = {}
+
+    def errors(self, trial: Trial, direction: str) -> dict[str, Any]:
+        """The error of the worst result of a direction, what is allowed for it, and what is wrong if it is more."""
+        found = trial.results(backward=direction in ("backward", "both"))
+        errors = {name: self._error(name, result) for name, result in found.items() if self._belongs(name, direction)}
+        if not errors:
+            return {}
+        worst = max(errors, key=lambda name: errors[name] / self.allowed[name])
+        row: dict[str, Any] = {"error": errors[worst], "error_allowed": self.allowed[worst]}
+        if errors[worst] > self.allowed[worst]:
+            row["wrong"] = f"{worst}: error {errors[worst]:.2g}, {self.allowed[worst]:.2g} allowed"
+        return row
+
+    def _error(self, name: str, result: torch.Tensor) -> float:
+        exact = self.exact[name]
+        error = float((result.double() - exact).abs().max() / exact.abs().max())
+        # JSON knows neither NaN nor infinity.
+        return error if error < float("inf") else sys.float_info.max
+
+    @staticmethod
+    def _belongs(name: str, direction: str) -> bool:
+        return direction in ("both", "update") or name.startswith("d ") == (direction == "backward")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from recipes.command import command
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = "python -m benchmarks.kernels"
+    command(KernelSettings, lambda settings: run(settings, shlex.join([*name.split(), *arguments])), arguments, name)
+
+
+if __name__ == "__main__":
+    main()

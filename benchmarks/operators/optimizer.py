@@ -1,0 +1,222 @@
+"""The optimizer's operators, over one layer's parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
+from kernels.adamw import join_master, split_master
+
+_BETAS = (0.9, 0.95)
+_CONSTANTS = {"learning_rate": 1e-4, "betas": _BETAS, "eps": 1e-8, "weight_decay": 0.1, "step": 100}
+_CLIP = 0.5
+
+
+def _named(kind: str, tensors: Tensors) -> list[Tensor]:
+    """The tensors of one kind, of each parameter in turn."""
+    return [tensor for name, tensor in tensors.items() if name.rpartition(" ")[0] == kind]
+
+
+def _shape(sizes: Sizes) -> str:
+    return f"one layer, {sum(_elements(sizes)):,} parameters"
+
+
+def _elements(sizes: Sizes) -> list[int]:
+    return [torch.Size(shape).numel() for shape in sizes.layer]
+
+
+# AdamW
+
+
+def _adamw_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    normal = random_data(device)
+    inputs: Tensors = {}
+    for i, shape in enumerate(sizes.layer):
+        master = normal(*shape, scale=0.02)
+        inputs[f"parameter {i}"] = master
+        if dtype == torch.bfloat16:
+            inputs[f"parameter {i}"], inputs[f"remainder {i}"] = split_master(master)
+        inputs[f"gradient {i}"] = normal(*shape, dtype=dtype, scale=1e-3)
+        inputs[f"exp_avg {i}"] = normal(*shape, scale=1e-4)
+        inputs[f"exp_avg_sq {i}"] = normal(*shape, scale=1e-3).square()
+    return Case(sizes, dtype, inputs, {"clip": torch.tensor(_CLIP, device=device)})
+
+
+def _masters(tensors: Tensors) -> list[Tensor]:
+    parameters, remainders = _named("parameter", tensors), _named("remainder", tensors)
+    return [join_master(*pair) for pair in zip(parameters, remainders, strict=True)] if remainders else parameters
+
+
+def _updated(masters: list[Tensor], given: Tensors) -> Tensors:
+    """Results by name, from float32 masters or whatever stands for them."""
+    kinds = {"master": masters, "exp_avg": _named("exp_avg", given), "exp_avg_sq": _named("exp_avg_sq", given)}
+    return {f"{kind} {i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
+
+
+def _adamw_call(function: Callable[..., None], case: Case) -> Call:
+    def run(given: Tensors) -> Tensors:
+        parameters = _named("parameter", given)
+        remainders: list[Any] = _named("remainder", given) or [None] * len(parameters)
+        moments = (_named(kind, given) for kind in ("gradient", "exp_avg", "exp_avg_sq"))
+        for tensors in zip(parameters, remainders, *moments, strict=True):
+            function(*tensors, **_CONSTANTS, gradient_scale=case.constants["clip"])
+        return {}
+
+    return Call(run, results=lambda given, outputs, gradients: _updated(_masters(given), given))
+
+
+def _exact_adamw(case: Case) -> Tensors:
+    """Algorithm 2 of the paper, line by line."""
+    (beta1, beta2), rate = _BETAS, 1e-4
+    results: Tensors = {}
+    gradients, firsts, seconds = (_named(kind, case.inputs) for kind in ("gradient", "exp_avg", "exp_avg_sq"))
+    for i, master in enumerate(_masters(case.inputs)):
+        gradient = gradients[i].double() * _CLIP
+        first = beta1 * firsts[i].double() + (1 - beta1) * gradient
+        second = beta2 * seconds[i].double() + (1 - beta2) * gradient**2
+        step = (first / (1 - beta1**100)) / ((second / (1 - beta2**100)).sqrt() + 1e-8)
+        results[f"master {i}"] = master.double() - rate * (step + 0.1 * master.double())
+        results[f"exp_avg {i}"], results[f"exp_avg_sq {i}"] = first, second
+    return results
+
+
+def _adamw_cost(case: Case, direction: str) -> Cost:
+    # Gradients are read; parameters (with their remainders) and two float32 moments are read and written.
+    parameter = 4 if case.dtype == torch.float32 else 2 + 2
+    return Cost(sum(_elements(case.sizes)) * (case.dtype.itemsize + 2 * parameter + 2 * 8))
+
+
+def _masters_apart(inputs: Tensors) -> Tensors:
+    """Float32 masters beside bfloat16 parameters instead of remainders, as mixed precision has it elsewhere."""
+    masters = {f"master {i}": master for i, master in enumerate(_masters(inputs))}
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("remainder")} | masters
+
+
+def _fused_step(parameters: list[Tensor], gradients: list[Tensor], given: Tensors, case: Case) -> None:
+    """The call inside torch.optim.AdamW(fused=True), clipping folded in as the scale of the gradient."""
+    steps = [torch.full((), float(_CONSTANTS["step"]), device=case.device)] * len(parameters)  # type: ignore[arg-type]
+    torch._fused_adamw_(
+        parameters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps, lr=1e-4, beta1=_BETAS[0],
+        beta2=_BETAS[1], weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False, grad_scale=1 / case.constants["clip"],
+    )  # fmt: skip
+
+
+def _torch_fused(case: Case) -> Call:
+    if case.dtype == torch.float32:
+
+        def run(given: Tensors) -> Tensors:
+            _fused_step(_named("parameter", given), _named("gradient", given), given, case)
+            return {}
+
+        return Call(run, results=lambda given, outputs, gradients: _updated(_named("parameter", given), given))
+
+    def run_masters(given: Tensors) -> Tensors:
+        masters = _named("master", given)
+        _fused_step(masters, [gradient.float() for gradient in _named("gradient", given)], given, case)
+        torch._foreach_copy_(_named("parameter", given), masters)
+        return {}
+
+    return Call(run_masters, _masters_apart, results=lambda given, outputs, gradients: _updated(_named("master", given), given))
+
+
+def _torch_narrow(case: Case) -> Call:
+    """No masters, and moments in the parameters' dtype: what torch.optim.AdamW does with a bfloat16 model."""
+
+    def arrange(inputs: Tensors) -> Tensors:
+        return {name: tensor.to(case.dtype) for name, tensor in inputs.items() if not name.startswith("remainder")}
+
+    def run(given: Tensors) -> Tensors:
+        _fused_step(_named("parameter", given), _named("gradient", given), given, case)
+        return {}
+
+    return Call(run, arrange, results=lambda given, outputs, gradients: _updated(_named("parameter", given), given))
+
+
+def _torch_foreach(case: Case) -> Call:
+    """torch.optim.AdamW(foreach=True) after the scaling of torch.nn.utils.clip_grads_with_norm_."""
+    adamw = peer("torch.optim.adamw", "adamw")
+
+    def run(given: Tensors) -> Tensors:
+        masters = _named("master", given)
+        gradients = [gradient.float() for gradient in _named("gradient", given)]
+        torch._foreach_mul_(gradients, case.constants["clip"])
+        # It counts the step itself.
+        steps = [torch.full((), 99.0) for _ in masters]
+        adamw(
+            masters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps, foreach=True, amsgrad=False,
+            beta1=_BETAS[0], beta2=_BETAS[1], lr=1e-4, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+        if case.dtype != torch.float32:
+            torch._foreach_copy_(_named("parameter", given), masters)
+        return {}
+
+    return Call(run, _masters_apart, results=lambda given, outputs, gradients: _updated(_named("master", given), given))
+
+
+def _in_one_pass(
+    parameter: Tensor, remainder: Tensor | None, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
+    learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, gradient_scale: Tensor,
+) -> None:  # fmt: skip
+    """The update without the blocks of the eager reference, whose hundreds torch.compile would compile one by one."""
+    master = parameter if remainder is None else join_master(parameter, remainder)
+    scaled = gradient.float() * gradient_scale
+    first, second = exp_avg.lerp(scaled, 1 - betas[0]), exp_avg_sq.lerp(scaled.square(), 1 - betas[1])
+    root = (1 - betas[1] ** step) ** 0.5
+    change = learning_rate * root / (1 - betas[0] ** step) * first / (second.sqrt() + eps * root)
+    updated = master * (1 - learning_rate * weight_decay) - change
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
+    if remainder is None:
+        parameter.copy_(updated)
+    else:
+        rounded, low = split_master(updated)
+        parameter.copy_(rounded)
+        remainder.copy_(low)
+
+
+ADAMW = Operator(
+    "adamw", "kernels.adamw", "adamw_", _adamw_case, _adamw_call, _exact_adamw, _adamw_cost, _shape,
+    yardstick="torch fused", directions=("update",), compiled=False, per_tokens=False,
+    peers=(
+        Provider("torch.compile", lambda case: _adamw_call(compiled(_in_one_pass), case)),
+        Provider("torch fused", _torch_fused),
+        Provider("torch fused, bfloat16 state", _torch_narrow, dtypes=(torch.bfloat16,)),
+        Provider("torch foreach", _torch_foreach),
+    ),
+)  # fmt: skip
+
+
+# The gradient's norm
+
+
+def _norm_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    normal = random_data(device)
+    inputs = {f"gradient {i}": normal(*shape, dtype=dtype, scale=1e-3) for i, shape in enumerate(sizes.layer)}
+    return Case(sizes, dtype, inputs)
+
+
+def _norm_call(function: Callable[[list[Tensor]], Tensor], case: Case) -> Call:
+    return Call(lambda given: {"norm": function(list(given.values()))})
+
+
+def _norm_cost(case: Case, direction: str) -> Cost:
+    return Cost(sum(_elements(case.sizes)) * case.dtype.itemsize + 4)
+
+
+def _torch_norm(gradients: list[Tensor]) -> Tensor:
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+GRADIENT_NORM = Operator(
+    "gradient_norm", "kernels.adamw", "gradient_norm", _norm_case, _norm_call, cost=_norm_cost, shape=_shape,
+    exact=lambda case: {"norm": sum(gradient.double().square().sum() for gradient in case.inputs.values()).sqrt()},  # type: ignore[union-attr]
+    yardstick="torch vector_norm", directions=("forward",), compiled=False, per_tokens=False,
+    peers=(
+        Provider("torch.compile", lambda case: _norm_call(compiled(_torch_norm), case)),
+        Provider("torch vector_norm", lambda case: _norm_call(_torch_norm, case)),
+        Provider("torch get_total_norm", lambda case: _norm_call(torch.nn.utils.get_total_norm, case)),
+    ),
+)  # fmt: skip
