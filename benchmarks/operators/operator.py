@@ -196,7 +196,6 @@ class Operator:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function through torch.compile, for one set of shapes."""
-    torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 
