@@ -53,23 +53,26 @@ def speed(
     *,
     first: int,
     steps: int,
-    peak: float | None,
-    ceiling: float | None,
+    whole_documents: bool = False,
+    peak: float | None = None,
+    ceiling: float | None = None,
 ) -> dict[str, Any]:
     """What rounds of `steps` steps each, of which the first is step `first`, say of speed.
 
     A trainer that composes its steps itself counts them; its operations are then those of an average place.
-    peak, ceiling: operations a second; None where unknown, and so are then the shares of it.
+    whole_documents: count each document's last token as well. peak, ceiling: operations a second; None where unknown, as are
+    the shares of it then.
     """
     found: dict[str, list[float]] = {name: [] for name in ("tokens", "seconds", "cpu_seconds", "flops", "executed")}
     every = _total(works)
     for turn, answer in enumerate(rounds):
         work = _total(works[first + turn * steps : first + (turn + 1) * steps])
-        places, share = work.places, 1.0
+        places, documents, share = work.places, work.documents, 1.0
         if all(answer["counts"]):
-            places = sum(counts["tokens"] - counts["documents"] for counts in answer["counts"])
+            documents = sum(counts["documents"] for counts in answer["counts"])
+            places = sum(counts["tokens"] for counts in answer["counts"]) - documents
             work, share = every, places / every.places
-        found["tokens"].append(places)
+        found["tokens"].append(places + whole_documents * documents)
         found["flops"].append(share * work.flops)
         found["executed"].append(share * (work.flops + work.again))
         found["seconds"].append(sum(answer["seconds"]))

@@ -4,6 +4,8 @@ The job's "settings" are those of the recipe of its "objective"; of the parts in
 """
 
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,19 +16,20 @@ from benchmarks.breakdown import OPTIMIZER, breakdown
 from benchmarks.measure import ceilings
 from benchmarks.parts import planned_gib, references, replaced
 from benchmarks.peers.worker import Worker, cpu_seconds
-from engine.config import from_table
+from engine.config import from_table, to_table
 from engine.data.batches import Step, evaluation_batches, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.loop import Objective, accumulate
 from engine.objectives.next_token import NextToken
-from engine.objectives.preference import Preference, reference_log_probs
-from engine.optimizer import AdamW
+from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
+from engine.optimizer import AdamW, OptimizerSettings
 from engine.run import Run
 from engine.schedule import learning_rate
 from engine.settings import TrainSettings
 from model.config import MistralConfig
 from model.mistral import Mistral
+from model.weights import save_model
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
@@ -58,6 +61,35 @@ def measure_steps(worker: Worker) -> None:
     worker.serve(step)
 
 
+def new_job(
+    objective: str, config: MistralConfig, data: str, folder: Path, *, device: torch.device, dtype: str, threads: int,
+    context: int, step_size: int, pack_tokens: int, steps: int, seed: int, learning_rate: float = 1e-5, **engine: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What a candidate is started with: ours reads "settings", a peer the rest. engine: further settings of the recipe."""
+    optimizer = to_table(OptimizerSettings())
+    settings = {
+        "model": "", "out": str(folder / "run"), "sources": [{"path": data}], "context_length": context, "step_size": step_size,
+        "pack_tokens": pack_tokens, "steps": steps, "seed": seed, "optimizer": optimizer,
+        "schedule": {"kind": "constant", "peak": learning_rate}, **engine,
+    }  # fmt: skip
+    if objective != "next-token":
+        settings["neftune_alpha"] = 0.0
+    return {
+        "objective": objective, "device": device.type, "dtype": dtype, "threads": threads, "config": asdict(config),
+        "settings": settings, "optimizer": optimizer, "learning_rate": learning_rate, "beta": PreferenceSettings().beta,
+    }  # fmt: skip
+
+
+def give_weights(job: dict[str, Any], folder: Path) -> None:
+    """Write random weights into `folder` and let every candidate of the job start from them."""
+    weights = folder / "weights"
+    weights.mkdir()
+    save_model(fresh_model(open_job(job)), weights)
+    if job["device"] == "cuda":
+        torch.cuda.empty_cache()
+    job["weights"] = job["settings"]["model"] = str(weights)
+
+
 def open_job(job: dict[str, Any]) -> Run:
     """The run of a job, without the tokenizer that synthetic tokens do not have."""
     settings = from_table(SETTINGS[job["objective"]], job["settings"])
@@ -72,13 +104,16 @@ def open_job(job: dict[str, Any]) -> Run:
 
 
 def fresh_model(run: Run) -> Mistral:
-    """Random weights made on the device, where billions of them take no time; nothing is compared with them."""
+    """Random weights made on the device, where billions of them take no time.
+
+    Their size keeps activations at about 1, so that a place that saw what it must not see would show in the loss.
+    """
     with torch.device("meta"):
         model = Mistral(run.config)
     model = model.to(run.dtype).to_empty(device=run.device)
     torch.manual_seed(run.settings.seed)
     for parameter in model.parameters():
-        nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=run.config.initializer_range)
+        nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=run.config.hidden_size**-0.5)
     return model
 
 

@@ -29,9 +29,11 @@ RIVALS: dict[str, Peer] = {
     "torchtitan Llama": Peer("torchtitan_llama.py", _LOOP, differs=(_WHOLE_HEAD, "full causal attention, no sliding window")),
     "TRL SFT padded": Peer("trl_sft.py", _LOOP, "padded", (*_TRL, _PADDED)),
     "TRL SFT padding-free": Peer("trl_sft.py", _LOOP, "padding_free", _TRL),
+    "TRL SFT accumulated": Peer("trl_sft.py", _LOOP, "accumulated", (*_TRL, "a micro-batch of each document")),
     "TRL SFT packed": Peer("trl_sft.py", _LOOP, "packed", (*_TRL, "composes the steps itself from the same documents")),
     "TRL DPO": Peer("trl_dpo.py", ("dpo",), "in_loop", (*_TRL, _PADDED, "a second model computes the reference in each step")),
     "TRL DPO precomputed": Peer("trl_dpo.py", ("dpo",), "precomputed", (*_TRL, _PADDED)),
+    "TRL DPO accumulated": Peer("trl_dpo.py", ("dpo",), "accumulated", (*_TRL, "a micro-batch of each pair")),
 }
 
 

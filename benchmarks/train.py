@@ -22,7 +22,7 @@ import torch
 from benchmarks import measure, rivals
 from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
-from benchmarks.own import KINDS, fresh_model, open_job
+from benchmarks.own import KINDS, give_weights, new_job, open_job
 from benchmarks.packs import Documents, export_steps, write_synthetic
 from benchmarks.parts import LADDER, OPERATORS, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
@@ -30,9 +30,7 @@ from engine.config import parse, to_table
 from engine.data.batches import make_step
 from engine.environment import choose_device
 from engine.flops import peak_flops
-from engine.optimizer import OptimizerSettings
 from model.config import MistralConfig, preset
-from model.weights import save_model
 
 _BREAKDOWN_STEPS = 2
 
@@ -151,6 +149,32 @@ def identity(point: TrainBenchSettings) -> dict[str, Any]:
     return {name: getattr(point, name) for name in _AXES}
 
 
+# What a result does not say, as it is a matter of the machine that it was taken on.
+_LOCAL = ("out", "scratch", "peers_python", "data")
+
+
+def described(settings: Any) -> dict[str, Any]:
+    """Settings as a result says them."""
+    return {name: value for name, value in to_table(settings).items() if name not in _LOCAL}
+
+
+def command_text(module: str, arguments: Sequence[str]) -> str:
+    """A command as a result says it."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
+        local = argument.startswith("--") and name in _LOCAL
+        if not skip and not local:
+            kept.append(argument)
+        skip = local and not equals
+    return " ".join(["python -m", module, *kept])
+
+
+def default_dtype(device: torch.device) -> str:
+    """What the recipes train in."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def missing(point: TrainBenchSettings) -> str | None:
     """Why a point cannot be measured yet."""
     return (
@@ -158,17 +182,19 @@ def missing(point: TrainBenchSettings) -> str | None:
     )
 
 
-def run(settings: TrainBenchSettings, command: str = "benchmarks.train") -> dict[str, Any]:
+def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> dict[str, Any]:
     """Measure all points; returns the result, which is also written after each point where `out` is given."""
     device, sampler = choose_device(settings.device), Sampler()
     rows: list[dict[str, Any]] = []
 
     def written(complete: bool) -> dict[str, Any]:
-        result = measure.result("train", command, device, to_table(settings), rows, complete=complete)
+        result = measure.result("train", command, device, described(settings), rows, complete=complete)
         if settings.out:
             measure.write_result(settings.out, result)
         return result
 
+    if settings.dtype == "auto":
+        settings = dataclasses.replace(settings, dtype=default_dtype(device))
     grid = points(settings)
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
         for number, point in enumerate(grid):
@@ -183,8 +209,6 @@ def run(settings: TrainBenchSettings, command: str = "benchmarks.train") -> dict
 
 def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path, sampler: Sampler) -> list[dict[str, Any]]:
     """The rows of one point: ours and the peers', or the rungs of the ladder."""
-    if point.dtype == "auto":
-        point = dataclasses.replace(point, dtype="bfloat16" if device.type == "cuda" else "float32")
     folder.mkdir()
     job = make_job(point, device, folder)
     plan = open_job(job).plan
@@ -248,32 +272,15 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
             Path(data), KINDS[point.objective], config, places=places, sequence=point.sequence, documents=point.documents,
             seed=point.seed,
         )  # fmt: skip
-    optimizer = OptimizerSettings()
-    settings: dict[str, Any] = {
-        "model": "", "out": str(folder / "run"), "sources": [{"path": data}], "context_length": point.sequence,
-        "step_size": point.micro_batch * point.accumulate * (1 if pairs else point.sequence), "pack_tokens": room,
-        "steps": point.needed_steps, "seed": point.seed, "optimizer": to_table(optimizer),
-        "schedule": {"kind": "constant", "peak": _RATE},
-    }  # fmt: skip
-    if point.objective != "next-token":
-        settings["neftune_alpha"] = 0.0
-    settings.update({name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)})
-    job = {
-        "objective": point.objective, "device": device.type, "dtype": point.dtype, "threads": point.threads,
-        "config": dataclasses.asdict(config), "settings": settings, "optimizer": to_table(optimizer), "learning_rate": _RATE,
-        "beta": 0.1,
-    }  # fmt: skip
+    engine = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
+    job = new_job(
+        point.objective, config, data, folder, device=device, dtype=point.dtype, threads=point.threads, context=point.sequence,
+        step_size=point.micro_batch * point.accumulate * (1 if pairs else point.sequence), pack_tokens=room,
+        steps=point.needed_steps, seed=point.seed, **engine,
+    )  # fmt: skip
     if point.peers or point.ladder:
-        weights = folder / "weights"
-        weights.mkdir()
-        save_model(fresh_model(open_job(job)), weights)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        job["weights"] = settings["model"] = str(weights)
+        give_weights(job, folder)
     return job
-
-
-_RATE = 1e-5
 
 
 def own(job: dict[str, Any], point: TrainBenchSettings, name: str = "komainu", **changes: Any) -> Candidate:
@@ -336,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = parse(TrainBenchSettings, arguments, prog="python -m benchmarks.train")
     try:
-        result = run(settings, " ".join(["python -m benchmarks.train", *arguments]))
+        result = run(settings, command_text("benchmarks.train", arguments))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(show(result))

@@ -1,5 +1,6 @@
 """What the two TRL trainers share: the trainer's own loop, stopped and timed at the end of each step."""
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,12 @@ def tokenizer(transformers: ModuleType) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<unk>")), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def dealt(items: Sequence[int], parts: int) -> list[list[int]]:
+    """Items in order, in as many batches of nearly equal number."""
+    bounds = [round(part * len(items) / parts) for part in range(parts + 1)]
+    return [list(items[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def measured(trainer_class: type, worker: Worker, transformers: ModuleType, groups: Sequence[Sequence[int]] | None) -> type:
