@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -32,6 +33,8 @@ from engine.environment import nvidia_driver
 from model.folder import write_file
 
 Sample = TypeVar("Sample")
+# The folders of an absolute path.
+_FOLDERS = re.compile(r"(?<![\w./~])/(?:[^\s/'\"]+/)+")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # Enough to push the last-level cache out (an H200 has 50 MiB).
@@ -211,17 +214,26 @@ def commit() -> str:
 def result(
     benchmark: str, command: str, device: torch.device, settings: Any, rows: list[dict[str, Any]], *, complete: bool = True
 ) -> dict[str, Any]:
-    """A result as it is written; `complete`: no rows are still to come."""
+    """A result as it is written; `complete`: no rows are still to come. Of absolute paths the last part is kept: the rest says
+    nothing outside the machine."""
     return {
         "benchmark": benchmark,
-        "command": command,
+        "command": _without_folders(command),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(device),
-        "settings": settings,
+        "settings": _without_folders(settings),
         "complete": complete,
-        "rows": rows,
+        "rows": _without_folders(rows),
     }
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {name: _without_folders(inner) for name, inner in value.items()}
+    return [_without_folders(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_result(path: str | Path, content: dict[str, Any]) -> None:

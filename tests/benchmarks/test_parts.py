@@ -1,10 +1,12 @@
-"""Parts of a benchmark that run as processes of their own."""
+"""Parts of a benchmark that run as processes of their own, and what of a machine their results tell."""
 
 import os
 import subprocess
 import time
 
-from benchmarks.measure import run_part
+import torch
+
+from benchmarks.measure import result, run_part
 
 # Writes the id of a process that it starts in a session of its own, then waits for longer than any test.
 _HANGING = """
@@ -53,3 +55,14 @@ def test_a_part_does_not_wait_for_input():
 def test_a_part_gets_its_environment():
     arguments = ["-c", "import os; print(os.environ['KOMAINU_COMMIT'], 'PATH' in os.environ)"]
     assert run_part(arguments, limit=60, environment={"KOMAINU_COMMIT": "abc"}) == ("done", "abc True\n")
+
+
+def test_a_result_holds_no_folders_of_the_machine():
+    content = result(
+        "train", "python -m benchmarks.train a/b.toml --out=/home/me/x/out.json --peers-python '/opt/my/bin/python'",
+        torch.device("cpu"), {"data": "/home/me/data/text", "nested": {"peers": ("runs/a", "/x/y")}, "limit": 3.0},
+        [{"shape": "64 x 8 / 2 heads", "unit": "tokens/s", "missing": "/usr/lib/python3/a.py:3: no such file", "n": 1}],
+    )  # fmt: skip
+    assert content["command"] == "python -m benchmarks.train a/b.toml --out=out.json --peers-python 'python'"
+    assert content["settings"] == {"data": "text", "nested": {"peers": ["runs/a", "y"]}, "limit": 3.0}
+    assert content["rows"] == [{"shape": "64 x 8 / 2 heads", "unit": "tokens/s", "missing": "a.py:3: no such file", "n": 1}]
