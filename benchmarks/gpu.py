@@ -2,19 +2,20 @@
 
     python -m benchmarks.gpu [--out FOLDER] [--minutes 9] [--parts tests,kernels] [--resume] [--rehearse]
 
-Parts run in order of value, each in a process of its own with a time limit: what is left of the time is divided among the parts
-still to run in the proportion of their usual length, so that a part that ends early leaves its time to the later ones. A part
-that fails or is cut off takes none of the others with it and leaves the rows it has. The folder is flat and small (at most
-8 files), so that it can be carried off as it is: gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs what is not
-whole in the folder; `--rehearse` runs every part tiny on the CPU, in files of another name. Status 0: all parts were done and
+Parts run in order of value. Each of their tasks is a process of its own with a time limit: what is left of the time is divided
+among the tasks still to run in the proportion of their usual length, so that one that ends early leaves its time to the later
+ones. One that fails or is cut off takes no other with it and leaves the rows it has. The folder is flat and small (at most 8
+files), so that it can be carried off as it is: gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs the parts that
+are not whole in the folder; `--rehearse` runs every part tiny on the CPU, in files of another name. Status 0: all was done and
 no test failed; 1: not so; 130: interrupted, with what was measured until then kept.
 """
 
 import argparse
 import json
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks import rows as of
+from benchmarks.report import VIEWS
 from engine.environment import DeviceError, choose_device
 from model.folder import write_file
 
@@ -31,42 +33,52 @@ _MOST_LOG_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Part:
-    """One process of a run."""
+class Task:
+    """One process of a part: what it is started with, before its result file; any time is divided in proportion to `seconds`.
 
-    name: str
+    name: tells it from the part's other tasks; empty where it is the only one.
+    """
+
+    part: str
     seconds: float
-    """Usual length; any time is divided in this proportion."""
-    in_summary: bool = False
-    """Whether its result goes into the summary instead of a file of its own."""
-    arguments: Callable[["Part", Path, bool], list[str]] = lambda part, out, rehearse: [
-        "-m", "benchmarks.gpu_parts", part.name, str(out), *(["--rehearse"] if rehearse else []),
-    ]  # fmt: skip
-    """(part, result file, rehearse) -> what its Python process is started with."""
+    name: str = ""
+    module: tuple[str, ...] = ("-m", "benchmarks.gpu_parts")
+
+    @property
+    def label(self) -> str:
+        return f"{self.part} {self.name}".strip()
+
+    def arguments(self, out: Path, rehearse: bool) -> list[str]:
+        return [*self.module, self.part, self.name, str(out), *(["--rehearse"] if rehearse else [])]
 
 
-PARTS = (
-    Part("environment", 30),
-    Part("tests", 80, in_summary=True),
-    Part("kernels", 140),
-    Part("train", 180),
-    Part("finetune", 70),
-    Part("checkpoint", 25),
-    Part("data", 15),
+TASKS = (
+    Task("environment", 30),
+    Task("tests", 80),
+    Task("kernels", 140),
+    Task("train", 120, "next-token"),
+    Task("train", 60, "ladder"),
+    Task("finetune", 70),
+    Task("checkpoint", 25),
+    Task("data", 15),
 )
+# Outcomes of tests are no benchmark's result: they stand in the summary instead of a file of their own.
+IN_SUMMARY = frozenset({"tests"})
 
 
 class Run:
     """One call: its folder, its clock, what has been done so far."""
 
-    def __init__(self, out: Path, parts: Sequence[Part], *, seconds: float, resume: bool = False, rehearse: bool = False):
-        self.out, self.parts, self.resume, self.rehearse = out, tuple(parts), resume, rehearse
+    def __init__(self, out: Path, tasks: Sequence[Task], *, seconds: float, resume: bool = False, rehearse: bool = False):
+        self.out, self.tasks, self.resume, self.rehearse = out, tuple(tasks), resume, rehearse
+        self.parts = list(dict.fromkeys(task.part for task in tasks))
         self.prefix = "rehearsal" if rehearse else "gpu"
         self.seconds, self.start = seconds, time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         before = read_json(self.file("summary")) or {}
         self.kept: dict[str, Any] = before.get("results", {})
         self.statuses: dict[str, dict[str, Any]] = {}
+        self.begun: set[str] = set()
 
     def file(self, name: str) -> Path:
         return self.out / f"{self.prefix}-{name}.json"
@@ -75,76 +87,80 @@ class Run:
     def log(self) -> Path:
         return self.out / f"{self.prefix}-log.txt"
 
-    def result(self, part: Part) -> dict[str, Any] | None:
+    def result(self, part: str) -> dict[str, Any] | None:
         """What a part has left, whole or not."""
-        found = read_json(self.file(part.name))
-        return self.kept.get(part.name) if found is None and part.in_summary else found
+        return self.kept.get(part) if part in IN_SUMMARY else read_json(self.file(part))
 
     def run(self) -> bool:
-        """Run the parts; True where all of them were done and none of their tests failed."""
+        """Run the tasks; True where all of them were done and no test failed."""
         waiting = []
         for part in self.parts:
             content = self.result(part)
             if self.resume and content is not None and is_whole(content):
-                self._keep(part, content)
-                self.statuses[part.name] = {"status": _judged("done before", content), "commit": content.get("commit")}
+                self.statuses[part] = {"status": _judged("done before", content), "rows": len(content["rows"])}
             else:
-                waiting.append(part)
+                waiting += [task for task in self.tasks if task.part == part]
         while waiting:
-            part, *waiting = waiting
-            limit = divide(self.seconds - (time.monotonic() - self.start), [part, *waiting])
-            self._run_part(part, limit)
+            task, *waiting = waiting
+            limit = divide(self.seconds - (time.monotonic() - self.start), [task, *waiting])
+            self._run_task(task, limit, last=task.part not in [other.part for other in waiting])
             self.write()
         self.write()
         return all(status["status"] in ("done", "done before") for status in self.statuses.values())
 
-    def _run_part(self, part: Part, limit: float) -> None:
+    def _run_task(self, task: Task, limit: float, *, last: bool) -> None:
         if limit < _LEAST_SECONDS:
-            self.statuses[part.name] = {"status": "not started: no time left"}
+            self.statuses[task.label] = {"status": "not started: no time left"}
             return
-        # What an earlier call left would read as this one's.
-        self.file(part.name).unlink(missing_ok=True)
-        self.kept.pop(part.name, None)
-        self.say(f"{part.name}: at most {limit:.0f} s")
+        if task.part not in self.begun:
+            # What an earlier call left would read as this one's.
+            self.begun.add(task.part)
+            self.file(task.part).unlink(missing_ok=True)
+            self.kept.pop(task.part, None)
+        self.say(f"{task.label}: at most {limit:.0f} s")
         start = time.monotonic()
-        try:
-            arguments = part.arguments(part, self.file(part.name), self.rehearse)
-            status, output = measure.run_part(arguments, limit=limit, log=self.log)
-        except KeyboardInterrupt:
-            self._finish(part, "interrupted", "", start, limit)
-            raise
-        self._finish(part, status, output, start, limit)
+        with tempfile.TemporaryDirectory(prefix="komainu-") as scratch:
+            file, status, output = Path(scratch) / "result.json", "interrupted", ""
+            try:
+                status, output = measure.run_part(task.arguments(file, self.rehearse), limit=limit, log=self.log)
+            finally:
+                content = read_json(file)
+                if status == "done":
+                    whole = content is not None and is_whole(content)
+                    status = _judged("done", content) if content and whole else "failed (left no whole result)"
+                entry = {"status": status, "seconds": round(time.monotonic() - start, 1), "limit": round(limit, 1)}
+                if content is not None:
+                    entry["rows"] = len(content["rows"])
+                if not status.startswith("done"):
+                    entry["output"] = output.rstrip().splitlines()[-20:]
+                self.statuses[task.label] = entry
+                if content is not None:
+                    content["settings"].pop("out", None)
+                    self._keep(task, content, last=last)
+                self._shorten_log()
+        self.say(f"{task.label}: {status}, {entry['seconds']} s")
 
-    def _finish(self, part: Part, status: str, output: str, start: float, limit: float) -> None:
-        content = read_json(self.file(part.name))
-        if content is not None:
-            # How to have it again: the part's own command named a passing file.
-            content["command"] = f"python -m benchmarks.gpu --parts {part.name}{' --rehearse' if self.rehearse else ''}"
-            self._keep(part, content)
-        if status == "done":
-            status = "failed (left no whole result)" if content is None or not is_whole(content) else _judged("done", content)
-        entry = {"status": status, "seconds": round(time.monotonic() - start, 1), "limit": round(limit, 1)}
-        if content is not None:
-            entry["rows"] = len(content["rows"])
-        if not status.startswith("done"):
-            entry["output"] = output.rstrip().splitlines()[-20:]
-        self.statuses[part.name] = entry
-        self._tidy(part)
-        self.say(f"{part.name}: {status}, {entry['seconds']} s")
+    def _keep(self, task: Task, content: dict[str, Any], *, last: bool) -> None:
+        """Add a task's rows to those of its part, which is whole after its last task where all were."""
+        if task.name:
+            content["settings"] = {task.name: content["settings"]}
+            content["rows"] = [{"task": task.name, **row} for row in content["rows"]]
+        before = self.result(task.part)
+        if before is not None:
+            content["settings"] = before["settings"] | content["settings"]
+            content["rows"] = before["rows"] + content["rows"]
+        statuses = [entry["status"] for label, entry in self.statuses.items() if label.split()[0] == task.part]
+        content["complete"] = last and all(status.startswith("done") for status in statuses)
+        # How to have it again: the task's own command names a file that is gone.
+        content["command"] = f"python -m benchmarks.gpu --parts {task.part}{' --rehearse' if self.rehearse else ''}"
+        if task.part in IN_SUMMARY:
+            self.kept[task.part] = content
+        else:
+            measure.write_result(self.file(task.part), content)
 
-    def _tidy(self, part: Part) -> None:
-        """Leave the folder as small as it is said to be."""
-        path = self.file(part.name)
-        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+    def _shorten_log(self) -> None:
         if self.log.stat().st_size > _MOST_LOG_BYTES:
             self.log.write_bytes(self.log.read_bytes()[-_MOST_LOG_BYTES // 2 :])
-
-    def _keep(self, part: Part, content: dict[str, Any]) -> None:
-        if part.in_summary:
-            self.kept[part.name] = content
-            self.file(part.name).unlink(missing_ok=True)
-        else:
-            measure.write_result(self.file(part.name), content)
 
     def write(self) -> None:
         """The summary, as far as the run has come."""
@@ -154,7 +170,7 @@ class Run:
             "commit": measure.commit(),
             "seconds": round(time.monotonic() - self.start, 1),
             "of": self.seconds,
-            "parts": self.statuses,
+            "tasks": self.statuses,
             "results": self.kept,
         }
         write_file(self.file("summary"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -166,20 +182,30 @@ class Run:
             log.write(line + "\n")
 
     def tables(self) -> str:
-        """Every part's rows as text, then what became of each part."""
+        """Every part's rows as text, then what became of each task."""
         blocks = []
         for part in self.parts:
             content = self.result(part)
             if content is not None:
-                rows = [{name: _short(value) for name, value in of.flat(row).items()} for row in content["rows"]]
-                title = part.name if is_whole(content) else f"{part.name} (not whole)"
-                blocks.append(f"{title}\n{measure.table(rows, list(dict.fromkeys(name for row in rows for name in row)))}")
+                title = part if is_whole(content) else f"{part} (not whole)"
+                blocks.append(f"{title}\n{_table(part, content['rows'])}")
         ends = []
-        for name, entry in self.statuses.items():
+        for label, entry in self.statuses.items():
             output = entry.get("output", [])
-            ends.append({"part": name, **entry, "last line of its output": _short(output[-1]) if output else None})
-        blocks.append(measure.table(ends, ["part", "status", "seconds", "limit", "rows", "last line of its output"]))
+            ends.append({"task": label, **entry, "last line of its output": _short(output[-1]) if output else None})
+        blocks.append(measure.table(ends, ["task", "status", "seconds", "limit", "rows", "last line of its output"]))
         return "\n\n".join(blocks)
+
+
+def _table(part: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The columns that matter most, where the benchmark says which, and of the others those that differ."""
+    flat = [{name: _short(value) for name, value in of.flat(row).items()} for row in rows]
+    brief = VIEWS[part].brief if part in VIEWS else ()
+    keys = of.KEYS.get(part, ()) if brief else ()
+    differing = [name for name in keys if name not in brief and len({repr(row.get(name)) for row in flat}) > 1]
+    names = dict.fromkeys(name for row in flat for name in row)
+    columns = [name for name in (*differing, *brief, "missing") if name in names] if brief else list(names)
+    return measure.table(flat, columns)
 
 
 def _short(value: Any) -> Any:
@@ -188,9 +214,9 @@ def _short(value: Any) -> Any:
     return value.replace("\n", " ")[:80] if isinstance(value, str) else value
 
 
-def divide(remaining: float, parts: Sequence[Part]) -> float:
-    """The seconds that the first of the parts still to run may take."""
-    return max(0.0, remaining) * parts[0].seconds / sum(part.seconds for part in parts)
+def divide(remaining: float, tasks: Sequence[Task]) -> float:
+    """The seconds that the first of the tasks still to run may take."""
+    return max(0.0, remaining) * tasks[0].seconds / sum(task.seconds for task in tasks)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -213,10 +239,8 @@ def _judged(status: str, content: dict[str, Any]) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Everything that needs a GPU, in one command."
-    )
+    names = list(dict.fromkeys(task.part for task in TASKS))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Everything that needs a GPU, at once.")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default runs/gpu)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
     parser.add_argument("--parts", default=",".join(names), help=f"which, separated by commas (default {','.join(names)})")
@@ -229,7 +253,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--parts: unknown part '{name}'; there are {', '.join(names)}")
     if not parsed.minutes > 0:
         parser.error(f"--minutes {parsed.minutes}: must be above 0")
-    parsed.parts = [part for part in PARTS if part.name in chosen]
+    parsed.tasks = [task for task in TASKS if task.part in chosen]
     return parsed
 
 
@@ -244,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             choose_device("cuda")
         except DeviceError as error:
             raise SystemExit(f"error: {error}; --rehearse tries every part on the CPU") from None
-    run = Run(parsed.out, parsed.parts, seconds=60 * parsed.minutes, resume=parsed.resume, rehearse=parsed.rehearse)
+    run = Run(parsed.out, parsed.tasks, seconds=60 * parsed.minutes, resume=parsed.resume, rehearse=parsed.rehearse)
     # What stops a machine's command ends the part that is running, too, and leaves the summary.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -3,6 +3,7 @@
 Settings are made here in code, as a machine that is lent for half an hour need not have what reads command lines.
 """
 
+import importlib
 import os
 import sys
 import time
@@ -14,6 +15,23 @@ import torch
 
 from benchmarks import measure
 from engine.environment import choose_device, report
+
+# The settings' class of each benchmark.
+SETTINGS = {"kernels": "KernelSettings", "train": "TrainBenchSettings"}
+_TRAIN: dict[str, Any] = {"preset": "shisa-7b", "layers": 8, "sequence": 4096, "rounds": 3, "limit": 60.0}
+# What a GPU is to measure. Shisa 7B's shapes; as many layers as leave room for the state of an optimizer that keeps everything.
+TASKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("kernels", ""): {},
+    ("train", "next-token"): {**_TRAIN, "peers": ("all",)},
+    ("train", "ladder"): {**_TRAIN, "ladder": True},
+}
+_TINY: dict[str, Any] = {"preset": "tiny", "sequence": 32, "rounds": 1, "steps": 1, "warmup": 1, "threads": 1}
+REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
+    # Without torch.compile, which takes a CPU minutes.
+    ("kernels", ""): {"tokens": (64,), "rounds": 1, "repeats": 1, "providers": ("komainu", "eager")},
+    ("train", "next-token"): {**_TINY, "peers": ("all",)},
+    ("train", "ladder"): {**_TINY, "ladder": True},
+}
 
 
 def environment(out: Path, rehearse: bool) -> None:
@@ -83,12 +101,24 @@ def _write(out: Path, name: str, device: torch.device, rows: list[dict[str, Any]
     measure.write_result(out, measure.result(name, " ".join(sys.argv), device, {}, rows, complete=complete))
 
 
-PARTS: dict[str, Callable[[Path, bool], None]] = {"environment": environment, "tests": gpu_tests}
+CHECKS: dict[str, Callable[[Path, bool], None]] = {"environment": environment, "tests": gpu_tests}
+
+
+def benchmark(part: str, name: str, out: str, *, rehearse: bool) -> tuple[Any, Callable[[Any], Any]]:
+    """(settings, what to call with them) of a benchmark's task."""
+    module = importlib.import_module(f"benchmarks.{part}")
+    table = {**(REHEARSALS if rehearse else TASKS)[part, name], "device": "cpu" if rehearse else "cuda", "out": out}
+    return getattr(module, SETTINGS[part])(**table), module.run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    name, out, *rest = list(sys.argv[1:] if argv is None else argv)
-    PARTS[name](Path(out), rest == ["--rehearse"])
+    part, name, out, *rest = list(sys.argv[1:] if argv is None else argv)
+    rehearse = rest == ["--rehearse"]
+    if part in CHECKS:
+        CHECKS[part](Path(out), rehearse)
+        return
+    settings, run = benchmark(part, name, out, rehearse=rehearse)
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,16 @@ class Bar:
     ours: bool = False
 
 
-def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
-    """Horizontal bars from zero, in groups with a heading each (none where empty), the spread as a line over each bar."""
+def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], reference: float = 0) -> str:
+    """Horizontal bars from zero, in groups with a heading each (none where empty), the spread as a line over each bar.
+
+    reference: a value that is marked by a line; 0: none.
+    """
     bars = [bar for _, group in groups for bar in group]
     left = _MARGIN + round(_CHARACTER * max(len(bar.label) for bar in bars)) + 8
-    step = _step(max(max(bar.high, bar.value) for bar in bars))
-    ticks = math.ceil(max(max(bar.high, bar.value) for bar in bars) / step - 1e-9) or 1
+    largest = max(reference, *(max(bar.high, bar.value) for bar in bars))
+    step = _step(largest)
+    ticks = math.ceil(largest / step - 1e-9) or 1
     scale = _PLOT / (ticks * step)
     height = _TOP + sum((_HEADING if heading else 0) + len(group) * (_BAR + _GAP) for heading, group in groups) + _BOTTOM
     ends = [left + max(bar.high, bar.value) * scale + 6 for bar in bars]
@@ -68,6 +72,9 @@ def bar_chart(title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
                 f'<text x="{end + 6:.1f}" y="{middle + 4:.1f}">{escape(bar.text)}</text>',
             ]
             y += _BAR + _GAP
+    if reference:
+        x = left + reference * scale
+        lines.append(f'<path d="M{x:.1f} {_TOP}V{height - _BOTTOM}" stroke="{_RANGE}" stroke-dasharray="4 3"/>')
     lines.append("</svg>")
     return "\n".join(lines) + "\n"
 

@@ -29,24 +29,46 @@ class View:
 
     title: str
     what: str
-    first: tuple[str, ...] = ()
-    """Columns that come first; all others follow."""
+    subject: str
+    """The field that names what is compared: a bar's name."""
     brief: tuple[str, ...] = ()
-    """The columns of a region of the root README; none: all."""
-    bars: tuple[tuple[str, str], ...] = ()
-    """(column, title with its unit) of each plot."""
-    group: tuple[str, ...] = ()
-    """The fields that head a group of bars; the other fields of the identity name a bar."""
+    """The columns that come first, and in the root README alone; none: all."""
+    bars: tuple[tuple[str, str, float], ...] = ()
+    """(column, title with its unit, the value that others are held against or 0) of each plot."""
+    only: tuple[str, ...] = ()
+    """The subjects that are plotted; none: all."""
 
 
 VIEWS: dict[str, View] = {
-    "train": View("Training steps", "Whole training steps, ours beside the peers'."),
-    "finetune": View("Fine-tuning", "Supervised fine-tuning and preference tuning beside TRL."),
-    "kernels": View("Operators", "Each operator, ours beside the peers'."),
-    "data": View("Data", "Tokenising, packing, loading."),
-    "checkpoint": View("Checkpoints", "Writing and reading checkpoints."),
-    "environment": View("Ceilings", "What a machine reaches."),
-}
+    "train": View(
+        "Training steps",
+        "Whole training steps, ours beside those of peers that train on the same tokens from the same weights. Padding never "
+        "counts as tokens. MFU counts the operations that the step needs, attended pairs exactly, against the published peak; "
+        "HFU those that are computed; of ceiling: those needed against a large matrix product in the same process.",
+        "name",
+        brief=(
+            "name", "tokens_per_second", "tokens_per_cpu_second", "mfu", "hfu", "of_ceiling", "memory allocated_gib",
+            "memory reserved_gib", "memory resident_gib", "plan_gib", "loss_first_difference",
+        ),
+        bars=(("tokens_per_second", "Tokens per second", 0),),
+    ),
+    "finetune": View("Fine-tuning", "Supervised fine-tuning and preference tuning beside TRL.", "name"),
+    "kernels": View(
+        "Operators",
+        "Each operator on random data with cold caches, ours beside the peers'. The floor is the larger of the bytes that must "
+        "be moved over the measured rate of a copy and the operations over that of a matrix product.",
+        "provider",
+        brief=(
+            "operator", "direction", "shape", "provider", "seconds", "floor_fraction", "speed_over_best_peer", "best_peer",
+            "peak_mib", "error", "wrong",
+        ),
+        bars=(("speed_over_best_peer", "Speed of our operators, the best peer's = 1", 1),),
+        only=("komainu",),
+    ),
+    "data": View("Data", "Tokenising, packing, loading.", "name"),
+    "checkpoint": View("Checkpoints", "Writing and reading checkpoints.", "name"),
+    "environment": View("Ceilings", "What a machine reaches.", "what"),
+}  # fmt: skip
 _INTRODUCTION = """\
 # Benchmarks
 
@@ -106,8 +128,8 @@ def page(results: Sequence[Result]) -> str:
         for result in some:
             blocks.append(f"### {result.content['machine']['device']}\n\n{_origin(result)}\n")
             blocks += [f"![{title}](plots/{name})\n" for name, title, _ in _plots(result)]
-            blocks.append(_table(result, ()))
-            blocks.append(f"<details><summary>Settings</summary>\n\n{_settings(result)}\n\n</details>\n")
+            blocks.append(_tables(result, everything=True))
+            blocks.append(f"<details><summary>Settings</summary>\n\n```toml\n{_settings(result)}\n```\n\n</details>\n")
     return "\n".join(blocks if results else [*blocks, _NOTHING])
 
 
@@ -128,26 +150,35 @@ def _origin(result: Result) -> str:
 
 
 def _settings(result: Result) -> str:
-    lines = json.dumps(result.content["settings"], indent=1, ensure_ascii=False)
-    return f"```json\n{lines}\n```"
+    settings = {name: value for name, value in of.flat(result.content["settings"]).items() if value not in (None, "")}
+    return "\n".join(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
 
 
-def _table(result: Result, only: Sequence[str]) -> str:
-    """A Markdown table of the rows that were measured, what all of them share above it and what is missing below it."""
+def _tables(result: Result, *, everything: bool) -> str:
+    """What all rows share, a table of those of each task that were measured, and what is missing; `everything`: all columns,
+    those that matter less folded away."""
     measured = [row for row in result.rows if not row.get("missing")]
-    names = of.columns_of(measured, result.view.first)
+    names = [name for name in of.columns_of(measured, result.view.brief) if name != "task"]
     unknown = [name for name in names if {of.number(row.get(name)) for row in measured} <= {"missing", "-"}]
     shared = [name for name in names if len(measured) > 1 and len({repr(row.get(name)) for row in measured}) == 1]
-    said = {name: measured[0][name] for name in shared if name not in unknown}
-    names = [name for name in names if name not in (*shared, *unknown) and (not only or name in only)]
+    shared = [name for name in shared if name != result.view.subject]
+    names = [name for name in names if name not in (*shared, *unknown)]
+    keys = [name for name in names if any(name in of.identity(result.benchmark, row) for row in measured)]
+    brief = [name for name in names if name in result.view.brief] or names
+    main = [*(name for name in keys if name not in brief), *brief]
+    rest = [name for name in names if name not in main]
     blocks = []
-    if said and not only:
-        blocks.append(f"All rows: {', '.join(f'{of.words(name)} {of.number(value)}' for name, value in said.items())}.\n")
-    if measured and names:
-        units = {name: of.seconds_unit(name, [row.get(name) for row in measured]) for name in names}
-        heads = [of.words(name) + (f" ({unit})" if unit else "") for name, (_, unit) in units.items()]
-        lines = [[of.number(row.get(name), units[name][0]) for name in names] for row in measured]
-        blocks.append("".join(map(_line, (heads, ["---"] * len(names), *lines))))
+    said = {name: measured[0][name] for name in shared if name not in unknown and measured[0][name] != ""}
+    if said and everything:
+        blocks.append(f"All rows: {', '.join(_named(name, value) for name, value in said.items())}.\n")
+    for task in dict.fromkeys(row.get("task") for row in measured):
+        rows = [row for row in measured if row.get("task") == task]
+        if task:
+            blocks.append(f"**{task}**\n")
+        blocks.append(_grid(rows, main))
+        if rest and everything:
+            more = _grid(rows, [*(name for name in main if name in keys), *rest])
+            blocks.append(f"<details><summary>More columns</summary>\n\n{more}\n</details>\n")
     missing: dict[str, list[str]] = {}
     for name in [*unknown, *names]:
         for why in dict.fromkeys(of.why_missing(row.get(name)) for row in measured):
@@ -162,6 +193,19 @@ def _table(result: Result, only: Sequence[str]) -> str:
     return "\n".join(blocks)
 
 
+def _named(name: str, value: Any) -> str:
+    divisor, _ = of.unit_of(name, [value])
+    return f"{of.head(name, [value])} {of.number(value, divisor)}"
+
+
+def _grid(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    divisors = {name: of.unit_of(name, values)[0] for name, values in columns.items()}
+    lines = [[of.head(name, values) for name, values in columns.items()], ["---"] * len(names)]
+    lines += [[of.number(row.get(name), divisors[name]) for name in names] for row in rows]
+    return "".join(map(_line, lines))
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(_cell(cell) for cell in cells)} |\n"
 
@@ -172,23 +216,33 @@ def _cell(text: str) -> str:
 
 def _plots(result: Result) -> list[tuple[str, str, str]]:
     """(file name, title, SVG) of each plot."""
-    plots = []
-    for column, title in result.view.bars:
+    plots, view = [], result.view
+    for column, title, reference in view.bars:
+        rows = [row for row in result.rows if not view.only or row[view.subject] in view.only]
+        rows = [row for row in rows if row.get(column) is not None and of.why_missing(row[column]) is None]
         groups: dict[str, list[Bar]] = {}
-        for row in result.rows:
-            value = row.get(column)
-            if value is None:
-                continue
-            keys = of.identity(result.benchmark, row)
-            heading = of.label({name: keys[name] for name in result.view.group if name in keys})
-            name = of.label({name: value for name, value in keys.items() if name not in result.view.group})
+        for row, heading in zip(rows, _headings(result, rows), strict=True):
+            name, value = str(row[view.subject]), row[column]
             low, median, high = (value["low"], value["median"], value["high"]) if of.is_spread(value) else (value,) * 3
-            ours = "komainu" in name.lower()
-            groups.setdefault(heading, []).append(Bar(name, median, low, high, of.number(value), ours))
+            bar = Bar(heading if len(view.only) == 1 else name, median, low, high, of.number(value), name.startswith("komainu"))
+            groups.setdefault("" if len(view.only) == 1 else heading, []).append(bar)
         if groups:
-            file = f"{result.name}-{slug(column)}.svg"
-            plots.append((file, title, bar_chart(f"{title}: {result.content['machine']['device']}", list(groups.items()))))
+            chart = bar_chart(f"{title}: {result.content['machine']['device']}", list(groups.items()), reference)
+            plots.append((f"{result.name}-{slug(column)}.svg", title, chart))
     return plots
+
+
+def _headings(result: Result, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each row from those of the same subject: as few of its key's fields as do."""
+    subject = result.view.subject
+    identities = [of.identity(result.benchmark, row) for row in rows]
+    names = dict.fromkeys(name for keys in identities for name in keys if name != subject)
+    varying = [name for name in names if len({repr(keys.get(name)) for keys in identities}) > 1]
+    for count in range(len(varying) + 1):
+        headings = [of.label({name: keys[name] for name in varying[:count] if name in keys}) for keys in identities]
+        if len({(heading, row[subject]) for heading, row in zip(headings, rows, strict=True)}) == len(rows):
+            break
+    return headings
 
 
 def filled(text: str, results: Sequence[Result]) -> str:
@@ -205,7 +259,7 @@ def filled(text: str, results: Sequence[Result]) -> str:
                 blocks += [f"![{title}](benchmarks/plots/{file})\n" for file, title, _ in _plots(result)]
             else:
                 origin = _origin(result).replace("](results/", "](benchmarks/results/")
-                blocks.append(_table(result, result.view.brief) + f"\n{origin}\n")
+                blocks.append(_tables(result, everything=False) + f"\n{origin}\n")
         inside = "\n".join(blocks) or f"No result of `benchmarks.{name}` has been committed yet.\n"
         return f"{opening}\n{inside}{end}"
 

@@ -10,7 +10,16 @@ from typing import Any
 
 _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
 # The fields that tell a benchmark's rows apart; of one that is not listed, all that are neither floats nor spreads.
-KEYS: dict[str, tuple[str, ...]] = {}
+KEYS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "task", "objective", "preset", "layers", "sequence", "micro_batch", "accumulate", "documents", "dtype", "recompute",
+        "backend", "ranks", "name",
+    ),
+    "kernels": ("operator", "direction", "shape", "dtype", "provider"),
+    "environment": ("what",),
+}  # fmt: skip
+_UNITS = {"gib": "GiB", "mib": "MiB", "tflops": "TFLOP/s", "mhz": "MHz"}
+_SHARES = ("mfu", "hfu", "of_ceiling", "floor_fraction")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def identity(benchmark: str, row: Mapping[str, Any]) -> dict[str, Any]:
     names = KEYS.get(benchmark)
     if names is None:
         return {name: value for name, value in row.items() if isinstance(value, (str, bool, int)) and name != "missing"}
-    return {name: row[name] for name in names if row.get(name) is not None}
+    return {name: row[name] for name in names if row.get(name) not in (None, "")}
 
 
 def label(values: Mapping[str, Any]) -> str:
@@ -92,13 +101,24 @@ def number(value: Any, unit: float = 1.0) -> str:
     return str(value)
 
 
-def seconds_unit(name: str, values: Iterable[Any]) -> tuple[float, str]:
-    """What to divide a column of times by, and the unit to say so; (1, "") for other columns."""
-    if name.split()[-1].split("_")[-1] not in ("seconds", "s"):
-        return 1.0, ""
+def unit_of(name: str, values: Iterable[Any]) -> tuple[float, str]:
+    """What to divide a column's values by and the unit then: shares are in %, times in what fits, others as the name says."""
+    if name in _SHARES or name.startswith("breakdown "):
+        return 0.01, "%"
+    last = name.split()[-1].rpartition("_")[2]
+    if last != "seconds":
+        return 1.0, _UNITS.get(last, "")
     times = [value["median"] if is_spread(value) else value for value in values]
     largest = max((abs(time) for time in times if isinstance(time, (int, float)) and not isinstance(time, bool)), default=1.0)
     return next(((unit, text) for unit, text in ((1.0, "s"), (1e-3, "ms")) if largest >= unit), (1e-6, "µs"))
+
+
+def head(name: str, values: Iterable[Any]) -> str:
+    """A column's name for people, its unit in parentheses instead of at the name's end."""
+    unit = unit_of(name, values)[1]
+    if unit and unit != "%":
+        name = name.removesuffix(name.split()[-1].rpartition("_")[2]).rstrip("_ ") or "time"
+    return words(name) + (f" ({unit})" if unit else "")
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> list[str]:

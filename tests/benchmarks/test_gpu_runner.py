@@ -12,24 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import gpu
-from benchmarks.gpu import Part, Run, divide
+from benchmarks import gpu, gpu_parts
+from benchmarks.gpu import Run, Task, divide
 from benchmarks.measure import ROOT, run_part
 
 # Stands for a part: writes the first rows, then the rest, or does what its name says in between. Needs no torch, to be quick.
 _PART = """
 import json, sys, time
-name, out = sys.argv[1:3]
+part, task, out = sys.argv[1:4]
+name = task or part
 def write(rows, complete):
+    outcome = "failed" if name == "untrue" else "passed"
     content = {"benchmark": name, "command": "passing", "when": "2026-01-01T00:00:00+00:00", "commit": "abc", "machine": {},
-               "settings": {}, "complete": complete, "rows": [{"row": i, "outcome": "failed" if name == "untrue" else "passed"}
-               for i in range(rows)]}
+               "settings": {"of": name}, "complete": complete, "rows": [{"row": i, "outcome": outcome} for i in range(rows)]}
     open(out, "w").write(json.dumps(content))
 print(name, "begins", flush=True)
 if name == "silent":
     sys.exit(0)
 write(1, False)
 if name == "hanging":
+    print("waits", flush=True)
     time.sleep(600)
 if name == "broken":
     raise ValueError("this is what went wrong")
@@ -37,12 +39,12 @@ write(2, True)
 """
 
 
-def _part(name: str, **fields) -> Part:
-    return Part(name, fields.pop("seconds", 10), arguments=lambda part, out, _: ["-c", _PART, name, str(out)], **fields)
+def _task(part: str, seconds: float = 10, name: str = "") -> Task:
+    return Task(part, seconds, name, module=("-c", _PART))
 
 
-def _run(out: Path, *parts: Part, seconds: float = 60, **options) -> tuple[bool, dict, Run]:
-    run = Run(out, parts, seconds=seconds, **options)
+def _run(out: Path, *tasks: Task, seconds: float = 60, **options) -> tuple[bool, dict, Run]:
+    run = Run(out, tasks, seconds=seconds, **options)
     done = run.run()
     return done, json.loads((out / "gpu-summary.json").read_text()), run
 
@@ -52,30 +54,30 @@ def _run(out: Path, *parts: Part, seconds: float = 60, **options) -> tuple[bool,
     st.lists(st.floats(1, 500), min_size=1, max_size=8),
     st.lists(st.floats(0, 1), min_size=8, max_size=8),
 )
-def test_parts_together_never_get_more_than_there_is(total, lengths, used):
-    parts = [Part(str(i), seconds) for i, seconds in enumerate(lengths)]
+def test_tasks_together_never_get_more_than_there_is(total, lengths, used):
+    tasks = [Task(str(i), seconds) for i, seconds in enumerate(lengths)]
     remaining = total
-    for i, part in enumerate(parts):
-        limit = divide(remaining, parts[i:])
+    for i, task in enumerate(tasks):
+        limit = divide(remaining, tasks[i:])
         assert 0 <= limit <= max(0, remaining) + 1e-9
         # Nobody gets less than its share of the whole, as the earlier ones can only leave more.
-        assert limit >= max(0, total) * part.seconds / sum(lengths) - 1e-6
+        assert limit >= max(0, total) * task.seconds / sum(lengths) - 1e-6
         remaining -= limit * used[i]
-    assert divide(remaining, parts[-1:]) == pytest.approx(max(0, remaining))
+    assert divide(remaining, tasks[-1:]) == pytest.approx(max(0, remaining))
 
 
 def test_one_part_that_fails_takes_no_other_with_it(tmp_path, capsys):
-    parts = [_part("first"), _part("broken"), _part("silent"), _part("last")]
-    done, summary, run = _run(tmp_path, *parts)
+    tasks = [_task("first"), _task("broken"), _task("silent"), _task("last")]
+    done, summary, run = _run(tmp_path, *tasks)
     assert not done
-    assert {name: entry["status"] for name, entry in summary["parts"].items()} == {
+    assert {name: entry["status"] for name, entry in summary["tasks"].items()} == {
         "first": "done", "broken": "failed (exit 1)", "silent": "failed (left no whole result)", "last": "done",
     }  # fmt: skip
-    assert summary["parts"]["broken"]["rows"] == 1
-    assert summary["parts"]["broken"]["output"][-1] == "ValueError: this is what went wrong"
+    assert summary["tasks"]["broken"]["rows"] == 1
+    assert summary["tasks"]["broken"]["output"][-1] == "ValueError: this is what went wrong"
     assert json.loads((tmp_path / "gpu-last.json").read_text())["command"] == "python -m benchmarks.gpu --parts last"
     log = (tmp_path / "gpu-log.txt").read_text()
-    assert [line for line in log.splitlines() if line.endswith("begins")] == [f"{part.name} begins" for part in parts]
+    assert [line for line in log.splitlines() if line.endswith("begins")] == [f"{task.part} begins" for task in tasks]
     assert "broken (not whole)" in run.tables()
     assert "ValueError: this is what went wrong" in run.tables().splitlines()[-3]
     assert "last: done" in capsys.readouterr().out
@@ -84,70 +86,86 @@ def test_one_part_that_fails_takes_no_other_with_it(tmp_path, capsys):
 def test_a_part_is_cut_off_at_its_share_and_keeps_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_LEAST_SECONDS", 0.5)
     start = time.monotonic()
-    done, summary, _ = _run(tmp_path, _part("hanging", seconds=2), _part("after", seconds=4), seconds=6)
+    done, summary, _ = _run(tmp_path, _task("hanging", 2), _task("after", 4), seconds=6)
     assert time.monotonic() - start < 6
     assert not done
-    assert summary["parts"]["hanging"]["status"] == "cut off after 2 s"
-    assert summary["parts"]["after"]["status"] == "done"
-    assert 3 < summary["parts"]["after"]["limit"] <= 4
+    assert summary["tasks"]["hanging"]["status"] == "cut off after 2 s"
+    assert summary["tasks"]["after"]["status"] == "done"
+    assert 3 < summary["tasks"]["after"]["limit"] <= 4
     content = json.loads((tmp_path / "gpu-hanging.json").read_text())
     assert content["rows"] == [{"row": 0, "outcome": "passed"}]
     assert content["complete"] is False
 
 
-def test_no_time_left_starts_nothing(tmp_path):
-    done, summary, _ = _run(tmp_path, _part("first"), seconds=3)
+def test_the_tasks_of_a_part_share_its_file(tmp_path):
+    done, _, _ = _run(tmp_path, _task("part", name="one"), _task("other"), _task("part", name="two"))
+    assert done
+    content = json.loads((tmp_path / "gpu-part.json").read_text())
+    assert [(row["task"], row["row"]) for row in content["rows"]] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    assert content["settings"] == {"one": {"of": "one"}, "two": {"of": "two"}}
+    assert content["complete"] is True
+    # One of them that fails leaves the part to be resumed, and the other's rows.
+    done, _, _ = _run(tmp_path, _task("part", name="broken"), _task("part", name="two"))
     assert not done
-    assert summary["parts"] == {"first": {"status": "not started: no time left"}}
+    content = json.loads((tmp_path / "gpu-part.json").read_text())
+    assert [row["task"] for row in content["rows"]] == ["broken", "two", "two"]
+    assert content["complete"] is False
+    done, summary, _ = _run(tmp_path, _task("part", name="one"), _task("part", name="two"), resume=True)
+    assert done
+    assert [entry["status"] for entry in summary["tasks"].values()] == ["done", "done"]
+
+
+def test_no_time_left_starts_nothing(tmp_path):
+    done, summary, _ = _run(tmp_path, _task("first"), seconds=3)
+    assert not done
+    assert summary["tasks"] == {"first": {"status": "not started: no time left"}}
 
 
 def test_resume_runs_only_what_is_not_whole(tmp_path):
-    _run(tmp_path, _part("first"), _part("broken"), _part("inside", in_summary=True))
+    _run(tmp_path, _task("first"), _task("broken"), _task("tests"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "gpu-broken.json", "gpu-first.json", "gpu-log.txt", "gpu-summary.json",
     ]  # fmt: skip
     (tmp_path / "gpu-torn.json").write_text('{"rows": [')
-    parts = [_part("first"), _part("broken"), _part("inside", in_summary=True), _part("torn"), _part("never")]
-    _, summary, _ = _run(tmp_path, *parts, resume=True)
-    assert {name: entry["status"] for name, entry in summary["parts"].items()} == {
-        "first": "done before", "inside": "done before", "broken": "failed (exit 1)", "torn": "done", "never": "done",
+    tasks = [_task("first"), _task("broken"), _task("tests"), _task("torn"), _task("never")]
+    _, summary, _ = _run(tmp_path, *tasks, resume=True)
+    assert {name: entry["status"] for name, entry in summary["tasks"].items()} == {
+        "first": "done before", "tests": "done before", "broken": "failed (exit 1)", "torn": "done", "never": "done",
     }  # fmt: skip
-    assert summary["results"]["inside"]["rows"] == [{"row": 0, "outcome": "passed"}, {"row": 1, "outcome": "passed"}]
+    assert summary["results"]["tests"]["rows"] == [{"row": 0, "outcome": "passed"}, {"row": 1, "outcome": "passed"}]
     # Without --resume all of them run anew.
-    _, summary, _ = _run(tmp_path, _part("first"))
-    assert summary["parts"]["first"]["status"] == "done"
-    assert "inside" in summary["results"]
+    _, summary, _ = _run(tmp_path, _task("first"))
+    assert summary["tasks"]["first"]["status"] == "done"
+    assert "tests" in summary["results"]
     # What a rehearsal leaves is not what a GPU was to measure.
     assert not Run(tmp_path, [], seconds=1, rehearse=True).kept
-    assert Run(tmp_path, [_part("first")], seconds=1, rehearse=True).result(_part("first")) is None
+    assert Run(tmp_path, [_task("first")], seconds=1, rehearse=True).result("first") is None
 
 
 def test_all_done_is_told_from_failed_tests(tmp_path):
-    assert _run(tmp_path, _part("first"))[0]
-    done, summary, _ = _run(tmp_path, _part("untrue", in_summary=True))
+    assert _run(tmp_path, _task("first"))[0]
+    done, summary, _ = _run(tmp_path, _task("untrue"))
     assert not done
-    assert summary["parts"]["untrue"]["status"] == "done, but 2 of 2 tests failed"
-    done, summary, _ = _run(tmp_path, _part("untrue", in_summary=True), resume=True)
+    assert summary["tasks"]["untrue"]["status"] == "done, but 2 of 2 tests failed"
+    done, summary, _ = _run(tmp_path, _task("untrue"), resume=True)
     assert not done
-    assert summary["parts"]["untrue"]["status"] == "done before, but 2 of 2 tests failed"
+    assert summary["tasks"]["untrue"]["status"] == "done before, but 2 of 2 tests failed"
 
 
 def test_the_folder_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_MOST_LOG_BYTES", 100)
     (tmp_path / "gpu-log.txt").write_text("x" * 1000)
-    (tmp_path / ".gpu-first.json.partial").write_text("{")
-    _run(tmp_path, _part("first"))
+    _run(tmp_path, _task("first"))
     assert (tmp_path / "gpu-log.txt").stat().st_size < 300
-    assert not list(tmp_path.glob(".*"))
     # Besides the parts that have a file of their own: the summary and the log.
-    assert sum(not part.in_summary for part in gpu.PARTS) + 2 <= 8
+    assert len({task.part for task in gpu.TASKS} - gpu.IN_SUMMARY) + 2 <= 8
 
 
 def test_a_run_that_is_stopped_ends_its_part_and_leaves_its_summary(tmp_path):
-    script = tmp_path / "script.py"
+    script, marker = tmp_path / "script.py", f"# {tmp_path}"
     script.write_text(
         "import pathlib, sys\nfrom benchmarks import gpu\n"
-        f"gpu.PARTS = [gpu.Part('hanging', 10, arguments=lambda part, out, _: ['-c', {_PART!r}, 'hanging', str(out)])]\n"
+        f"gpu.TASKS = [gpu.Task('hanging', 10, module=('-c', {_PART + marker!r}))]\n"
         "gpu.main(['--rehearse', '--out', sys.argv[1]])\n"
     )
     out = tmp_path / "out"
@@ -156,16 +174,18 @@ def test_a_run_that_is_stopped_ends_its_part_and_leaves_its_summary(tmp_path):
         text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
-    while not (out / "rehearsal-hanging.json").exists() and time.monotonic() < deadline:
+    log = out / "rehearsal-log.txt"
+    while not (log.exists() and "waits" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     summary = json.loads((out / "rehearsal-summary.json").read_text())
-    assert summary["parts"]["hanging"]["status"] == "interrupted"
-    assert summary["parts"]["hanging"]["rows"] == 1
+    assert summary["tasks"]["hanging"]["status"] == "interrupted"
+    assert summary["tasks"]["hanging"]["rows"] == 1
     assert "interrupted" in output.splitlines()[-1]
-    assert not _running(str(out / "rehearsal-hanging.json"))
+    assert json.loads((out / "rehearsal-hanging.json").read_text())["complete"] is False
+    assert not _running(marker)
 
 
 def _running(argument: str) -> bool:
@@ -210,6 +230,15 @@ def test_the_command_line_runs_the_chosen_parts(tmp_path):
     assert all(row["reached"] > 0 for row in content["rows"])
     assert content["command"] == "python -m benchmarks.gpu --parts environment --rehearse"
     assert "matrix product, bfloat16" in output
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("task", [task for task in gpu.TASKS if task.part not in gpu_parts.CHECKS], ids=lambda task: task.label)
+def test_each_task_has_settings_that_its_benchmark_takes(task, rehearse):
+    settings, run = gpu_parts.benchmark(task.part, task.name, "file", rehearse=rehearse)
+    assert settings.device == ("cpu" if rehearse else "cuda")
+    assert settings.out == "file"
+    assert callable(run)
 
 
 @pytest.mark.parametrize(

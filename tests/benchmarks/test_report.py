@@ -10,6 +10,7 @@ import pytest
 from benchmarks import report
 from benchmarks.plot import Bar, bar_chart
 from benchmarks.report import View, filled, generated, page, read_results, slug, stale
+from benchmarks.rows import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = "finetune-quick-cpu-3-00ghz"
@@ -18,8 +19,9 @@ FILE = "finetune-quick-cpu-3-00ghz"
 @pytest.fixture(autouse=True)
 def view(monkeypatch):
     """How the results of these tests are shown."""
-    view = View("Fine-tuning", "What it is.", first=("name",), bars=(("speed", "Tokens a second"),), brief=("name", "speed"))
+    view = View("Fine-tuning", "What it is.", "name", brief=("name", "speed"), bars=(("speed", "Tokens a second", 0),))
     monkeypatch.setitem(report.VIEWS, "finetune", view)
+    monkeypatch.setitem(KEYS, "finetune", ("task", "shape", "same", "name"))
 
 
 @pytest.fixture
@@ -85,18 +87,35 @@ def test_a_result_gives_what_where_when_with_what(checkout):
                  f"[{FILE}.json](results/{FILE}.json)"):  # fmt: skip
         assert part in text, part
     assert "trl None" not in text
-    assert '"layers": 4' in text
+    assert "model layers = 4\n" in text
     # What all rows share stands once; times share a unit; a bar cannot break the table.
     assert "All rows: shape 7, same x.\n" in text
-    assert "| name | seconds (ms) | speed | watts |\n| --- | --- | --- | --- |\n" in text
-    assert "| komainu | 2.1 | 2,000 (1,900 to 2,100) | missing |\n" in text
-    assert "| trl\\|padded | 250 | 1,000 (900 to 1,100) | 7 |\n" in text
+    assert "| name | speed |\n| --- | --- |\n| komainu | 2,000 (1,900 to 2,100) |\n| trl\\|padded |" in text
+    assert (
+        "| name | time (ms) | watts |\n| --- | --- | --- |\n| komainu | 2.1 | missing |\n| trl\\|padded | 250 | 7 |\n" in text
+    )
     assert "- liger: liger-kernel is not installed\n" in text
     assert "- plan: no plan exists\n" in text
     assert "- watts: no NVML\n" in text
     assert "cut off" not in text
     assert "not committed" not in text
     assert page(read_results(checkout / "benchmarks" / "results")) == text
+
+
+def test_tasks_have_tables_of_their_own_and_units_stand_in_the_head(tmp_path, make_result, spread):
+    rows = [
+        {"task": "one", "name": "a", "of_ceiling": spread(0.1, 0.2, 0.3), "peak_gib": 1.5, "step_seconds": 2e-5, "sure": True},
+        {"task": "two", "name": "a", "of_ceiling": spread(0.3, 0.4, 0.5), "peak_gib": 2.5, "step_seconds": 3e-5, "sure": False},
+        {"task": "two", "name": "b", "missing": "none"},
+    ]
+    _write(tmp_path, FILE, make_result(rows))
+    text = page(read_results(tmp_path / "benchmarks" / "results"))
+    assert "| name | of ceiling (%) | peak (GiB) | step (µs) | sure |\n" in text
+    one, two = text.split("**two**")
+    assert "**one**" in one
+    assert "| a | 20 (10 to 30) | 1.5 | 20 | yes |" in one
+    assert "| a | 40 (30 to 50) | 2.5 | 30 | no |" in two
+    assert "- two, b: none\n" in two
 
 
 def test_a_result_that_is_not_clean_says_so(checkout, make_result):
@@ -183,10 +202,32 @@ def test_bars_are_as_long_as_their_values():
     assert {"Speed & memory", "a<b", "one", "two", "0", "10", "60"} <= set(texts)
 
 
+def test_bars_are_named_by_what_tells_them_apart(tmp_path, monkeypatch, make_result):
+    rows = [
+        {"task": task, "shape": shape, "same": "x", "name": name, "speed": 1.0}
+        for task in ("sft", "dpo") for shape in (1, 2) for name in ("komainu", "peer")
+    ]  # fmt: skip
+    _write(tmp_path, FILE, make_result(rows))
+
+    def texts() -> list[str]:
+        ((_, _, svg),) = report._plots(read_results(tmp_path / "benchmarks" / "results")[0])
+        found = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        return [text for text in found if text[0].isalpha() and not text.startswith("Tokens")]
+
+    assert texts()[:6] == ["sft, shape 1", "komainu", "peer", "sft, shape 2", "komainu", "peer"]
+    rows[:] = [row for row in rows if row["shape"] == 1]
+    _write(tmp_path, FILE, make_result(rows))
+    assert texts() == ["sft", "komainu", "peer", "dpo", "komainu", "peer"]
+    view = View("Fine-tuning", "What it is.", "name", bars=(("speed", "Tokens a second", 1),), only=("komainu",))
+    monkeypatch.setitem(report.VIEWS, "finetune", view)
+    assert texts() == ["sft", "dpo"]
+
+
 def test_a_plot_holds_no_date_and_no_chance():
     groups = [("", [Bar("a", 1e-5, 0.9e-5, 1.1e-5, "x")]), ("zero", [Bar("b", 0.0, 0.0, 0.0, "0")])]
     assert bar_chart("t", groups) == bar_chart("t", groups)
     assert bar_chart("t", groups[1:])
+    assert bar_chart("t", groups, 1.0) != bar_chart("t", groups)
 
 
 def test_the_command_writes_and_checks(checkout, monkeypatch, capsys):
