@@ -33,8 +33,6 @@ def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tenso
     return (wide * scale * weight_D).to(hidden_TD.dtype)
 
 
-def add_rms_norm_reference(
-    residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total_TD = residual_TD + hidden_TD
     return total_TD, rms_norm_reference(total_TD, weight_D, eps)

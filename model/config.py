@@ -39,8 +39,14 @@ class MistralConfig:
         if self.unpadded_vocab_size == 0:
             object.__setattr__(self, "unpadded_vocab_size", self.vocab_size)
         for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
         ):
             _check_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
@@ -88,8 +94,14 @@ PRESETS: dict[str, MistralConfig] = {
     "shisa-7b": replace(MISTRAL_7B, vocab_size=120064, unpadded_vocab_size=120000),
     # Small enough to train on two CPU cores in minutes; the head over the real vocabulary is nearly all of its cost.
     "tiny": MistralConfig(
-        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, sliding_window=128, max_position_embeddings=2048,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=128,
+        max_position_embeddings=2048,
     ),
 }
 

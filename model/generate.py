@@ -113,9 +113,7 @@ def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tenso
     return logits_V
 
 
-def generate(
-    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = ()
-) -> Iterator[int]:
+def generate(model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = ()) -> Iterator[int]:
     """Continue a prompt, yielding each token as it is chosen; a stop token is yielded and ends the answer.
 
     The answer ends at a stop token, after max_new_tokens, or when the text reaches the model's max_position_embeddings.

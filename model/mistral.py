@@ -105,9 +105,7 @@ class Mistral(nn.Module):
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, noise: EmbeddingNoise | None = None
-    ) -> Tensor:
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, noise: EmbeddingNoise | None = None) -> Tensor:
         """Final hidden states, normed: [T, D].
 
         Args: tokens_T integer [T]; positions_T integer [T], from 0 at the start of each document; attend: who sees whom;
@@ -125,9 +123,7 @@ class Mistral(nn.Module):
 
     def log_probs(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor) -> Tensor:
         """Log-probability of each listed row's target, float32 [T], 0 outside rows_N (see `linear_log_prob`)."""
-        return linear_log_prob(
-            hidden_TD, self.lm_head.weight, target_T, rows_N, vocab_size=self.config.unpadded_vocab_size
-        )
+        return linear_log_prob(hidden_TD, self.lm_head.weight, target_T, rows_N, vocab_size=self.config.unpadded_vocab_size)
 
 
 def initialize(model: Mistral, seed: int) -> None:

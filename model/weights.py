@@ -129,15 +129,11 @@ def hugging_face_parts(config: MistralConfig) -> dict[str, list[tuple[str, int]]
     }
     for layer in range(config.num_hidden_layers):
         for ours, theirs in stacked.items():
-            parts[f"layers.{layer}.{ours}.weight"] = [
-                (f"model.layers.{layer}.{name}.weight", rows) for name, rows in theirs
-            ]
+            parts[f"layers.{layer}.{ours}.weight"] = [(f"model.layers.{layer}.{name}.weight", rows) for name, rows in theirs]
     return parts
 
 
-def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Mistral:
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
     """A Mistral from a Hugging Face folder.
 
     Raises: FileNotFoundError or ValueError naming the file or tensor: missing, truncated, of a wrong shape, or one too many.

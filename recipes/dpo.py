@@ -51,9 +51,7 @@ def run(settings: DpoSettings) -> Path | None:
         reference = [tables[name] for name in names]
         return Preference(settings.preference, reference, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
 
-    evaluations = [
-        Evaluation(name, objective(f"heldout {name}"), whole_step(batches)) for name, batches in heldout.items()
-    ]
+    evaluations = [Evaluation(name, objective(f"heldout {name}"), whole_step(batches)) for name, batches in heldout.items()]
     return train(opened, model, objective(*(f"source {i}" for i in range(len(opened.datasets)))), evaluations)
 
 

@@ -1,6 +1,6 @@
 """Export a run or checkpoint as a plain Hugging Face folder: weights, configuration, tokenizer; no training state.
 
-    python -m recipes.export --source runs/dpo --out exports/shisa-7b
+python -m recipes.export --source runs/dpo --out exports/shisa-7b
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Tokenise text, conversations or preference pairs once, into a dataset that the training recipes map into memory.
 
-    python -m recipes.prepare --kind text --paths corpus/ --tokenizer runs/tokenizer --out data/corpus --heldout 0.01
-    python -m recipes.prepare --kind conversations --paths chat.jsonl.gz --out data/chat --preview 3
-    python -m recipes.prepare --kind preferences --paths "pairs/*.jsonl" --out data/pairs --max-length 2048 --strict
+python -m recipes.prepare --kind text --paths corpus/ --tokenizer runs/tokenizer --out data/corpus --heldout 0.01
+python -m recipes.prepare --kind conversations --paths chat.jsonl.gz --out data/chat --preview 3
+python -m recipes.prepare --kind preferences --paths "pairs/*.jsonl" --out data/pairs --max-length 2048 --strict
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,9 +58,17 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare, print what came out; returns the dataset's dataset.json."""
     tokenizer = Tokenizer.load(settings.tokenizer or mistral_tokenizer_path())
     report = prepare(
-        settings.paths, settings.out, tokenizer=tokenizer, kind=settings.kind, text_field=settings.text_field,
-        split=settings.split, max_length=settings.max_length, heldout=settings.heldout, seed=settings.seed,
-        strict=settings.strict, overwrite=settings.overwrite,
+        settings.paths,
+        settings.out,
+        tokenizer=tokenizer,
+        kind=settings.kind,
+        text_field=settings.text_field,
+        split=settings.split,
+        max_length=settings.max_length,
+        heldout=settings.heldout,
+        seed=settings.seed,
+        strict=settings.strict,
+        overwrite=settings.overwrite,
     )
     dataset = TokenDataset.open(settings.out)
     print("\n".join([f"{settings.out}:", *describe(report), lengths_line(dataset)]))

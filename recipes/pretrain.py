@@ -1,7 +1,7 @@
 """Continued pre-training: predict every token of text documents.
 
-    python -m recipes.pretrain recipes/shisa/pretrain.toml --out runs/cpt
-    torchrun --nproc-per-node 1 -m recipes.pretrain recipes/shisa/pretrain.toml
+python -m recipes.pretrain recipes/shisa/pretrain.toml --out runs/cpt
+torchrun --nproc-per-node 1 -m recipes.pretrain recipes/shisa/pretrain.toml
 """
 
 from collections.abc import Sequence

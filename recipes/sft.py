@@ -1,6 +1,6 @@
 """Supervised fine-tuning on conversations: predict the assistant's turns and their end, with NEFTune noise.
 
-    python -m recipes.sft recipes/shisa/sft.toml --out runs/sft
+python -m recipes.sft recipes/shisa/sft.toml --out runs/sft
 """
 
 from collections.abc import Sequence

@@ -110,9 +110,7 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
         documents = sample(_documents(settings.text, settings, skipped), settings.max_characters, settings.seed)
         trained_on, heldout = _hold_out(documents, settings)
         clock.lap("read")
-        merged, trained = extend(
-            base.model_bytes, trained_on, new_pieces, coverage=settings.coverage, source=base_name
-        )
+        merged, trained = extend(base.model_bytes, trained_on, new_pieces, coverage=settings.coverage, source=base_name)
         tokenizer = Tokenizer(merged.model_bytes)
         clock.lap("train and merge")
         report = {

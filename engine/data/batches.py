@@ -86,8 +86,10 @@ def make_step(plan: Plan, step: int, *, pack_tokens: int, rank: int = 0, ranks: 
     assert 0 <= rank < ranks
     if pack_tokens < plan.longest_unit:
         what = "both sides of the longest pair" if plan.paired else "the longest segment"
-        raise ValueError(f"pack_tokens = {pack_tokens} is below {what} ({plan.longest_unit} places): raise it, or lower "
-                         f"context_length = {plan.context_length}")
+        raise ValueError(
+            f"pack_tokens = {pack_tokens} is below {what} ({plan.longest_unit} places): raise it, or lower "
+            f"context_length = {plan.context_length}"
+        )
     units = plan.units(step)
     sizes = units.sizes.tolist()
     packs = deal(pack_best_fit(sizes, pack_tokens), sizes, ranks)[rank]
@@ -96,8 +98,9 @@ def make_step(plan: Plan, step: int, *, pack_tokens: int, rank: int = 0, ranks: 
     return Step(step, batches, weight, len(sizes) if plan.paired else 0, int(units.places.sum()))
 
 
-def step_stream(plan: Plan, start: int, *, pack_tokens: int, rank: int = 0, ranks: int = 1,
-                prefetch: int = 2) -> Iterator[Step]:
+def step_stream(
+    plan: Plan, start: int, *, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2
+) -> Iterator[Step]:
     """`make_step` for steps `start` to the plan's last, `prefetch` steps ahead in a background thread.
 
     An exception of the thread is raised by the iterator; closing the iterator ends the thread.
@@ -136,8 +139,9 @@ def step_stream(plan: Plan, start: int, *, pack_tokens: int, rank: int = 0, rank
         thread.join()
 
 
-def evaluation_batches(dataset: TokenDataset, *, context_length: int, pack_tokens: int,
-                       limit: int | None = None) -> list[Batch]:
+def evaluation_batches(
+    dataset: TokenDataset, *, context_length: int, pack_tokens: int, limit: int | None = None
+) -> list[Batch]:
     """Every document (pair) of a dataset, or the first `limit`, in order, once; packed next-fit, so that order holds.
 
     Long documents are split as in training. Pairs with a side longer than the context are left out with a warning.
@@ -147,8 +151,11 @@ def evaluation_batches(dataset: TokenDataset, *, context_length: int, pack_token
         raise ValueError(f"limit = {limit}: must be at least 1")
     table = SegmentTable(dataset, context_length)
     if table.paired and table.skipped:
-        warnings.warn(f"{dataset.folder}: {table.skipped} of {len(dataset) // 2} pairs are longer than context_length = "
-                      f"{context_length} and left out of the evaluation", stacklevel=2)
+        warnings.warn(
+            f"{dataset.folder}: {table.skipped} of {len(dataset) // 2} pairs are longer than context_length = "
+            f"{context_length} and left out of the evaluation",
+            stacklevel=2,
+        )
     if not len(table):
         raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
     document, start, places = table.locate(np.arange(len(table)))
@@ -172,8 +179,9 @@ def evaluation_batches(dataset: TokenDataset, *, context_length: int, pack_token
 def _total_weight(datasets: Sequence[TokenDataset], units: Units) -> float:
     """The sum of the weights of all places of a step."""
     total = 0
-    for source, document, start, places in zip(*(column.tolist() for column in (
-            units.source, units.document, units.start, units.places)), strict=True):
+    for source, document, start, places in zip(
+        *(column.tolist() for column in (units.source, units.document, units.start, units.places)), strict=True
+    ):
         dataset = datasets[source]
         if dataset.kind == "text":
             total += places
@@ -198,8 +206,9 @@ def _collate(datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Un
     tokens, labels = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
     weight, positions = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int32)
     lengths = np.empty(len(segments), dtype=np.int64)
-    for i, (s, d, first, count) in enumerate(zip(source.tolist(), document.tolist(), start.tolist(), places.tolist(),
-                                                 strict=True)):
+    for i, (s, d, first, count) in enumerate(
+        zip(source.tolist(), document.tolist(), start.tolist(), places.tolist(), strict=True)
+    ):
         at = slice(int(cu_docs[i]), int(cu_docs[i + 1]))
         ids = datasets[s].tokens(d)[first : first + count + 1]
         tokens[at], labels[at] = ids[:-1], ids[1:]
@@ -207,11 +216,17 @@ def _collate(datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Un
         positions[at] = np.arange(count)
         lengths[i] = datasets[s].lengths[d]
     return Batch(
-        tokens_T=torch.from_numpy(tokens), labels_T=torch.from_numpy(labels), weight_T=torch.from_numpy(weight),
-        positions_T=torch.from_numpy(positions), cu_docs=torch.from_numpy(cu_docs), rows_N=_rows(weight),
+        tokens_T=torch.from_numpy(tokens),
+        labels_T=torch.from_numpy(labels),
+        weight_T=torch.from_numpy(weight),
+        positions_T=torch.from_numpy(positions),
+        cu_docs=torch.from_numpy(cu_docs),
+        rows_N=_rows(weight),
         document_D=torch.from_numpy(np.asarray(offsets, dtype=np.int64)[source] + document),
-        document_start_D=torch.from_numpy(start), document_length_D=torch.from_numpy(lengths),
-        source_D=torch.from_numpy(source), pair_D=torch.from_numpy(document // 2) if paired else None,
+        document_start_D=torch.from_numpy(start),
+        document_length_D=torch.from_numpy(lengths),
+        source_D=torch.from_numpy(source),
+        pair_D=torch.from_numpy(document // 2) if paired else None,
     )
 
 
@@ -225,8 +240,15 @@ def _rows(weight: np.ndarray) -> Tensor:
 def _filler(segments: int) -> Batch:
     zeros, nothing = torch.zeros(segments, dtype=torch.int64), torch.full((segments,), -1, dtype=torch.int64)
     return Batch(
-        tokens_T=zeros, labels_T=zeros, weight_T=torch.zeros(segments), positions_T=zeros.int(),
-        cu_docs=torch.arange(segments + 1, dtype=torch.int32), rows_N=_rows(np.zeros(segments)),
-        document_D=nothing, document_start_D=zeros, document_length_D=torch.ones_like(zeros), source_D=nothing,
+        tokens_T=zeros,
+        labels_T=zeros,
+        weight_T=torch.zeros(segments),
+        positions_T=zeros.int(),
+        cu_docs=torch.arange(segments + 1, dtype=torch.int32),
+        rows_N=_rows(np.zeros(segments)),
+        document_D=nothing,
+        document_start_D=zeros,
+        document_length_D=torch.ones_like(zeros),
+        source_D=nothing,
         pair_D=nothing if segments == 2 else None,
     )

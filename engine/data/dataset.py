@@ -150,8 +150,9 @@ class DatasetWriter:
     It is complete only after `finish`, which writes dataset.json last; `prepare` gives it its final name after that.
     """
 
-    def __init__(self, folder: str | Path, kind: str, *, vocab_size: int, tokenizer_fingerprint: str,
-                 shard_tokens: int = SHARD_TOKENS):
+    def __init__(
+        self, folder: str | Path, kind: str, *, vocab_size: int, tokenizer_fingerprint: str, shard_tokens: int = SHARD_TOKENS
+    ):
         assert kind in KINDS
         self.folder = Path(folder)
         self.kind = kind

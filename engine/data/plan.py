@@ -139,8 +139,17 @@ class Plan:
     Raises: ValueError naming the setting or the source, and the remedy.
     """
 
-    def __init__(self, datasets: list[TokenDataset], sources: list[Source], *, seed: int, context_length: int,
-                 step_size: int, steps: int | None, epochs: float | None):
+    def __init__(
+        self,
+        datasets: list[TokenDataset],
+        sources: list[Source],
+        *,
+        seed: int,
+        context_length: int,
+        step_size: int,
+        steps: int | None,
+        epochs: float | None,
+    ):
         _check_mixture(datasets, sources, context_length, step_size, steps, epochs)
         self.datasets, self.sources = datasets, list(sources)
         self.seed, self.context_length, self.step_size = seed, context_length, step_size
@@ -149,41 +158,54 @@ class Plan:
         self.skipped = [table.skipped for table in self.tables]
         for source, table in zip(self.sources, self.tables, strict=True):
             if not len(table):
-                raise ValueError(f"source '{source.path}': nothing to train on within context_length = {context_length} "
-                                 f"({table.skipped} {'pairs too long' if self.paired else 'segments untrained'}): raise it")
+                raise ValueError(
+                    f"source '{source.path}': nothing to train on within context_length = {context_length} "
+                    f"({table.skipped} {'pairs too long' if self.paired else 'segments untrained'}): raise it"
+                )
         self.longest_unit = max(int(table.sizes.max()) for table in self.tables)
         if not self.paired and self.longest_unit > step_size:
-            raise ValueError(f"step_size = {step_size} is below the longest segment ({self.longest_unit} places): "
-                             f"raise step_size or lower context_length = {context_length}")
+            raise ValueError(
+                f"step_size = {step_size} is below the longest segment ({self.longest_unit} places): "
+                f"raise step_size or lower context_length = {context_length}"
+            )
         offsets = np.cumsum([0] + [len(dataset) for dataset in datasets])
         self.document_offsets: list[int] = offsets[:-1].tolist()
 
         totals = [len(table) if self.paired else int(table.sizes.sum()) for table in self.tables]
         shares = any(source.share is not None for source in self.sources)
-        rates = [source.share if source.share is not None
-                 else (1.0 if source.passes is None else source.passes) * total
-                 for source, total in zip(self.sources, totals, strict=True)]
+        rates = [
+            source.share if source.share is not None else (1.0 if source.passes is None else source.passes) * total
+            for source, total in zip(self.sources, totals, strict=True)
+        ]
         self._rates = [rate / sum(rates) for rate in rates]
         if shares or epochs is None:
             assert steps is not None
             targets = [math.ceil(rate * steps * step_size) for rate in self._rates]
         else:
-            targets = [max(1, round((1.0 if source.passes is None else source.passes) * epochs * total))
-                       for source, total in zip(self.sources, totals, strict=True)]
+            targets = [
+                max(1, round((1.0 if source.passes is None else source.passes) * epochs * total))
+                for source, total in zip(self.sources, totals, strict=True)
+            ]
         self.passes = [target / total for target, total in zip(targets, totals, strict=True)]
         self._sequences = [self._sequence(source, target) for source, target in enumerate(targets)]
         counts = self._merge()
         planned = len(counts)
         if steps is not None and steps > planned:
-            raise ValueError(f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
-                             "lower steps, raise epochs, or leave epochs out to repeat the data as needed")
+            raise ValueError(
+                f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
+                "lower steps, raise epochs, or leave epochs out to repeat the data as needed"
+            )
         self.steps = planned if steps is None else steps
         self._cuts = np.zeros((self.steps + 1, len(datasets)), dtype=np.int64)
         np.cumsum(counts[: self.steps], axis=0, out=self._cuts[1:])
         self._sequences = [sequence[: self._cuts[-1, i]] for i, sequence in enumerate(self._sequences)]
         described = {
-            "order": ORDER, "datasets": [dataset.fingerprint for dataset in datasets], "rates": self._rates,
-            "seed": seed, "context_length": context_length, "step_size": step_size,
+            "order": ORDER,
+            "datasets": [dataset.fingerprint for dataset in datasets],
+            "rates": self._rates,
+            "seed": seed,
+            "context_length": context_length,
+            "step_size": step_size,
         }
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -209,18 +231,30 @@ class Plan:
         measures = [len(sequence) for sequence in self._sequences] if self.paired else totals
         for index, (source, table) in enumerate(zip(self.sources, self.tables, strict=True)):
             available = len(table) if self.paired else int(table.sizes.sum())
-            sources.append({
-                **asdict(source), "documents": len(table.dataset), "segments": len(table), "skipped": table.skipped,
-                "tokens": totals[index], "fraction": measures[index] / sum(measures),
-                "seen": measures[index] / available,
-            })
+            sources.append(
+                {
+                    **asdict(source),
+                    "documents": len(table.dataset),
+                    "segments": len(table),
+                    "skipped": table.skipped,
+                    "tokens": totals[index],
+                    "fraction": measures[index] / sum(measures),
+                    "seen": measures[index] / available,
+                }
+            )
         places = packs = 0
         for step in sorted({round(at) for at in np.linspace(0, self.steps - 1, min(sample_steps, self.steps)).tolist()}):
             sizes = self.units(step).sizes.tolist()
             places += sum(sizes)
             packs += len(pack_best_fit(sizes, pack_tokens))
-        return {"sources": sources, "steps": self.steps, "step_size": self.step_size, "tokens": sum(totals),
-                "pack_tokens": pack_tokens, "utilisation": places / (packs * pack_tokens)}
+        return {
+            "sources": sources,
+            "steps": self.steps,
+            "step_size": self.step_size,
+            "tokens": sum(totals),
+            "pack_tokens": pack_tokens,
+            "utilisation": places / (packs * pack_tokens),
+        }
 
     def describe(self, pack_tokens: int) -> list[str]:
         """`summary` as lines for a console."""
@@ -229,15 +263,21 @@ class Plan:
         lines = []
         for source in summary["sources"]:
             documents = source["documents"] // (2 if self.paired else 1)
-            line = (f"{source['path']}: {documents:,} {unit}, {source['tokens']:,} tokens, "
-                    f"{source['fraction']:.1%} of the run, seen {source['seen']:.2f} times")
+            line = (
+                f"{source['path']}: {documents:,} {unit}, {source['tokens']:,} tokens, "
+                f"{source['fraction']:.1%} of the run, seen {source['seen']:.2f} times"
+            )
             if source["skipped"]:
                 line += f"; {source['skipped']:,} " + (
-                    f"pairs longer than context_length = {self.context_length} left out" if self.paired
-                    else "segments without a trained place left out")
+                    f"pairs longer than context_length = {self.context_length} left out"
+                    if self.paired
+                    else "segments without a trained place left out"
+                )
             lines.append(line)
-        lines.append(f"{summary['steps']:,} steps of {self.step_size:,} {'pairs' if self.paired else 'tokens'}, "
-                     f"{summary['tokens']:,} tokens; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full")
+        lines.append(
+            f"{summary['steps']:,} steps of {self.step_size:,} {'pairs' if self.paired else 'tokens'}, "
+            f"{summary['tokens']:,} tokens; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full"
+        )
         return lines
 
     def _sequence(self, source: int, target: int) -> np.ndarray:
@@ -283,15 +323,19 @@ class Plan:
             if not len(owner):
                 continue
             order = np.argsort(np.concatenate([t[a:b] for t, (a, b) in zip(times, bounds, strict=True)]), kind="stable")
-            size = np.concatenate([
-                np.ones(b - a, dtype=np.int64) if self.paired else table.sizes[sequence[a:b]]
-                for table, sequence, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)])[order]
+            size = np.concatenate(
+                [
+                    np.ones(b - a, dtype=np.int64) if self.paired else table.sizes[sequence[a:b]]
+                    for table, sequence, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)
+                ]
+            )[order]
             step = (before + np.cumsum(size) - size) // self.step_size
             before += int(size.sum())
             first, last = int(step[0]), int(step[-1])
             for source in range(len(times)):
-                counts[first : last + 1, source] += np.bincount(step[owner[order] == source] - first,
-                                                                minlength=last + 1 - first)
+                counts[first : last + 1, source] += np.bincount(
+                    step[owner[order] == source] - first, minlength=last + 1 - first
+                )
         return counts[: last + 1]
 
 
@@ -312,8 +356,14 @@ def _shuffle(count: int, seed: int, source: int, epoch: int) -> np.ndarray:
     return np.argsort(mixed)
 
 
-def _check_mixture(datasets: list[TokenDataset], sources: list[Source], context_length: int, step_size: int,
-                   steps: int | None, epochs: float | None) -> None:
+def _check_mixture(
+    datasets: list[TokenDataset],
+    sources: list[Source],
+    context_length: int,
+    step_size: int,
+    steps: int | None,
+    epochs: float | None,
+) -> None:
     if not sources or len(datasets) != len(sources):
         raise ValueError(f"{len(sources)} sources and {len(datasets)} datasets: name at least one source, one dataset each")
     for name, value in (("context_length", context_length), ("step_size", step_size), ("steps", steps)):
@@ -333,10 +383,14 @@ def _check_mixture(datasets: list[TokenDataset], sources: list[Source], context_
         raise ValueError("neither steps nor epochs is given: set one")
     for dataset, source in zip(datasets, sources, strict=True):
         if (dataset.kind == "preferences") != (datasets[0].kind == "preferences"):
-            raise ValueError(f"source '{source.path}' holds {dataset.kind} and '{sources[0].path}' {datasets[0].kind}: "
-                             "preferences do not mix with other kinds")
+            raise ValueError(
+                f"source '{source.path}' holds {dataset.kind} and '{sources[0].path}' {datasets[0].kind}: "
+                "preferences do not mix with other kinds"
+            )
         if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
-            raise ValueError(f"source '{source.path}' was prepared with another tokenizer than '{sources[0].path}': "
-                             "prepare both with the same")
+            raise ValueError(
+                f"source '{source.path}' was prepared with another tokenizer than '{sources[0].path}': "
+                "prepare both with the same"
+            )
         if not len(dataset):
             raise ValueError(f"source '{source.path}': no documents: leave it out")

@@ -27,9 +27,21 @@ from model.vocabulary.tokenizer import Tokenizer
 BATCH_RECORDS = 256
 
 
-def prepare(paths: Sequence[str], out: str | Path, *, tokenizer: Tokenizer, kind: str, text_field: str = "text",
-            split: str = "blank", max_length: int | None = None, heldout: float = 0.0, seed: int = 0, strict: bool = False,
-            overwrite: bool = False, shard_tokens: int = SHARD_TOKENS) -> dict[str, Any]:
+def prepare(
+    paths: Sequence[str],
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    kind: str,
+    text_field: str = "text",
+    split: str = "blank",
+    max_length: int | None = None,
+    heldout: float = 0.0,
+    seed: int = 0,
+    strict: bool = False,
+    overwrite: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, Any]:
     """Write the prepared dataset `out` from files, folders, globs and `hub:` names; returns its dataset.json.
 
     Args:
@@ -55,27 +67,53 @@ def prepare(paths: Sequence[str], out: str | Path, *, tokenizer: Tokenizer, kind
     _check_settings(kind, text_field, split, max_length, heldout)
     sources = find_sources(paths, TEXT_SUFFIXES if kind == "text" else RECORD_SUFFIXES)
     identities = [source.identity() for source in tqdm(sources, desc="hashing sources", unit="file", disable=None)]
-    settings = {"text_field": text_field, "split": split, "max_length": max_length, "heldout": heldout, "seed": seed,
-                "shard_tokens": shard_tokens}
-    inputs = hashlib.sha256(json.dumps([
-        VERSION, kind, settings, tokenizer.fingerprint, "" if kind == "text" else CHAT_TEMPLATE, identities,
-    ], sort_keys=True).encode()).hexdigest()
+    settings = {
+        "text_field": text_field,
+        "split": split,
+        "max_length": max_length,
+        "heldout": heldout,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+    }
+    inputs = hashlib.sha256(
+        json.dumps(
+            [
+                VERSION,
+                kind,
+                settings,
+                tokenizer.fingerprint,
+                "" if kind == "text" else CHAT_TEMPLATE,
+                identities,
+            ],
+            sort_keys=True,
+        ).encode()
+    ).hexdigest()
     targets = (out, aside) if heldout else (out,)
     ready = [_is_ready(target, inputs, overwrite) for target in targets]
     if all(ready):
         print(f"{out}: already prepared from the same inputs, kept as it is")
         return read_report(out)
     if not heldout and aside.exists():
-        raise ValueError(f"{aside}: held out by an earlier preparation, and would now be trained on too: remove it, or set "
-                         "heldout again")
+        raise ValueError(
+            f"{aside}: held out by an earlier preparation, and would now be trained on too: remove it, or set heldout again"
+        )
 
     reader = _Reader(tokenizer, kind, text_field, max_length, seed, strict)
     limit = _heldout_limit(sources, split, reader, heldout)
     with ExitStack() as stack:
         # Entered in this order, so that the held-out part gets its name first: where `out` stands, both do.
-        writers = [stack.enter_context(DatasetWriter(
-            stack.enter_context(_appearing(target)), kind, vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint, shard_tokens=shard_tokens)) for target in targets]
+        writers = [
+            stack.enter_context(
+                DatasetWriter(
+                    stack.enter_context(_appearing(target)),
+                    kind,
+                    vocab_size=tokenizer.vocab_size,
+                    tokenizer_fingerprint=tokenizer.fingerprint,
+                    shard_tokens=shard_tokens,
+                )
+            )
+            for target in targets
+        ]
         described = []
         for source, identity, records in zip(sources, identities, _with_progress(sources, split, writers), strict=True):
             before = reader.records, sum(writer.documents for writer in writers)
@@ -90,9 +128,16 @@ def prepare(paths: Sequence[str], out: str | Path, *, tokenizer: Tokenizer, kind
         for writer, target in zip(writers, targets, strict=True):
             if not writer.documents:
                 raise ValueError(f"heldout = {heldout:g} leaves no document for {target}: change it")
-        fields = {"inputs": inputs, "settings": settings, "sources": described, "records": reader.records,
-                  "skipped": reader.skipped, "characters": reader.characters, "roles": dict(reader.roles),
-                  "heldout_documents": writers[-1].documents if heldout else 0}
+        fields = {
+            "inputs": inputs,
+            "settings": settings,
+            "sources": described,
+            "records": reader.records,
+            "skipped": reader.skipped,
+            "characters": reader.characters,
+            "roles": dict(reader.roles),
+            "heldout_documents": writers[-1].documents if heldout else 0,
+        }
         reports = [writer.finish(**fields) for writer in writers]
     return reports[0]
 
@@ -100,9 +145,12 @@ def prepare(paths: Sequence[str], out: str | Path, *, tokenizer: Tokenizer, kind
 def describe(report: dict[str, Any]) -> list[str]:
     """What a dataset.json says, as lines for a console."""
     unit, divisor = {"text": ("documents", 1), "conversations": ("conversations", 1), "preferences": ("pairs", 2)}[
-        report["kind"]]
-    lines = [f"{report['documents'] // divisor:,} {unit}, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
-             f"trained on, from {report['records']:,} records of {len(report['sources']):,} sources"]
+        report["kind"]
+    ]
+    lines = [
+        f"{report['documents'] // divisor:,} {unit}, {report['tokens']:,} tokens, {report['trained_tokens']:,} of them "
+        f"trained on, from {report['records']:,} records of {len(report['sources']):,} sources"
+    ]
     if report["heldout_documents"]:
         lines.append(f"{report['heldout_documents'] // divisor:,} {unit} held out (counts above are without them)")
     if report["roles"]:
@@ -162,8 +210,7 @@ class _Reader:
 
     def key(self, content: Any) -> int:
         """A hash of the content below 2^64; of the prompt alone for a pair, so that no prompt is on both sides."""
-        text = content if isinstance(content, str) else json.dumps(
-            content.prompt if isinstance(content, Pair) else content)
+        text = content if isinstance(content, str) else json.dumps(content.prompt if isinstance(content, Pair) else content)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest())
 
     def _chat(self, messages: list[Message]) -> tuple[Any, Any, int]:
@@ -181,13 +228,16 @@ class _Reader:
             trained[:prompt_length] = False
             if self.max_length is not None and len(trained) > self.max_length:
                 what = "prompt" if prompt_length >= self.max_length else "pair"
-                raise Unusable(f"{what} longer than max_length = {self.max_length}",
-                               f"{prompt_length} tokens of prompt, {len(trained)} with the answer")
+                raise Unusable(
+                    f"{what} longer than max_length = {self.max_length}",
+                    f"{prompt_length} tokens of prompt, {len(trained)} with the answer",
+                )
             documents.append((encoded.ids, trained, prompt_length))
         if documents[0][0] == documents[1][0]:
             raise Unusable("identical chosen and rejected", "the same tokens")
-        self._count([*pair.prompt, Message(role="assistant", content=pair.chosen),
-                     Message(role="assistant", content=pair.rejected)])
+        self._count(
+            [*pair.prompt, Message(role="assistant", content=pair.chosen), Message(role="assistant", content=pair.rejected)]
+        )
         return documents
 
     def _count(self, messages: Sequence[Message]) -> None:
@@ -218,8 +268,9 @@ def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader
     return sorted(keys)[count - 1] + 1 if len(keys) > count else 2**64
 
 
-def _with_progress(sources: Sequence[SourceFile | HubSource], split: str,
-                   writers: Sequence[DatasetWriter]) -> Iterator[Iterator[Record]]:
+def _with_progress(
+    sources: Sequence[SourceFile | HubSource], split: str, writers: Sequence[DatasetWriter]
+) -> Iterator[Iterator[Record]]:
     """The records of each source, under one bar over the bytes of all that shows tokens per second."""
     began = time.perf_counter()
     done = 0

@@ -57,11 +57,16 @@ def read_conversation(value: Any) -> list[Message]:
         context = _text(value.get("input") or "", "field 'input'")
         instruction = _text(value["instruction"], "field 'instruction'")
         question = f"{instruction}\n\n{context}" if context.strip() else instruction
-        messages = [Message(role="user", content=question),
-                    Message(role="assistant", content=_text(value["output"], "field 'output'"))]
+        messages = [
+            Message(role="user", content=question),
+            Message(role="assistant", content=_text(value["output"], "field 'output'")),
+        ]
     else:
-        raise Unusable("no conversation", "none of 'messages', 'conversations', 'prompt' and 'completion', "
-                       f"'instruction' and 'output' in the fields {', '.join(map(repr, value))}"[:200])
+        raise Unusable(
+            "no conversation",
+            "none of 'messages', 'conversations', 'prompt' and 'completion', "
+            f"'instruction' and 'output' in the fields {', '.join(map(repr, value))}"[:200],
+        )
     messages = _check(messages)
     if all(message["role"] != "assistant" for message in messages):
         raise Unusable("no assistant turn", f"{len(messages)} messages, none of the assistant")
@@ -125,8 +130,9 @@ def _turns(value: Any, role: str, field: str) -> list[Message]:
     return [Message(role=role, content=_text(value, f"field '{field}'"))]
 
 
-def _messages(value: Any, field: str, role_key: str = "role", text_key: str = "content",
-              roles: Mapping[str, str] = MESSAGE_ROLES) -> list[Message]:
+def _messages(
+    value: Any, field: str, role_key: str = "role", text_key: str = "content", roles: Mapping[str, str] = MESSAGE_ROLES
+) -> list[Message]:
     if not isinstance(value, list):
         raise Unusable("no conversation", f"field '{field}' is {_name(value)}, not a list")
     messages = []

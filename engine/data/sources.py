@@ -69,8 +69,9 @@ class SourceFile:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                     self.position = file.tell()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{self.name}:{number}: byte {error.start} of the line is not UTF-8: "
-                                 "convert the file to UTF-8") from None
+                raise ValueError(
+                    f"{self.name}:{number}: byte {error.start} of the line is not UTF-8: convert the file to UTF-8"
+                ) from None
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(f"{self.name}: broken gzip file after line {number} ({error}): fetch it again") from None
 
@@ -186,8 +187,10 @@ def find_sources(paths: Sequence[str], suffixes: Sequence[str]) -> list[SourceFi
         for file in files:
             key = file.resolve()
             if key in seen:
-                raise ValueError(f"{file}: named twice (by '{seen[key]}' and '{name}'): name it once, and weight it in the "
-                                 "mixture of the training run")
+                raise ValueError(
+                    f"{file}: named twice (by '{seen[key]}' and '{name}'): name it once, and weight it in the "
+                    "mixture of the training run"
+                )
             seen[key] = name
             found.append(SourceFile(file, file.stat().st_size))
     if not found:

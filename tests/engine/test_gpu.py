@@ -61,7 +61,5 @@ def test_bfloat16_resumes_exactly(tiny_settings, tmp_path, stage):
 
 def test_greedy_generation_equals_the_cpus(tiny_model):
     prompt, sampling = [1, 50, 60, 70], Sampling(temperature=0, max_new_tokens=40)
-    answers = [
-        list(generate(load_model(tiny_model, device=device), prompt, sampling)) for device in ("cpu", "cuda")
-    ]
+    answers = [list(generate(load_model(tiny_model, device=device), prompt, sampling)) for device in ("cpu", "cuda")]
     assert answers[0] == answers[1]

@@ -12,8 +12,16 @@ from model.weights import save_model
 
 # Initialised widely, so that attention is far from uniform and the most likely token from a tie.
 SMALL = MistralConfig(
-    vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, sliding_window=5, max_position_embeddings=128, initializer_range=0.3,
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=5,
+    max_position_embeddings=128,
+    initializer_range=0.3,
 )
 
 

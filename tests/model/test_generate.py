@@ -26,8 +26,14 @@ def random_logits():
     dropped = plain.clone()
     dropped[::3] = -math.inf
     return {
-        "plain": plain, "flat": plain / 100, "ties": plain.round(), "few": plain[:2], "one": plain[:1],
-        "equal": torch.zeros(100), "certain": certain, "dropped": dropped,
+        "plain": plain,
+        "flat": plain / 100,
+        "ties": plain.round(),
+        "few": plain[:2],
+        "one": plain[:1],
+        "equal": torch.zeros(100),
+        "certain": certain,
+        "dropped": dropped,
     }
 
 
@@ -85,8 +91,15 @@ def test_sampling_is_that_of_transformers_generate(small_model, reference_of, op
     prompt = [1, 5, 9, 5, 30, 2, 11, 44]
     torch.manual_seed(7)
     theirs = reference_of(model).generate(
-        torch.tensor([prompt]), do_sample=True, max_new_tokens=12, eos_token_id=None, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True, output_scores=True, **{"top_k": 0, **options},
+        torch.tensor([prompt]),
+        do_sample=True,
+        max_new_tokens=12,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **{"top_k": 0, **options},
     )
     ids = theirs.sequences[0].tolist()
     sampling = Sampling(**options, max_new_tokens=12, seed=7)
@@ -94,14 +107,14 @@ def test_sampling_is_that_of_transformers_generate(small_model, reference_of, op
         seen = torch.zeros(64, dtype=torch.bool)
         seen[ids[: len(prompt) + step]] = True
         assert torch.equal(filter_logits(raw[0], seen, sampling), filtered[0])
-    assert list(generate(model, prompt, sampling)) == ids[len(prompt):]
+    assert list(generate(model, prompt, sampling)) == ids[len(prompt) :]
 
 
 def reference_greedy(reference, prompt: list[int], **options) -> list[int]:
     # Said outright, or it would take token 0 in a prompt for padding.
     mask = torch.ones(1, len(prompt), dtype=torch.int64)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask, **options}
-    return reference.generate(torch.tensor([prompt]), **options)[0, len(prompt):].tolist()
+    return reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
 def greedy(model, prompt: list[int], max_new_tokens: int, **options) -> list[int]:

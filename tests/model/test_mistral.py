@@ -56,9 +56,17 @@ def test_logits_equal_transformers_on_a_folder_that_it_saved(tmp_path, window, h
     # Its head size follows from the width here, and the rotary base is another one.
     reference = MistralForCausalLM(
         ReferenceConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, sliding_window=window, initializer_range=0.3, rms_norm_eps=1e-6,
-            max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            sliding_window=window,
+            initializer_range=0.3,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=128,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
             attn_implementation="eager",
         )
     ).eval()
@@ -159,8 +167,14 @@ def test_initialisation_is_a_function_of_the_seed(small_model):
 
 def test_initialisation_has_the_stated_spread():
     config = MistralConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.1,
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.1,
     )
     model = Mistral(config)
     initialize(model, 0)

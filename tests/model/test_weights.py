@@ -82,9 +82,7 @@ def test_shards_and_index_are_as_transformers_expects(small_model, tmp_path, lim
     model = small_model()
     save_model(model, tmp_path, max_shard_bytes=limit)
     files = shards(tmp_path)
-    assert [file.name for file in files] == [
-        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
-    ]
+    assert [file.name for file in files] == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     reference, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     index = index_of(tmp_path)

@@ -21,8 +21,16 @@ from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_
 from model.weights import save_model
 
 CONFIG = MistralConfig(
-    vocab_size=32128, unpadded_vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=8, max_position_embeddings=200,
+    vocab_size=32128,
+    unpadded_vocab_size=32000,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    sliding_window=8,
+    max_position_embeddings=200,
     initializer_range=0.5,
 )
 
@@ -97,7 +105,7 @@ def test_an_answer_is_what_transformers_generates_from_the_same_folder(folder, c
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = theirs.apply_chat_template(messages("日本の首都は？", system=system), return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, do_sample=False, max_new_tokens=20, pad_token_id=2)
-    answer = theirs.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    answer = theirs.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len(answer) > 20
     assert shown == answer.strip(" ") + "\n"
 
@@ -108,9 +116,7 @@ def test_a_conversation_is_remembered_as_the_template_writes_it(scripted, tokeni
     for question in ("Where?", "And before?", "And before that?"):
         speaker.converse(history, question)
     assert capsys.readouterr().out == "Tokyo, 東京.\nKyoto.\nNara.\n"
-    everything = messages(
-        "Where?", "Tokyo, 東京.", "And before?", "Kyoto.", "And before that?", "Nara.", system="Be brief."
-    )
+    everything = messages("Where?", "Tokyo, 東京.", "And before?", "Kyoto.", "And before that?", "Nara.", system="Be brief.")
     assert history == everything
     assert prompts == [encode_prompt(tokenizer, everything[:end]) for end in (2, 4, 6)]
 
@@ -184,9 +190,9 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_exchanges(scr
         assert len(prompts[-1]) <= 150
         assert history[0] == everything[0]
         # The newest exchanges stay; one more would not have fitted.
-        assert history[1:] == everything[len(everything) - len(history) + 1:]
+        assert history[1:] == everything[len(everything) - len(history) + 1 :]
         if len(history) < len(everything):
-            longer = [everything[0], *everything[len(everything) - len(history) - 1: -1]]
+            longer = [everything[0], *everything[len(everything) - len(history) - 1 : -1]]
             assert len(encode_prompt(tokenizer, longer)) > 150
     assert 4 < len(history) < len(everything)
     assert "the oldest 2 messages are forgotten" in capsys.readouterr().err

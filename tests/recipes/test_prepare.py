@@ -10,8 +10,10 @@ from recipes import prepare
 @pytest.fixture
 def conversations(tmp_path):
     path = tmp_path / "chats.jsonl"
-    records = [{"conversations": [{"from": "human", "value": f"質問 {i}"}, {"from": "gpt", "value": "答え。" * (i + 1)}]}
-               for i in range(9)]
+    records = [
+        {"conversations": [{"from": "human", "value": f"質問 {i}"}, {"from": "gpt", "value": "答え。" * (i + 1)}]}
+        for i in range(9)
+    ]
     path.write_text("\n".join(map(json.dumps, [*records, {"conversations": []}])), encoding="utf-8")
     return path
 
@@ -50,19 +52,24 @@ def test_preview_of_pairs_shows_both_sides(tmp_path, capsys):
 
 def test_from_a_configuration_file(conversations, tmp_path, capsys):
     config = tmp_path / "prepare.toml"
-    config.write_text(f'kind = "conversations"\npaths = ["{conversations}"]\nout = "{tmp_path / "a"}"\nheldout = 3\n'
-                      f'tokenizer = "{mistral_tokenizer_path()}"\n')
+    config.write_text(
+        f'kind = "conversations"\npaths = ["{conversations}"]\nout = "{tmp_path / "a"}"\nheldout = 3\n'
+        f'tokenizer = "{mistral_tokenizer_path()}"\n'
+    )
     prepare.main([str(config), "--out", str(tmp_path / "b")])
     assert "3 conversations held out" in capsys.readouterr().out
     assert (tmp_path / "b-heldout" / "dataset.json").is_file()
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--kind", "conversations", "--strict"], r"chats\.jsonl:10: no assistant turn"),
-    (["--kind", "text"], r"chats\.jsonl: none of its 10 records can be used; the last: .*:10: missing field"),
-    (["--kind", "conversations", "--tokenizer", "nowhere"], "no tokenizer at nowhere"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "conversations", "--strict"], r"chats\.jsonl:10: no assistant turn"),
+        (["--kind", "text"], r"chats\.jsonl: none of its 10 records can be used; the last: .*:10: missing field"),
+        (["--kind", "conversations", "--tokenizer", "nowhere"], "no tokenizer at nowhere"),
+    ],
+)
 def test_errors_end_with_one_line(conversations, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message) as ended:
         prepare.main([*options, "--paths", str(conversations), "--out", str(tmp_path / "out")])

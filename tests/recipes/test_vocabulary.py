@@ -34,7 +34,7 @@ def text(tmp_path):
 @pytest.fixture
 def english(tmp_path):
     path = tmp_path / "english.txt"
-    path.write_text("The library is open.\n\nWe read two books; \"Größe\" was one.\n", encoding="utf-8")
+    path.write_text('The library is open.\n\nWe read two books; "Größe" was one.\n', encoding="utf-8")
     return path
 
 

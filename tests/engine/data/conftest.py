@@ -15,8 +15,9 @@ def write_dataset(tmp_path):
         folder = tmp_path / f"written-{len(made)}"
         folder.mkdir()
         made.append(folder)
-        with DatasetWriter(folder, kind, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer,
-                           shard_tokens=shard_tokens) as writer:
+        with DatasetWriter(
+            folder, kind, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer, shard_tokens=shard_tokens
+        ) as writer:
             for i, document in enumerate(documents):
                 mask = None
                 if kind != "text":

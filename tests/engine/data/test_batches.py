@@ -27,8 +27,16 @@ def examples(batches):
                 continue
             first = int(batch.document_start_D[i])
             for at in range(bounds[i], bounds[i + 1]):
-                found[(document, first + at - bounds[i], int(batch.tokens_T[at]), int(batch.labels_T[at]),
-                       float(batch.weight_T[at]), int(batch.positions_T[at]))] += 1
+                found[
+                    (
+                        document,
+                        first + at - bounds[i],
+                        int(batch.tokens_T[at]),
+                        int(batch.labels_T[at]),
+                        float(batch.weight_T[at]),
+                        int(batch.positions_T[at]),
+                    )
+                ] += 1
     return found
 
 
@@ -40,11 +48,16 @@ def check_form(batch, capacity):
     assert all(a < b for a, b in pairwise(bounds))
     assert len(bounds) == segments + 1
     for name, dtype, length in (
-            ("tokens_T", torch.int64, bounds[-1]), ("labels_T", torch.int64, bounds[-1]),
-            ("weight_T", torch.float32, bounds[-1]), ("positions_T", torch.int32, bounds[-1]),
-            ("cu_docs", torch.int32, segments + 1), ("document_D", torch.int64, segments),
-            ("document_start_D", torch.int64, segments), ("document_length_D", torch.int64, segments),
-            ("source_D", torch.int64, segments)):
+        ("tokens_T", torch.int64, bounds[-1]),
+        ("labels_T", torch.int64, bounds[-1]),
+        ("weight_T", torch.float32, bounds[-1]),
+        ("positions_T", torch.int32, bounds[-1]),
+        ("cu_docs", torch.int32, segments + 1),
+        ("document_D", torch.int64, segments),
+        ("document_start_D", torch.int64, segments),
+        ("document_length_D", torch.int64, segments),
+        ("source_D", torch.int64, segments),
+    ):
         tensor = getattr(batch, name)
         assert (tensor.dtype, tensor.shape) == (dtype, (length,)), name
     assert batch.rows_N.dtype == torch.int32
@@ -76,8 +89,7 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
     pack_tokens = plan.longest_unit + data.draw(st.integers(0, 100))
     ranks = data.draw(st.integers(1, 4))
     parts = [make_step(plan, step, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
-    assert {(part.weight, part.pairs, part.tokens) for part in parts} == {
-        (reference.weight, reference.pairs, reference.tokens)}
+    assert {(part.weight, part.pairs, part.tokens) for part in parts} == {(reference.weight, reference.pairs, reference.tokens)}
     assert len({len(part.batches) for part in parts}) == 1
     batches = [batch for part in parts for batch in part.batches]
     assert examples(batches) == expected
@@ -147,8 +159,9 @@ def test_pack_tokens_below_the_longest_unit_is_refused(write_dataset):
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(x, y) if x is not None else y is None
-               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(
+        torch.equal(x, y) if x is not None else y is None for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
 
 
 def test_the_stream_gives_make_step_from_any_start(write_dataset, random_documents):

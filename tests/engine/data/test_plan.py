@@ -13,8 +13,11 @@ def places_of(plan, step):
     """Every (source, document, place) of a step, with repetition."""
     units = plan.units(step)
     columns = (units.source, units.document, units.start, units.places)
-    return [(s, d, place) for s, d, start, n in zip(*(c.tolist() for c in columns), strict=True)
-            for place in range(start, start + n)]
+    return [
+        (s, d, place)
+        for s, d, start, n in zip(*(c.tolist() for c in columns), strict=True)
+        for place in range(start, start + n)
+    ]
 
 
 def make_plan(datasets, sources=None, **changes):
@@ -123,8 +126,7 @@ def test_fractional_passes_take_a_deterministic_part(write_dataset, random_docum
     assert 0.25 * total <= len(part) < 0.25 * total + 15
     assert part == run_places(make_plan([dataset], [Source("a", passes=0.25)]))
     # Four epochs of a quarter see everything once, not one quarter four times.
-    assert run_places(make_plan([dataset], [Source("a", passes=0.25)], epochs=4.0)) == dict.fromkeys(
-        all_places([dataset]), 1)
+    assert run_places(make_plan([dataset], [Source("a", passes=0.25)], epochs=4.0)) == dict.fromkeys(all_places([dataset]), 1)
 
 
 def test_untrained_segments_of_conversations_are_left_out(write_dataset):
@@ -160,17 +162,24 @@ def test_sources_of_equal_virtual_time_take_turns_in_their_order(write_dataset):
     assert [plan.units(step).source.tolist() for step in range(plan.steps)] == [[0], [1]] * 100
 
 
-@pytest.mark.parametrize(("sources", "changes", "message"), [
-    ([Source("a", share=1), Source("b")], {"steps": 3, "epochs": None}, "'a' has a share and 'b' has none"),
-    ([Source("a", share=1), Source("b", share=1)], {}, "needs steps"),
-    ([Source("a", share=1), Source("b", share=1)], {"steps": 3, "epochs": 1.0}, "epochs = 1 has no effect"),
-    ([Source("a"), Source("b")], {"epochs": None}, "neither steps nor epochs"),
-    ([Source("a"), Source("b")], {"epochs": 0.0}, "epochs = 0.0: must be above 0"),
-    ([Source("a"), Source("b")], {"steps": 0}, "steps = 0: must be at least 1"),
-    ([Source("a"), Source("b")], {"steps": 10**6}, r"steps = 1000000, but 1 epochs of this data make \d+ steps.*raise epochs"),
-    ([Source("a"), Source("b")], {"step_size": 10}, r"step_size = 10 is below the longest segment \(16 places\)"),
-    ([Source("a")], {}, "1 sources and 2 datasets"),
-])
+@pytest.mark.parametrize(
+    ("sources", "changes", "message"),
+    [
+        ([Source("a", share=1), Source("b")], {"steps": 3, "epochs": None}, "'a' has a share and 'b' has none"),
+        ([Source("a", share=1), Source("b", share=1)], {}, "needs steps"),
+        ([Source("a", share=1), Source("b", share=1)], {"steps": 3, "epochs": 1.0}, "epochs = 1 has no effect"),
+        ([Source("a"), Source("b")], {"epochs": None}, "neither steps nor epochs"),
+        ([Source("a"), Source("b")], {"epochs": 0.0}, "epochs = 0.0: must be above 0"),
+        ([Source("a"), Source("b")], {"steps": 0}, "steps = 0: must be at least 1"),
+        (
+            [Source("a"), Source("b")],
+            {"steps": 10**6},
+            r"steps = 1000000, but 1 epochs of this data make \d+ steps.*raise epochs",
+        ),
+        ([Source("a"), Source("b")], {"step_size": 10}, r"step_size = 10 is below the longest segment \(16 places\)"),
+        ([Source("a")], {}, "1 sources and 2 datasets"),
+    ],
+)
 def test_wrong_settings_are_named(write_dataset, random_documents, sources, changes, message):
     datasets = [write_dataset(random_documents(20, 40)), write_dataset(random_documents(20, 40))]
     with pytest.raises(ValueError, match=message):
@@ -210,8 +219,7 @@ def test_merging_in_slices_equals_one_sort(write_dataset, random_documents, monk
     # Against the definition: sort all units by virtual time, cut by their exclusive cumulative places.
     events = []
     for source, table in enumerate(whole.tables):
-        units = plan_module.Plan._sequence(whole, source, round(
-            sources[source].passes * epochs * int(table.sizes.sum())))
+        units = plan_module.Plan._sequence(whole, source, round(sources[source].passes * epochs * int(table.sizes.sum())))
         before = 0
         for unit in units.tolist():
             events.append((before / whole._rates[source], source, int(table.sizes[unit])))

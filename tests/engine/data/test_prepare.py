@@ -104,7 +104,10 @@ def test_unusable_records_are_skipped_counted_and_placed(make, tmp_path):
     report = make(records, kind="conversations")
     path = tmp_path / "in.jsonl"
     assert {reason: (skip["count"], skip["first"]) for reason, skip in report["skipped"].items()} == {
-        "no assistant turn": (1, f"{path}:1"), "empty answer": (2, f"{path}:3"), "unknown role": (1, f"{path}:4")}
+        "no assistant turn": (1, f"{path}:1"),
+        "empty answer": (2, f"{path}:3"),
+        "unknown role": (1, f"{path}:4"),
+    }
     assert report["records"] == 5
     assert report["sources"][0]["documents"] == 1
     assert any(f"skipped 2: empty answer; first at {path}:3" in line for line in describe(report))
@@ -118,8 +121,11 @@ def test_pairs_that_cannot_be_used(make, tmp_path):
     report = make(records, kind="preferences", max_length=40)
     path = tmp_path / "in.jsonl"
     assert {reason: skip["first"] for reason, skip in report["skipped"].items()} == {
-        "identical chosen and rejected": f"{path}:1", "prompt longer than max_length = 40": f"{path}:2",
-        "pair longer than max_length = 40": f"{path}:3", "empty answer": f"{path}:4"}
+        "identical chosen and rejected": f"{path}:1",
+        "prompt longer than max_length = 40": f"{path}:2",
+        "pair longer than max_length = 40": f"{path}:3",
+        "empty answer": f"{path}:4",
+    }
     assert report["documents"] == 2
     assert make(records, kind="preferences", out="all")["documents"] == 6
 
@@ -131,17 +137,20 @@ def test_a_source_without_a_usable_record_is_an_error(make, tmp_path):
     assert list(tmp_path.glob(".out*")) == []
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"kind": "chat"}, "kind = 'chat': must be one of text, conversations, preferences"),
-    ({"split": "page"}, "split = 'page'"),
-    ({"kind": "conversations", "split": "line"}, "no effect on conversations"),
-    ({"kind": "conversations", "text_field": "body"}, "no effect on conversations"),
-    ({"max_length": 9}, "max_length = 9 has no effect on text"),
-    ({"kind": "preferences", "max_length": 1}, "at least 2"),
-    ({"heldout": -0.1}, "heldout = -0.1"),
-    ({"heldout": 1.5}, "heldout = 1.5"),
-    ({"heldout": float("nan")}, "heldout = nan"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "chat"}, "kind = 'chat': must be one of text, conversations, preferences"),
+        ({"split": "page"}, "split = 'page'"),
+        ({"kind": "conversations", "split": "line"}, "no effect on conversations"),
+        ({"kind": "conversations", "text_field": "body"}, "no effect on conversations"),
+        ({"max_length": 9}, "max_length = 9 has no effect on text"),
+        ({"kind": "preferences", "max_length": 1}, "at least 2"),
+        ({"heldout": -0.1}, "heldout = -0.1"),
+        ({"heldout": 1.5}, "heldout = 1.5"),
+        ({"heldout": float("nan")}, "heldout = nan"),
+    ],
+)
 def test_wrong_settings_are_named(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make("x", **settings)
@@ -264,8 +273,12 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_completes(make, tmp_path, m
         setattr(getattr(prepare, name), method, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
         prepare.prepare([sys.argv[1]], sys.argv[2], tokenizer=Tokenizer.load(mistral_tokenizer_path()), kind="text")
     """)
-    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "in.txt"), str(tmp_path / "out"), moment], cwd=ROOT,
-                           check=False, capture_output=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "in.txt"), str(tmp_path / "out"), moment],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "tokens-00000.bin").is_file()
@@ -284,8 +297,13 @@ def test_shards_and_batches_bound_what_is_held(make, tmp_path, monkeypatch, toke
 def test_real_files_of_every_kind(shared_data, tmp_path, tokenizer):
     text = prepare([str(shared_data / "text/heldout/ja_pydocs.txt.gz")], tmp_path / "text", tokenizer=tokenizer, kind="text")
     assert (text["documents"], text["skipped"]) == (23, {})
-    pairs = prepare([str(shared_data / "pref/ja_pairs.jsonl.gz")], tmp_path / "pairs", tokenizer=tokenizer,
-                    kind="preferences", max_length=512)
+    pairs = prepare(
+        [str(shared_data / "pref/ja_pairs.jsonl.gz")],
+        tmp_path / "pairs",
+        tokenizer=tokenizer,
+        kind="preferences",
+        max_length=512,
+    )
     assert pairs["documents"] // 2 + sum(skip["count"] for skip in pairs["skipped"].values()) == 1254
     path = shared_data / "sft/en_t0_prompt_completion.jsonl.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:

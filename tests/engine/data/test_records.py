@@ -20,13 +20,16 @@ def test_text_records():
     assert read_text({"body": " a\n"}, "body") == " a\n"
 
 
-@pytest.mark.parametrize("record", [
-    {"messages": [system("S"), user("U"), assistant("A")]},
-    {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}]},
-    {"prompt": [system("S"), user("U")], "completion": "A"},
-    {"messages": [system("S"), user("U"), assistant("A")], "prompt": "U", "conversations": None},
-    {"messages": [{**system("S"), "name": None}, user("U"), assistant("A")], "source": "x"},
-])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [system("S"), user("U"), assistant("A")]},
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "U"}, {"from": "gpt", "value": "A"}]},
+        {"prompt": [system("S"), user("U")], "completion": "A"},
+        {"messages": [system("S"), user("U"), assistant("A")], "prompt": "U", "conversations": None},
+        {"messages": [{**system("S"), "name": None}, user("U"), assistant("A")], "source": "x"},
+    ],
+)
 def test_forms_of_one_conversation(record):
     assert read_conversation(record) == [system("S"), user("U"), assistant("A")]
 
@@ -43,31 +46,34 @@ def test_an_empty_system_message_counts_as_none():
     assert read_conversation({"messages": [system(" "), user("U"), assistant("A")]}) == [user("U"), assistant("A")]
 
 
-@pytest.mark.parametrize(("record", "reason"), [
-    ("text", "not an object"),
-    ({"text": "a"}, "no conversation"),
-    ({"messages": "hello"}, "no conversation"),
-    ({"messages": [{"role": "user"}]}, "no conversation"),
-    ({"messages": ["hi"]}, "no conversation"),
-    ({"messages": []}, "no assistant turn"),
-    ({"messages": [user("U")]}, "no assistant turn"),
-    ({"messages": [system("S")]}, "no assistant turn"),
-    ({"messages": [user("U"), {"role": "asistant", "content": "A"}]}, "unknown role"),
-    ({"messages": [user("U"), {"role": ["x"], "content": "A"}]}, "unknown role"),
-    ({"conversations": [{"from": "user", "value": "U"}, {"from": "gpt", "value": "A"}]}, "unknown role"),
-    ({"messages": [{"role": "human", "content": "U"}, assistant("A")]}, "unknown role"),
-    ({"messages": [user("U"), user("V"), assistant("A")]}, "roles do not alternate"),
-    ({"messages": [assistant("A"), user("U")]}, "roles do not alternate"),
-    ({"messages": [user("U"), system("S"), assistant("A")]}, "roles do not alternate"),
-    ({"messages": [user("U"), assistant("")]}, "empty answer"),
-    ({"messages": [user("U"), assistant(" \n")]}, "empty answer"),
-    ({"messages": [user(""), assistant("A")]}, "empty message"),
-    ({"messages": [user("U"), assistant(None)]}, "content is not text"),
-    ({"messages": [user([{"type": "text", "text": "U"}]), assistant("A")]}, "content is not text"),
-    ({"instruction": "I", "input": 3, "output": "O"}, "content is not text"),
-    ({"messages": [user("U"), assistant("\ud800")]}, "not valid Unicode"),
-    ({"prompt": "P", "completion": ""}, "empty answer"),
-])
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ("text", "not an object"),
+        ({"text": "a"}, "no conversation"),
+        ({"messages": "hello"}, "no conversation"),
+        ({"messages": [{"role": "user"}]}, "no conversation"),
+        ({"messages": ["hi"]}, "no conversation"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": [user("U")]}, "no assistant turn"),
+        ({"messages": [system("S")]}, "no assistant turn"),
+        ({"messages": [user("U"), {"role": "asistant", "content": "A"}]}, "unknown role"),
+        ({"messages": [user("U"), {"role": ["x"], "content": "A"}]}, "unknown role"),
+        ({"conversations": [{"from": "user", "value": "U"}, {"from": "gpt", "value": "A"}]}, "unknown role"),
+        ({"messages": [{"role": "human", "content": "U"}, assistant("A")]}, "unknown role"),
+        ({"messages": [user("U"), user("V"), assistant("A")]}, "roles do not alternate"),
+        ({"messages": [assistant("A"), user("U")]}, "roles do not alternate"),
+        ({"messages": [user("U"), system("S"), assistant("A")]}, "roles do not alternate"),
+        ({"messages": [user("U"), assistant("")]}, "empty answer"),
+        ({"messages": [user("U"), assistant(" \n")]}, "empty answer"),
+        ({"messages": [user(""), assistant("A")]}, "empty message"),
+        ({"messages": [user("U"), assistant(None)]}, "content is not text"),
+        ({"messages": [user([{"type": "text", "text": "U"}]), assistant("A")]}, "content is not text"),
+        ({"instruction": "I", "input": 3, "output": "O"}, "content is not text"),
+        ({"messages": [user("U"), assistant("\ud800")]}, "not valid Unicode"),
+        ({"prompt": "P", "completion": ""}, "empty answer"),
+    ],
+)
 def test_unusable_conversations(record, reason):
     with pytest.raises(Unusable) as caught:
         read_conversation(record)
@@ -75,14 +81,17 @@ def test_unusable_conversations(record, reason):
     assert caught.value.detail
 
 
-@pytest.mark.parametrize("record", [
-    {"prompt": "U", "chosen": "A", "rejected": "B"},
-    {"prompt": [user("U")], "chosen": "A", "rejected": [assistant("B")]},
-    {"prompt": "U", "chosen": [assistant("A")], "rejected": [assistant("B")]},
-    {"prompt": "U", "chosen": [user("U"), assistant("A")], "rejected": [user("U"), assistant("B")]},
-    {"prompt": [user("U")], "chosen": [user("U"), assistant("A")], "rejected": "B"},
-    {"chosen": [user("U"), assistant("A")], "rejected": [user("U"), assistant("B")]},
-])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "U", "chosen": "A", "rejected": "B"},
+        {"prompt": [user("U")], "chosen": "A", "rejected": [assistant("B")]},
+        {"prompt": "U", "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"prompt": "U", "chosen": [user("U"), assistant("A")], "rejected": [user("U"), assistant("B")]},
+        {"prompt": [user("U")], "chosen": [user("U"), assistant("A")], "rejected": "B"},
+        {"chosen": [user("U"), assistant("A")], "rejected": [user("U"), assistant("B")]},
+    ],
+)
 def test_forms_of_one_pair(record):
     pair = read_pair(record)
     assert (pair.prompt, pair.chosen, pair.rejected) == ([user("U")], "A", "B")
@@ -96,39 +105,49 @@ def test_longer_prompts_and_a_system_message_beside_a_text_prompt():
     assert read_pair({"prompt": "W", **sides}).prompt == turns
 
 
-@pytest.mark.parametrize(("record", "reason"), [
-    ({"prompt": "U", "chosen": "A"}, "missing field"),
-    (["U", "A", "B"], "not an object"),
-    ({"chosen": "A", "rejected": "B"}, "no prompt"),
-    ({"prompt": "U", "chosen": "A", "rejected": ""}, "empty answer"),
-    ({"prompt": "U", "chosen": " ", "rejected": "B"}, "empty answer"),
-    ({"prompt": "U", "chosen": "A", "rejected": "A\n"}, "identical chosen and rejected"),
-    ({"prompt": "U", "chosen": 1, "rejected": "A"}, "content is not text"),
-    ({"prompt": "", "chosen": "A", "rejected": "B"}, "empty message"),
-    ({"prompt": "U", "chosen": [user("U"), assistant("A")], "rejected": [user("X"), assistant("B")]},
-     "sides of different prompts"),
-    ({"prompt": "X", "chosen": [user("U"), assistant("A")], "rejected": "B"}, "sides of different prompts"),
-    ({"prompt": [system("S"), user("U")], "chosen": [user("U"), assistant("A")], "rejected": "B"},
-     "sides of different prompts"),
-    ({"prompt": "U", "chosen": [user("U")], "rejected": "B"}, "no assistant turn"),
-    ({"prompt": [user("U"), assistant("A")], "chosen": "A", "rejected": "B"}, "roles do not alternate"),
-    ({"prompt": [system("")], "chosen": "A", "rejected": "B"}, "roles do not alternate"),
-    ({"prompt": [{"role": "bot", "content": "U"}], "chosen": "A", "rejected": "B"}, "unknown role"),
-])
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "U", "chosen": "A"}, "missing field"),
+        (["U", "A", "B"], "not an object"),
+        ({"chosen": "A", "rejected": "B"}, "no prompt"),
+        ({"prompt": "U", "chosen": "A", "rejected": ""}, "empty answer"),
+        ({"prompt": "U", "chosen": " ", "rejected": "B"}, "empty answer"),
+        ({"prompt": "U", "chosen": "A", "rejected": "A\n"}, "identical chosen and rejected"),
+        ({"prompt": "U", "chosen": 1, "rejected": "A"}, "content is not text"),
+        ({"prompt": "", "chosen": "A", "rejected": "B"}, "empty message"),
+        (
+            {"prompt": "U", "chosen": [user("U"), assistant("A")], "rejected": [user("X"), assistant("B")]},
+            "sides of different prompts",
+        ),
+        ({"prompt": "X", "chosen": [user("U"), assistant("A")], "rejected": "B"}, "sides of different prompts"),
+        (
+            {"prompt": [system("S"), user("U")], "chosen": [user("U"), assistant("A")], "rejected": "B"},
+            "sides of different prompts",
+        ),
+        ({"prompt": "U", "chosen": [user("U")], "rejected": "B"}, "no assistant turn"),
+        ({"prompt": [user("U"), assistant("A")], "chosen": "A", "rejected": "B"}, "roles do not alternate"),
+        ({"prompt": [system("")], "chosen": "A", "rejected": "B"}, "roles do not alternate"),
+        ({"prompt": [{"role": "bot", "content": "U"}], "chosen": "A", "rejected": "B"}, "unknown role"),
+    ],
+)
 def test_unusable_pairs(record, reason):
     with pytest.raises(Unusable) as caught:
         read_pair(record)
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize(("record", "reason"), [
-    ({"txt": "a"}, "missing field"),
-    ({"text": None}, "missing field"),
-    ({"text": 3}, "content is not text"),
-    (7, "not an object"),
-    ({"text": " \n"}, "empty text"),
-    ({"text": "\udc00"}, "not valid Unicode"),
-])
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"txt": "a"}, "missing field"),
+        ({"text": None}, "missing field"),
+        ({"text": 3}, "content is not text"),
+        (7, "not an object"),
+        ({"text": " \n"}, "empty text"),
+        ({"text": "\udc00"}, "not valid Unicode"),
+    ],
+)
 def test_unusable_texts(record, reason):
     with pytest.raises(Unusable) as caught:
         read_text(record, "text")

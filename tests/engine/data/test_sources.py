@@ -41,20 +41,23 @@ def test_jsonl_and_json_arrays(tmp_path):
     assert read(array) == [(f", record {i}", value) for i, value in enumerate(values, 1)]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON"),
-    ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl:2: JSON that cannot be read"),
-    ("a.json", b'[\n{"a": 1},\n{"b" 2}]', r"a\.json:3: broken JSON"),
-    ("a.json", b'{"a": 1}', r"a\.json: holds a JSON dict, not an array"),
-    ("a.txt", b"fine\n\xe3\x81\n", r"a\.txt:2: byte 0 of the line is not UTF-8"),
-    ("a.txt", "文字".encode("cp932"), r"a\.txt:1: .*convert"),
-    ("a.txt", b"", r"a\.txt: empty"),
-    ("a.txt", b" \n\n", r"a\.txt: empty"),
-    ("a.jsonl", b"\n", r"a\.jsonl: empty"),
-    ("a.json", b"[]", r"a\.json: empty"),
-    ("a.txt.gz", b"no gzip", r"a\.txt\.gz: broken gzip"),
-    ("a.txt.gz", gzip.compress(b"line\n" * 10_000)[:-20], r"a\.txt\.gz: broken gzip file after line \d+"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl:2: JSON that cannot be read"),
+        ("a.json", b'[\n{"a": 1},\n{"b" 2}]', r"a\.json:3: broken JSON"),
+        ("a.json", b'{"a": 1}', r"a\.json: holds a JSON dict, not an array"),
+        ("a.txt", b"fine\n\xe3\x81\n", r"a\.txt:2: byte 0 of the line is not UTF-8"),
+        ("a.txt", "文字".encode("cp932"), r"a\.txt:1: .*convert"),
+        ("a.txt", b"", r"a\.txt: empty"),
+        ("a.txt", b" \n\n", r"a\.txt: empty"),
+        ("a.jsonl", b"\n", r"a\.jsonl: empty"),
+        ("a.json", b"[]", r"a\.json: empty"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: broken gzip"),
+        ("a.txt.gz", gzip.compress(b"line\n" * 10_000)[:-20], r"a\.txt\.gz: broken gzip file after line \d+"),
+    ],
+)
 def test_broken_files_are_named_with_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -78,21 +81,26 @@ def test_folders_patterns_and_files_in_a_fixed_order(tmp_path):
     assert names("a", suffixes=RECORD_SUFFIXES) == ["a/z.jsonl"]
 
 
-@pytest.mark.parametrize(("paths", "error", "message"), [
-    (["none.txt"], FileNotFoundError, r"none\.txt: no such file"),
-    (["*.none"], FileNotFoundError, r"\*\.none: no such file"),
-    (["a.md"], ValueError, r"a\.md: unknown type of file: must end in one of \.txt"),
-    (["void"], ValueError, "void: holds no file"),
-    (["a.txt", "a.*"], ValueError, r"a\.txt: named twice"),
-    ([], ValueError, "no paths given"),
-])
+@pytest.mark.parametrize(
+    ("paths", "error", "message"),
+    [
+        (["none.txt"], FileNotFoundError, r"none\.txt: no such file"),
+        (["*.none"], FileNotFoundError, r"\*\.none: no such file"),
+        (["a.md"], ValueError, r"a\.md: unknown type of file: must end in one of \.txt"),
+        (["void"], ValueError, "void: holds no file"),
+        (["a.txt", "a.*"], ValueError, r"a\.txt: named twice"),
+        ([], ValueError, "no paths given"),
+    ],
+)
 def test_paths_that_give_nothing_are_refused(tmp_path, paths, error, message):
     for name in ("a.md", "a.txt"):
         (tmp_path / name).write_text("x")
     (tmp_path / "void").mkdir()
     with pytest.raises(error, match=message):
-        find_sources([str(tmp_path / path) for path in paths if path != "a.*"] + (
-            [str(tmp_path / "*.txt")] if "a.*" in paths else []), TEXT_SUFFIXES)
+        find_sources(
+            [str(tmp_path / path) for path in paths if path != "a.*"] + ([str(tmp_path / "*.txt")] if "a.*" in paths else []),
+            TEXT_SUFFIXES,
+        )
 
 
 def test_parquet(tmp_path):
@@ -130,7 +138,9 @@ def test_hub_data_sets_come_through_the_datasets_package(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     (source,) = find_sources(["hub:owner/name:validation"], TEXT_SUFFIXES)
     assert [tuple(record) for record in source.records("blank")] == [
-        ("hub:owner/name:validation, row 1", {"text": "a"}), ("hub:owner/name:validation, row 2", {"text": "b"})]
+        ("hub:owner/name:validation, row 1", {"text": "a"}),
+        ("hub:owner/name:validation, row 2", {"text": "b"}),
+    ]
     assert source.identity() == {"name": "hub:owner/name:validation", "revision": "0123abc", "rows": 2}
     find_sources(["hub:owner/name"], TEXT_SUFFIXES)
     assert asked == [("owner/name", "validation", "0123abc"), ("owner/name", "train", "0123abc")]
