@@ -275,6 +275,25 @@ def run_part(
         return status, output.read().decode(errors="replace")
 
 
+class PartError(RuntimeError):
+    """A part did not come to its end; the message says how it ended and the last of what it said."""
+
+
+def call_apart(module: str, function: str, arguments: Mapping[str, Any], *, limit: float) -> Any:
+    """What a module's function returns for the arguments, from a process of its own; both pass as JSON. Raises: PartError."""
+    program = (
+        "import importlib, json, pathlib, sys; module, function, arguments, out = sys.argv[1:]; "
+        "answer = getattr(importlib.import_module(module), function)(**json.loads(arguments)); "
+        "pathlib.Path(out).write_text(json.dumps(answer))"
+    )
+    with tempfile.TemporaryDirectory(prefix="komainu-") as folder:
+        out = Path(folder) / "answer.json"
+        status, said = run_part(["-c", program, module, function, json.dumps(arguments), str(out)], limit=limit)
+        if status != "done":
+            raise PartError(f"{status}: {next(iter(said.strip().splitlines()[-1:]), 'it said nothing')}"[:300])
+        return json.loads(out.read_text())
+
+
 def _end(process: subprocess.Popen) -> None:
     """End a process and everything it started that still descends from it or shares its session."""
     parents, sessions = {}, {}
