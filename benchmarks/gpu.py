@@ -53,13 +53,15 @@ class Task:
 
 
 TASKS = (
-    Task("environment", 30),
+    Task("environment", 25),
     Task("tests", 80),
     Task("kernels", 140),
-    Task("train", 120, "next-token"),
-    Task("train", 60, "ladder"),
-    Task("finetune", 70),
-    Task("checkpoint", 25),
+    Task("train", 100, "next-token"),
+    Task("train", 50, "ladder"),
+    Task("train", 30, "sft"),
+    Task("train", 30, "dpo"),
+    Task("finetune", 50),
+    Task("checkpoint", 20),
     Task("data", 15),
 )
 # Outcomes of tests are no benchmark's result: they stand in the summary instead of a file of their own.

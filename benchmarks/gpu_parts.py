@@ -17,21 +17,29 @@ from benchmarks import measure
 from engine.environment import choose_device, report
 
 # The settings' class of each benchmark.
-SETTINGS = {"kernels": "KernelSettings", "train": "TrainBenchSettings"}
+SETTINGS = {"kernels": "KernelSettings", "train": "TrainBenchSettings", "finetune": "FinetuneBenchSettings"}
 _TRAIN: dict[str, Any] = {"preset": "shisa-7b", "layers": 8, "sequence": 4096, "rounds": 3, "limit": 60.0}
+_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "next-token": {"peers": ("transformers eager", "transformers compile", "transformers + Liger", "torchtitan Llama")},
+    "ladder": {"ladder": True},
+    "sft": {"objective": "sft", "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
+    "dpo": {"objective": "dpo", "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},
+}
 # What a GPU is to measure. Shisa 7B's shapes; as many layers as leave room for the state of an optimizer that keeps everything.
 TASKS: dict[tuple[str, str], dict[str, Any]] = {
     ("kernels", ""): {},
-    ("train", "next-token"): {**_TRAIN, "peers": ("all",)},
-    ("train", "ladder"): {**_TRAIN, "ladder": True},
+    **{("train", name): {**_TRAIN, **more} for name, more in _OBJECTIVES.items()},
+    ("finetune", ""): {"rounds": 3, "steps": 2, "limit": 60.0},
 }
-_TINY: dict[str, Any] = {"preset": "tiny", "sequence": 32, "rounds": 1, "steps": 1, "warmup": 1, "threads": 1}
+_TINY: dict[str, Any] = {"rounds": 1, "steps": 1, "warmup": 1, "threads": 1}
 REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
     # Without torch.compile, which takes a CPU minutes.
     ("kernels", ""): {"tokens": (64,), "rounds": 1, "repeats": 1, "providers": ("komainu", "eager")},
-    ("train", "next-token"): {**_TINY, "peers": ("all",)},
-    ("train", "ladder"): {**_TINY, "ladder": True},
-}
+    **{("train", name): {**_TINY, "preset": "tiny", "sequence": 32, **more} for name, more in _OBJECTIVES.items()},
+    ("finetune", ""): {
+        **_TINY, "preset": "tiny", "step_tokens": 128, "step_pairs": 2, "conversation_length": 128, "pair_length": 256,
+    },
+}  # fmt: skip
 
 
 def environment(out: Path, rehearse: bool) -> None:

@@ -37,6 +37,8 @@ class View:
     """(column, title with its unit, the value that others are held against or 0) of each plot."""
     only: tuple[str, ...] = ()
     """The subjects that are plotted; none: all."""
+    apart: str = ""
+    """A field whose rows have a table of their own, behind the others."""
 
 
 VIEWS: dict[str, View] = {
@@ -52,7 +54,24 @@ VIEWS: dict[str, View] = {
         ),
         bars=(("tokens_per_second", "Tokens per second", 0),),
     ),
-    "finetune": View("Fine-tuning", "Supervised fine-tuning and preference tuning beside TRL.", "name"),
+    "finetune": View(
+        "Fine-tuning",
+        "Supervised fine-tuning and preference tuning beside every path of TRL: the same weights and documents, all side by side "
+        "in turns. A token is a non-padding token of a conversation, or of a chosen or rejected answer with its prompt, which "
+        "counts for both. With reference: each token also bears its part of what the reference's log-probabilities took.",
+        "name",
+        brief=(
+            "stage", "name", "tokens_per_second", "tokens_per_cpu_second", "tokens_per_second_with_reference",
+            "tokens_per_cpu_second_with_reference", "memory allocated_gib", "memory reserved_gib", "memory resident_gib",
+            "loss_largest_difference", "ratio tokens_per_second", "ratio tokens_per_cpu_second",
+            "ratio tokens_per_second_with_reference", "ratio tokens_per_cpu_second_with_reference", "memory_ratio", "target",
+            "met",
+        ),
+        bars=(
+            ("tokens_per_second", "Tokens per second", 0), ("tokens_per_cpu_second", "Tokens per CPU-second", 0),
+        ),
+        apart="met",
+    ),
     "kernels": View(
         "Operators",
         "Each operator on random data with cold caches, ours beside the peers'. The floor is the larger of the bytes that must "
@@ -171,9 +190,11 @@ def _tables(result: Result, *, everything: bool) -> str:
     said = {name: measured[0][name] for name in shared if name not in unknown and measured[0][name] != ""}
     if said and everything:
         blocks.append(f"All rows: {', '.join(_named(name, value) for name, value in said.items())}.\n")
-    for task in dict.fromkeys(row.get("task") for row in measured):
-        rows = [row for row in measured if row.get("task") == task]
-        if task:
+    groups: dict[tuple[str | None, bool], list[dict[str, Any]]] = {}
+    for row in measured:
+        groups.setdefault((row.get("task"), result.view.apart in row), []).append(row)
+    for (task, apart), rows in groups.items():
+        if task and not apart:
             blocks.append(f"**{task}**\n")
         blocks.append(_grid(rows, main))
         if rest and everything:
@@ -199,6 +220,8 @@ def _named(name: str, value: Any) -> str:
 
 
 def _grid(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """The columns of these names that any of the rows has."""
+    names = [name for name in names if any(row.get(name) not in (None, "") for row in rows)]
     columns = {name: [row.get(name) for row in rows] for name in names}
     divisors = {name: of.unit_of(name, values)[0] for name, values in columns.items()}
     lines = [[of.head(name, values) for name, values in columns.items()], ["---"] * len(names)]

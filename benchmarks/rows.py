@@ -15,6 +15,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "task", "objective", "preset", "layers", "sequence", "micro_batch", "accumulate", "documents", "dtype", "recompute",
         "backend", "ranks", "name",
     ),
+    "finetune": ("task", "stage", "name"),
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),
     "environment": ("what",),
 }  # fmt: skip
