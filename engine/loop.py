@@ -6,6 +6,7 @@ decided by the plan and the objective beforehand, so nothing here knows which of
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from engine.optimizer import AdamW
 from engine.run import Run
 from engine.schedule import learning_rate
 from model.config import MistralConfig
-from model.folder import write_file
+from model.folder import sole_writer, write_file
 from model.mistral import Mistral
 
 # (model, micro-batch, its step) -> this micro-batch's part of the step's values, "loss" among them; parts add up.
@@ -50,15 +51,14 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
     if run.checkpoint is not None:
         load_optimizer(run.checkpoint, optimizer)
     run.out.mkdir(parents=True, exist_ok=True)
-    write_file(run.out / "config.toml", to_toml(settings))
-    metrics = Metrics(
-        run.out, settings.log, steps=steps, start=run.start, peak_flops=peak_flops(run.device), config=to_table(settings)
-    )
     last = run.checkpoint
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(sole_writer(run.out, run.out))
+        write_file(run.out / "config.toml", to_toml(settings))
+        metrics = stack.enter_context(closing(open_metrics(run)))
         if run.start == 0 and evaluations:
             metrics.evaluation(0, evaluate(model, evaluations))
-        stream = step_stream(run.plan, run.start, pack_tokens=run.pack_tokens)
+        stream = stack.enter_context(closing(step_stream(run.plan, run.start, pack_tokens=run.pack_tokens)))
         waited = time.perf_counter()
         for step in stream:
             done, wait = step.index + 1, time.perf_counter() - waited
@@ -76,10 +76,15 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
                 )
                 metrics.restart_clock()
             waited = time.perf_counter()
-    finally:
-        metrics.close()
     assert last is not None
     return last
+
+
+def open_metrics(run: Run) -> Metrics:
+    """The sinks of a run, cut back to where it starts."""
+    settings = run.settings
+    peak = peak_flops(run.device)
+    return Metrics(run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak, config=to_table(settings))
 
 
 def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Tensor]:

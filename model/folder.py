@@ -4,6 +4,7 @@ Everything that the engine leaves on disk for others (checkpoints, exports, toke
 sibling, synced and renamed. A killed process leaves at most the sibling, which the next attempt removes.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """Yield a hidden folder to write into; on leaving without an error it becomes `path`, all at once.
 
     Raises: FileExistsError when `path` exists and `overwrite` is false; PermissionError or OSError naming `path` when it cannot
-        be written. On any error inside the block the hidden folder is removed and `path` is left as it was.
+        be written; BlockingIOError when another process is writing it. On any error inside the block the hidden folder is
+        removed and `path` is left as it was.
     """
     # A link's target is replaced, not the link.
     given, path = Path(path), Path(path).resolve()
@@ -26,18 +28,45 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         raise FileExistsError(f"{given}: exists already; name another folder or ask to overwrite it")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"{given}: cannot be written: {error.strerror or error}; choose a writable folder") from None
+    with sole_writer(partial, given):
+        try:
+            _empty(partial)
+            yield partial
+            for entry in (*partial.rglob("*"), partial):
+                sync(entry)
+            replace_folder(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def sole_writer(folder: Path, name: Path) -> Iterator[None]:
+    """Hold an existing folder against other processes that ask for the same; a killed process holds nothing.
+
+    Raises: BlockingIOError naming `name` when another process holds it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-        for entry in (*partial.rglob("*"), partial):
-            sync(entry)
-        replace_folder(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(f"{name}: another process is writing it now; wait for it or choose another name") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a killed process has left, but not the folder itself, which bears the lock."""
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ T tokens of a pack, D segments of a pack, N places that are trained on (padded).
 import queue
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -100,7 +100,7 @@ def make_step(plan: Plan, step: int, *, pack_tokens: int, rank: int = 0, ranks: 
 
 def step_stream(
     plan: Plan, start: int, *, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """`make_step` for steps `start` to the plan's last, `prefetch` steps ahead in a background thread.
 
     An exception of the thread is raised by the iterator; closing the iterator ends the thread.

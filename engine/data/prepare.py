@@ -1,15 +1,12 @@
 """Tokenise sources once into a prepared dataset (`dataset` says what that is on disk)."""
 
-import fcntl
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +17,7 @@ from tqdm import tqdm
 from engine.data.dataset import KINDS, REPORT, SHARD_TOKENS, VERSION, DatasetWriter, TokenDataset, read_report
 from engine.data.records import Pair, Unusable, read_conversation, read_pair, read_text
 from engine.data.sources import RECORD_SUFFIXES, SPLITS, TEXT_SUFFIXES, HubSource, Record, SourceFile, find_sources
+from model.folder import complete_folder
 from model.vocabulary.chat import CHAT_TEMPLATE, Message, encode_chat
 from model.vocabulary.tokenizer import Tokenizer
 
@@ -105,7 +103,7 @@ def prepare(
         writers = [
             stack.enter_context(
                 DatasetWriter(
-                    stack.enter_context(_appearing(target)),
+                    stack.enter_context(complete_folder(target, overwrite=True)),
                     kind,
                     vocab_size=tokenizer.vocab_size,
                     tokenizer_fingerprint=tokenizer.fingerprint,
@@ -323,35 +321,3 @@ def _is_ready(path: Path, inputs: str, overwrite: bool) -> bool:
     if not overwrite:
         raise ValueError(f"{path}: {found}: choose another name, or overwrite it")
     return False
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` that takes its name, replacing what is there, only if the block ends well."""
-    hidden, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    try:
-        hidden.mkdir(parents=True, exist_ok=True)
-        lock = os.open(hidden, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}): choose another folder") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{path}: another process is preparing it now: wait for it or choose another name") from None
-        try:
-            # What a killed run has left.
-            for left in hidden.iterdir():
-                left.unlink()
-            yield hidden
-            os.fsync(lock)
-            if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-            hidden.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(hidden, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)

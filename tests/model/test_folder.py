@@ -138,3 +138,16 @@ def test_a_file_is_replaced_all_at_once(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_file(tmp_path / "latest", "three\n")
     assert (tmp_path / "latest").read_text() == "二\n"
+
+
+def test_only_one_process_writes_a_folder(tmp_path):
+    """A lock is of an opened file: two of one process stand for two processes."""
+    with (
+        complete_folder(tmp_path / "out"),
+        pytest.raises(BlockingIOError, match="out: another process is writing it now; wait for it"),
+        complete_folder(tmp_path / "out"),
+    ):
+        pass
+    assert names(tmp_path) == ["out"]
+    with complete_folder(tmp_path / "out", overwrite=True):
+        pass

@@ -233,7 +233,7 @@ def test_what_is_no_dataset_is_never_replaced(make, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="mine: exists and is no prepared dataset"):
         make("x", out="mine", overwrite=True)
-    with pytest.raises(ValueError, match=r"in\.txt/out: cannot be written \(Not a directory\)"):
+    with pytest.raises(NotADirectoryError, match=r"in\.txt/out: cannot be written: Not a directory"):
         make("x", out="in.txt/out")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
@@ -255,7 +255,7 @@ def test_two_processes_do_not_write_the_same_dataset(make, tmp_path):
     lock = os.open(hidden, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is preparing it now"):
+        with pytest.raises(BlockingIOError, match="another process is writing it now"):
             make("x")
     finally:
         os.close(lock)
