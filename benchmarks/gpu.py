@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks import rows as of
-from benchmarks.report import VIEWS
+from benchmarks.report import VIEWS, grouped
 from engine.environment import DeviceError, choose_device
 from model.folder import write_file
 
@@ -200,14 +200,18 @@ class Run:
 
 
 def _table(part: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The columns that matter most, where the benchmark says which, and of the others those that differ."""
+    """The columns that matter most, where the benchmark says which, and of what tells rows apart those that differ."""
+    view = VIEWS.get(part)
     flat = [{name: _short(value) for name, value in of.flat(row).items()} for row in rows]
-    brief = VIEWS[part].brief if part in VIEWS else ()
-    keys = of.KEYS.get(part, ()) if brief else ()
-    differing = [name for name in keys if name not in brief and len({repr(row.get(name)) for row in flat}) > 1]
-    names = dict.fromkeys(name for row in flat for name in row)
-    columns = [name for name in (*differing, *brief, "missing") if name in names] if brief else list(names)
-    return measure.table(flat, columns)
+    tables = []
+    for heading, some in grouped(view, flat):
+        names = dict.fromkeys(name for row in some for name in row)
+        if view and view.brief:
+            differing = [name for name in of.KEYS.get(part, ()) if len({repr(row.get(name)) for row in some}) > 1]
+            names = dict.fromkeys(name for name in (*differing, *view.brief, "missing") if name in names)
+        columns = [name for name in names if any(row.get(name) not in (None, "") for row in some)]
+        tables.append((f"{heading}\n" if heading else "") + measure.table(some, columns))
+    return "\n".join(tables)
 
 
 def _short(value: Any) -> Any:

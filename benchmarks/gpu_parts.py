@@ -17,7 +17,12 @@ from benchmarks import measure
 from engine.environment import choose_device, report
 
 # The settings' class of each benchmark.
-SETTINGS = {"kernels": "KernelSettings", "train": "TrainBenchSettings", "finetune": "FinetuneBenchSettings"}
+SETTINGS = {
+    "kernels": "KernelSettings",
+    "train": "TrainBenchSettings",
+    "finetune": "FinetuneBenchSettings",
+    "data": "DataSettings",
+}
 _TRAIN: dict[str, Any] = {"preset": "shisa-7b", "layers": 8, "sequence": 4096, "rounds": 3, "limit": 60.0}
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     "next-token": {"peers": ("transformers eager", "transformers compile", "transformers + Liger", "torchtitan Llama")},
@@ -30,6 +35,8 @@ TASKS: dict[tuple[str, str], dict[str, Any]] = {
     ("kernels", ""): {},
     **{("train", name): {**_TRAIN, **more} for name, more in _OBJECTIVES.items()},
     ("finetune", ""): {"rounds": 3, "steps": 2, "limit": 60.0},
+    # What a GPU changes: where micro-batches go. The rest is any machine's.
+    ("data", ""): {"parts": ("load",), "step_seconds": (0.1,)},
 }
 _TINY: dict[str, Any] = {"rounds": 1, "steps": 1, "warmup": 1, "threads": 1}
 REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
@@ -38,6 +45,10 @@ REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
     **{("train", name): {**_TINY, "preset": "tiny", "sequence": 32, **more} for name, more in _OBJECTIVES.items()},
     ("finetune", ""): {
         **_TINY, "preset": "tiny", "step_tokens": 128, "step_pairs": 2, "conversation_length": 128, "pair_length": 256,
+    },
+    ("data", ""): {
+        "documents": 20, "context_length": 128, "step_size": 512, "steps": 2, "rounds": 1, "step_seconds": (0.01,),
+        "plan_documents": (1000,),
     },
 }  # fmt: skip
 

@@ -17,10 +17,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "finetune": ("task", "stage", "name"),
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),
+    "data": (
+        "task", "part", "what", "provider", "tokenizer", "source", "lengths", "packer", "capacity", "kind", "pack_tokens",
+        "step_seconds", "documents",
+    ),
     "environment": ("what",),
 }  # fmt: skip
 _UNITS = {"gib": "GiB", "mib": "MiB", "tflops": "TFLOP/s", "mhz": "MHz"}
-_SHARES = ("mfu", "hfu", "of_ceiling", "floor_fraction")
+_SHARES = ("mfu", "hfu", "of_ceiling", "floor_fraction", "utilisation", "waiting_share")
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
