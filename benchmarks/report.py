@@ -109,16 +109,16 @@ Medians with the 20th and 80th percentile in parentheses. What could not be meas
 
 | command | measures |
 | --- | --- |
-| `python -m benchmarks.train` | whole training steps, beside peers (`--peers all`), over a grid (`--sweep`), part by part (`--ladder`) |
+| `python -m benchmarks.train` | training steps: beside peers (`--peers all`), over a grid (`--sweep`), part by part (`--ladder`) |
 | `python -m benchmarks.finetune` | supervised fine-tuning and preference tuning beside TRL |
 | `python -m benchmarks.kernels` | every operator beside torch and the peers |
 | `python -m benchmarks.checkpoint` | writing and reading checkpoints |
 | `python -m benchmarks.data` | tokenising, packing, loading, planning |
-| `python -m benchmarks.gpu` | all of them and the tests that need a GPU, unattended, in nine minutes; `--rehearse` tries it on a CPU |
+| `python -m benchmarks.gpu` | all of them and the tests that need a GPU, unattended; `--rehearse` tries it on a CPU |
 | `python -m benchmarks.compare OLD NEW` | two result files, as ratios with the noise beside them |
 
-Peers are those that are installed: `pip install -r benchmarks/requirements.txt` in an environment of their own, whose interpreter
-`--peers-python` names. `--out benchmarks/results/<benchmark>-<machine>.json` keeps a result for this page.
+Peers are those that are installed: `pip install -r benchmarks/requirements.txt` in an environment of their own, whose
+interpreter `--peers-python` names. `--out benchmarks/results/<benchmark>-<machine>.json` keeps a result for this page.
 """
 _NOTHING = "No result has been committed yet, so there is nothing to report: no speed is claimed.\n"
 

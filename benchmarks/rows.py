@@ -93,7 +93,8 @@ def number(value: Any, unit: float = 1.0) -> str:
         return "missing"
     if is_spread(value):
         low, high = number(value["low"], unit), number(value["high"], unit)
-        return f"{number(value['median'], unit)} ({low} to {high})"
+        median = number(value["median"], unit)
+        return median if value.get("samples") == 1 else f"{median} ({low} to {high})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and unit == 1:
