@@ -109,7 +109,7 @@ Medians with the 20th and 80th percentile in parentheses. What could not be meas
 
 | command | measures |
 | --- | --- |
-| `python -m benchmarks.train` | training steps: beside peers (`--peers all`), over a grid (`--sweep`), part by part (`--ladder`) |
+| `python -m benchmarks.train` | training steps: beside peers (`--peers all`), over a `--sweep`, part by part (`--ladder`) |
 | `python -m benchmarks.finetune` | supervised fine-tuning and preference tuning beside TRL |
 | `python -m benchmarks.kernels` | every operator beside torch and the peers |
 | `python -m benchmarks.checkpoint` | writing and reading checkpoints |

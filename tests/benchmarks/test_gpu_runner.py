@@ -241,6 +241,20 @@ def test_each_task_has_settings_that_its_benchmark_takes(task, rehearse):
     assert callable(run)
 
 
+def test_no_package_is_needed_that_a_machine_with_torch_may_lack():
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(['tyro', 'mistral_common', 'datasets', 'trl', 'liger_kernel', 'tqdm'])\n"
+        "from benchmarks import gpu, gpu_parts\n"
+        "for task in gpu.TASKS:\n"
+        "    if task.part not in gpu_parts.CHECKS:\n"
+        "        print(task.label, gpu_parts.benchmark(task.part, task.name, 'file', rehearse=False)[0].out)\n"
+    )
+    status, output = run_part(["-c", code], limit=60)
+    assert status == "done", output
+    assert output.count("file") == len([task for task in gpu.TASKS if task.part not in gpu_parts.CHECKS])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
