@@ -18,7 +18,10 @@ from benchmarks.parts import OPERATORS, replaced
 
 CATEGORIES = ("products", "attention", "our operators", "optimizer", "communication", "rest")
 _PREFIX = "komainu "
-_PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "_scaled_mm", "mkldnn_linear"))
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot", "_scaled_mm", "mkldnn_linear")
+)
 _COMMUNICATION = ("c10d::", "nccl", "gloo", "_c10d_functional", "record_param_comms")
 # A node of autograd's graph; the operations it runs are its children.
 _BACKWARD = "autograd::engine::evaluate_function"
@@ -64,13 +67,9 @@ def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> 
         synchronize(device)
         seconds = time.perf_counter() - start
     spent = dict.fromkeys(CATEGORIES, 0.0)
-    events = profiler.events() or []
-    ranged = _forward_categories(events)
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CPU:
-            own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            if own:
-                spent[_category(event, ranged)] += own / 1e6
+    for event, category in classified(profiler.events() or []):
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        spent[category] += own / 1e6
     shares = {name: value / seconds for name, value in spent.items()}
     shares["rest"] = max(0.0, 1.0 - sum(value for name, value in shares.items() if name != "rest"))
     total = sum(shares.values())
@@ -78,6 +77,14 @@ def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> 
 
 
 OPTIMIZER = _PREFIX + "optimizer"
+
+
+def classified(events: Any) -> Iterator[tuple[Any, str]]:
+    """Every operation that the host ran, with its category."""
+    ranged = _forward_categories(events)
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            yield event, _category(event, ranged)
 
 
 def _forward_categories(events: Any) -> dict[int, str]:

@@ -63,7 +63,7 @@ def contest(
     side_by_side: bool,
     limit: float,
     watch: Callable[[], AbstractContextManager[dict[str, Any]]] = lambda: contextlib.nullcontext({}),
-    report: Callable[[str, Outcome], None] = lambda name, outcome: None,
+    report: Callable[[Candidate, Outcome], None] = lambda candidate, outcome: None,
 ) -> dict[str, Outcome]:
     """Train `warmup` steps with each candidate, then `rounds` times `steps` steps in turns.
 
@@ -96,12 +96,14 @@ def contest(
                         outcome.rounds.append({**answer, **seen})
             for candidate in group:
                 outcome = outcomes[candidate.name]
-                for order in candidate.orders:
-                    if outcome.missing is None:
-                        with _noting_absence(outcome):
-                            outcome.answers.update(running[candidate.name].ask({order: True}))
+                for order in candidate.orders if outcome.missing is None else ():
+                    try:
+                        outcome.answers.update(running[candidate.name].ask({order: True}))
+                    except Gone as error:  # what was measured before stands
+                        outcome.answers[order] = {"missing": str(error)}
+                        break
         for candidate in group:
-            report(candidate.name, outcomes[candidate.name])
+            report(candidate, outcomes[candidate.name])
     return outcomes
 
 

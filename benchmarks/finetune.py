@@ -7,6 +7,7 @@ that a trainer that shares prompts is not credited less. "with_reference" adds t
 log-probabilities where they are computed beforehand, once for each pair; in each step TRL computes them besides.
 """
 
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job
 from benchmarks.packs import export_steps, write_synthetic
-from benchmarks.train import command_text, default_dtype, described, memory_text
-from engine.config import parse
+from benchmarks.train import default_dtype, memory_text
+from engine.config import parse, to_table
 from engine.data.batches import make_step
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.prepare import prepare
@@ -114,7 +115,7 @@ def run(settings: FinetuneBenchSettings, command: str = "benchmarks.finetune.run
     rows: list[dict[str, Any]] = []
 
     def written(complete: bool) -> dict[str, Any]:
-        result = measure.result("finetune", command, device, described(settings), rows, complete=complete)
+        result = measure.result("finetune", command, device, to_table(settings), rows, complete=complete)
         if settings.out:
             measure.write_result(settings.out, result)
         return result
@@ -216,7 +217,7 @@ def comparison(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     ratios = {}
     for name in ("tokens_per_second", "tokens_per_cpu_second"):
         for which in (name, f"{name}_with_reference") if stage == "dpo" else (name,):
-            ratios[which] = best(lambda other, which=which: other[which]["median"])
+            ratios[which] = best(functools.partial(_median, which))
     kind = "resident_gib" if "resident_gib" in ours["memory"] else "allocated_gib"
     memory = best(lambda other: other["memory"][kind], min)
     return {
@@ -226,6 +227,10 @@ def comparison(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "against": {**{name: other for name, (_, other) in ratios.items()}, "memory": memory[1]},
         "met": memory[0] <= 1 and all(ratio >= TARGETS[stage] for ratio, _ in ratios.values()),
     }
+
+
+def _median(name: str, row: dict[str, Any]) -> float:
+    return row[name]["median"]
 
 
 def write_data(settings: FinetuneBenchSettings, stage: str, folder: Path) -> str:
@@ -296,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = parse(FinetuneBenchSettings, arguments, prog="python -m benchmarks.finetune")
     try:
-        result = run(settings, command_text("benchmarks.finetune", arguments))
+        result = run(settings, " ".join(["python -m benchmarks.finetune", *arguments]))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(show(result))

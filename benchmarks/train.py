@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from benchmarks.parts import LADDER, OPERATORS, missing_part, missing_ranks, mis
 from benchmarks.power import Sampler
 from engine.config import parse, to_table
 from engine.data.batches import make_step
+from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.flops import peak_flops
 from model.config import MistralConfig, preset
@@ -149,28 +150,7 @@ def identity(point: TrainBenchSettings) -> dict[str, Any]:
     return {name: getattr(point, name) for name in _AXES}
 
 
-# What a result does not say, as it is a matter of the machine that it was taken on.
-_LOCAL = ("out", "scratch", "peers_python", "data")
-
-
-def described(settings: Any) -> dict[str, Any]:
-    """Settings as a result says them."""
-    return {name: value for name, value in to_table(settings).items() if name not in _LOCAL}
-
-
-def command_text(module: str, arguments: Sequence[str]) -> str:
-    """A command as a result says it."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, equals, _ = argument.removeprefix("--").replace("-", "_").partition("=")
-        local = argument.startswith("--") and name in _LOCAL
-        if not skip and not local:
-            kept.append(argument)
-        skip = local and not equals
-    return " ".join(["python -m", module, *kept])
-
-
-def default_dtype(device: torch.device) -> str:
+def default_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     """What the recipes train in."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
@@ -183,71 +163,78 @@ def missing(point: TrainBenchSettings) -> str | None:
 
 
 def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> dict[str, Any]:
-    """Measure all points; returns the result, which is also written after each point where `out` is given."""
+    """Measure all points; returns the result, which is also written after each candidate where `out` is given."""
     device, sampler = choose_device(settings.device), Sampler()
     rows: list[dict[str, Any]] = []
 
     def written(complete: bool) -> dict[str, Any]:
-        result = measure.result("train", command, device, described(settings), rows, complete=complete)
+        result = measure.result("train", command, device, to_table(settings), rows, complete=complete)
         if settings.out:
             measure.write_result(settings.out, result)
         return result
 
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        written(complete=False)
+
     if settings.dtype == "auto":
         settings = dataclasses.replace(settings, dtype=default_dtype(device))
-    grid = points(settings)
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
-        for number, point in enumerate(grid):
+        for number, point in enumerate(points(settings)):
             why = missing(point)
             if why:
-                rows.append({"name": "komainu", **identity(point), "missing": why})
-                continue
-            rows.extend(measure_point(point, device, Path(folder) / str(number), sampler))
-            written(complete=False)
+                add({"name": "komainu", **identity(point), "missing": why})
+            else:
+                first = len(rows)
+                measure_point(point, device, Path(folder) / str(number), sampler, add)
+                if point.ladder:
+                    rows[first:] = sorted(rows[first:], key=lambda row: LADDER.index(row["name"]))
     return written(complete=True)
 
 
-def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path, sampler: Sampler) -> list[dict[str, Any]]:
-    """The rows of one point: ours and the peers', or the rungs of the ladder."""
+def measure_point(
+    point: TrainBenchSettings, device: torch.device, folder: Path, sampler: Sampler, add: Callable[[dict[str, Any]], None]
+) -> None:
+    """Add the rows of one point: ours and the peers', or the rungs of the ladder."""
     folder.mkdir()
     job = make_job(point, device, folder)
-    plan = open_job(job).plan
-    pack_tokens = job["settings"]["pack_tokens"]
+    plan, pack_tokens = open_job(job).plan, job["settings"]["pack_tokens"]
     steps = [make_step(plan, index, pack_tokens=pack_tokens) for index in range(point.needed_steps)]
     works = [work_of(point.config, step, point.recompute) for step in steps]
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps, Path(job["steps_file"]))
     entrants, absent = ladder(job, point) if point.ladder else ([own(job, point), *peers(job, point)], {})
-    outcomes = contest(
-        entrants, folder, warmup=point.warmup, rounds=point.rounds, steps=point.steps, limit=point.limit, watch=sampler.watch,
-        side_by_side=point.side_by_side == "yes" or (point.side_by_side == "auto" and device.type == "cpu"),
-    )  # fmt: skip
-    base = outcomes[entrants[0].name]
-    ceiling = base.answers.get("ceilings", {}).get("product_flops")
-    rows = []
-    for candidate in entrants:
-        outcome = outcomes[candidate.name]
+    outcomes: dict[str, Outcome] = {}
+
+    def report(candidate: Candidate, outcome: Outcome) -> None:
+        outcomes[candidate.name] = outcome
         row = {"name": candidate.name, **identity(point), "differs": list(candidate.differs)}
         if outcome.missing is not None:
-            rows.append({**row, "missing": outcome.missing})
-            continue
-        row.update(row_of(outcome, point, works, base, peak=peak_flops(device), ceiling=ceiling))
-        rows.append({**row, **sampler.summary(outcome.rounds)})
-    rows.extend({"name": name, **identity(point), "missing": why} for name, why in absent.items())
-    order = [*LADDER] if point.ladder else [candidate.name for candidate in entrants]
-    return sorted(rows, key=lambda row: order.index(row["name"]))
+            add({**row, "missing": outcome.missing})
+            return
+        base = outcomes[entrants[0].name]
+        row.update(row_of(outcome, point, works, base, device))
+        add({**row, **sampler.summary(outcome.rounds)})
+
+    for name, why in absent.items():
+        add({"name": name, **identity(point), "missing": why})
+    contest(
+        entrants, folder, warmup=point.warmup, rounds=point.rounds, steps=point.steps, limit=point.limit, watch=sampler.watch,
+        side_by_side=point.side_by_side == "yes" or (point.side_by_side == "auto" and device.type == "cpu"), report=report,
+    )  # fmt: skip
 
 
 def row_of(
-    outcome: Outcome, point: TrainBenchSettings, works: list[Work], base: Outcome, *, peak: float | None, ceiling: float | None
+    outcome: Outcome, point: TrainBenchSettings, works: list[Work], base: Outcome, device: torch.device
 ) -> dict[str, Any]:
-    """The measurements of one candidate."""
+    """The measurements of one candidate; losses are compared with those of `base`, which measured the ceiling as well."""
+    ceiling = base.answers.get("ceilings", {}).get("product_flops")
     losses = [loss for answer in (outcome.warmup, *outcome.rounds) for loss in answer["loss"]]
     parts = outcome.answers.get("breakdown")
     return {
         "parameters": point.config.parameters,
-        **speed(works, outcome.rounds, first=point.warmup, steps=point.steps, peak=peak, ceiling=ceiling),
+        **speed(works, outcome.rounds, first=point.warmup, steps=point.steps, peak=peak_flops(device), ceiling=ceiling),
         "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
         "memory": outcome.rounds[-1]["memory"],
         "plan_gib": outcome.facts.get("plan_gib", {"missing": "a plan is made for ours alone"}),
@@ -266,7 +253,13 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
     config, pairs = point.config, point.objective == "dpo"
     room = point.micro_batch * point.sequence * (2 if pairs else 1)
     data = point.data or str(folder / "data")
-    if not point.data:
+    if point.data:
+        dataset = TokenDataset.open(data)
+        if dataset.kind != KINDS[point.objective]:
+            raise ValueError(f"data = {data}: holds {dataset.kind}; {point.objective} trains on {KINDS[point.objective]}")
+        if dataset.vocab_size > config.unpadded_vocab_size:
+            raise ValueError(f"data = {data}: has {dataset.vocab_size} pieces, {point.preset} {config.unpadded_vocab_size}")
+    else:
         places = room * point.accumulate * point.needed_steps
         write_synthetic(
             Path(data), KINDS[point.objective], config, places=places, sequence=point.sequence, documents=point.documents,
@@ -343,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = parse(TrainBenchSettings, arguments, prog="python -m benchmarks.train")
     try:
-        result = run(settings, command_text("benchmarks.train", arguments))
+        result = run(settings, " ".join(["python -m benchmarks.train", *arguments]))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(show(result))

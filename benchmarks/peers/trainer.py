@@ -39,7 +39,7 @@ def dealt(items: Sequence[int], parts: int) -> list[list[int]]:
     return [list(items[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
-def measured(trainer_class: type, worker: Worker, transformers: ModuleType, groups: Sequence[Sequence[int]] | None) -> type:
+def measured(trainer_class: type, worker: Worker, transformers: ModuleType, groups: list[list[int]] | None) -> type:
     """The trainer with its steps reported. groups: which examples make each batch; None leaves that to the trainer."""
 
     class Callback(transformers.TrainerCallback):  # type: ignore[name-defined]
@@ -77,7 +77,7 @@ def measured(trainer_class: type, worker: Worker, transformers: ModuleType, grou
             if groups is None:
                 return super().get_train_dataloader()
             dataset = self._remove_unused_columns(self.train_dataset, description="training")
-            loader = DataLoader(dataset, batch_sampler=list(groups), collate_fn=self.data_collator)
+            loader = DataLoader(dataset, batch_sampler=groups, collate_fn=self.data_collator)
             return self.accelerator.prepare(loader)
 
         def _get_train_sampler(self, train_dataset=None):

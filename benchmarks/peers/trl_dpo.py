@@ -9,7 +9,7 @@ from worker import Worker, cpu_seconds
 
 def main() -> None:
     worker = Worker()
-    transformers, datasets, trl = worker.need("transformers", "datasets", "trl")
+    trl, transformers, datasets = worker.need("trl", "transformers", "datasets")
     steps, beforehand = Steps(worker.job["steps_file"]), worker.job["mode"] != "in_loop"
     pairs = [list(zip(every[0::2], every[1::2], strict=True)) for every in map(steps.documents, range(len(steps)))]
     dataset = datasets.Dataset.from_list([
@@ -27,7 +27,7 @@ def main() -> None:
     )  # fmt: skip
     spent = {"seconds": 0.0, "cpu_seconds": 0.0}
 
-    class Tokenised(trl.DPOTrainer):
+    class Tokenised(trl.DPOTrainer):  # type: ignore[name-defined]
         def _prepare_dataset(self, dataset, *_):
             return dataset
 

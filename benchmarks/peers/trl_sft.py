@@ -12,7 +12,7 @@ from worker import Worker
 
 def main() -> None:
     worker = Worker()
-    transformers, datasets, trl = worker.need("transformers", "datasets", "trl")
+    trl, transformers, datasets = worker.need("trl", "transformers", "datasets")
     steps, mode = Steps(worker.job["steps_file"]), worker.job["mode"]
     documents = [steps.documents(step) for step in range(len(steps))]
     dataset = datasets.Dataset.from_list([
