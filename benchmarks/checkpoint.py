@@ -13,6 +13,7 @@ in host memory.
 
 import contextlib
 import hashlib
+import importlib
 import os
 import shlex
 import shutil
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as distributed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -172,17 +172,22 @@ def _load_ours(folder: Path, shape: Shape) -> tuple[Mistral, AdamW]:
     return model, optimizer
 
 
+def _distributed() -> Any:
+    # Large enough to show in the memory of the others.
+    return importlib.import_module("torch.distributed.checkpoint")
+
+
 def _save_distributed(folder: Path, model: Mistral, optimizer: AdamW) -> Any:
-    return partial(distributed.save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    return partial(_distributed().save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
 
 
 def _save_distributed_async(folder: Path, model: Mistral, optimizer: AdamW) -> Any:
-    return partial(distributed.async_save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    return partial(_distributed().async_save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
 
 
 def _load_distributed(folder: Path, shape: Shape) -> tuple[Mistral, AdamW]:
     model, optimizer = shape.empty()
-    distributed.load(tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    _distributed().load(tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
     return model, optimizer
 
 
