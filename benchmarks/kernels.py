@@ -16,6 +16,7 @@ On a CPU, caches absorb what is written, so that small shapes can be faster than
 import difflib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,8 +35,8 @@ SMALL = MistralConfig(
     hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
     sliding_window=128,
 )  # fmt: skip
-# Seconds of a call from which on a turn is one call.
-_SLOW = 0.5
+# Seconds that one provider's timed calls of one direction should take at most, what prepares them included.
+_BUDGET = 2.0
 COLUMNS = (
     "operator", "direction", "shape", "provider", "seconds", "floor_seconds", "floor_fraction", "speed_over_best_peer",
     "best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing",
@@ -131,14 +132,16 @@ class Timing:
     ceilings: dict[str, float]
 
     def samples(self, works: dict[str, tuple[Callable[..., Any], Callable[[], Any]]]) -> dict[str, list[float]]:
-        """Seconds of each name's (work, its preparation), in turns."""
+        """Seconds of each name's (work, its preparation), in turns: fewer of what takes long."""
         repeats: dict[str, int] = {}
 
         def turn(name: str) -> list[float]:
             work, prepare = works[name]
             if name not in repeats:
-                slow = min(measure.kernel_seconds(work, self.device, repeats=2, warmup=0, prepare=prepare)) > _SLOW
-                repeats[name] = 1 if slow else self.repeats
+                start = time.perf_counter()
+                measure.kernel_seconds(work, self.device, repeats=2, warmup=0, prepare=prepare)
+                call = (time.perf_counter() - start) / 2
+                repeats[name] = max(1, min(self.repeats, int(_BUDGET / self.rounds / max(call, 1e-9))))
             warmup = 0 if repeats[name] == 1 else 1
             return measure.kernel_seconds(work, self.device, repeats=repeats[name], warmup=warmup, prepare=prepare)
 

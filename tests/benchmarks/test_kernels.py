@@ -236,9 +236,11 @@ def test_a_row_holds_time_floor_memory_and_error():
     assert rows[1]["peak_mib"] > rows[0]["peak_mib"]
 
 
-def test_every_call_gets_its_turn_and_slow_ones_fewer(monkeypatch):
-    calls = {"quick": 0, "slow": 0}
-    seconds = {"quick": 0.001, "slow": 1.0}
+def test_every_provider_gets_its_turns_and_slow_ones_fewer_calls(monkeypatch):
+    calls = {"quick": 0, "slow": 0, "slower": 0}
+    seconds = {"quick": 0.001, "slow": 0.25, "slower": 3.0}
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
 
     def kernel_seconds(work, device, *, repeats, warmup, prepare):
         for _ in range(repeats + warmup):
@@ -249,11 +251,13 @@ def test_every_call_gets_its_turn_and_slow_ones_fewer(monkeypatch):
 
     def work(name):
         calls[name] += 1
+        now[0] += seconds[name]
 
     timing = benchmark.Timing(CPU, rounds=3, repeats=4, ceilings={})
     samples = timing.samples({name: (work, lambda name=name: name) for name in calls})
-    assert {name: len(taken) for name, taken in samples.items()} == {"quick": 12, "slow": 3}
-    assert calls == {"quick": 2 + 3 * 5, "slow": 2 + 3}
+    # Two calls say how long one takes; a turn of what is not slow begins with a warm-up.
+    assert {name: len(taken) for name, taken in samples.items()} == {"quick": 12, "slow": 6, "slower": 3}
+    assert calls == {"quick": 2 + 3 * 5, "slow": 2 + 3 * 3, "slower": 2 + 3}
 
 
 def test_a_run_writes_a_result_of_each_operator_and_needs_no_command_line(tmp_path, monkeypatch, capsys):
