@@ -294,7 +294,7 @@ class Judge:
 
     def _error(self, name: str, result: torch.Tensor) -> float:
         exact = self.exact[name]
-        error = float((result.double() - exact).abs().max() / exact.abs().max())
+        error = float((result.detach().double() - exact).abs().max() / exact.abs().max())
         # JSON knows neither NaN nor infinity.
         return error if error < float("inf") else sys.float_info.max
 

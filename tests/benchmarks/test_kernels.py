@@ -292,3 +292,22 @@ def test_a_run_writes_a_result_of_each_operator_and_needs_no_command_line(tmp_pa
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         benchmark.KernelSettings(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BY_NAME)
+def test_on_a_gpu_rows_are_right_and_timed(name):
+    operator, device = BY_NAME[name], torch.device("cuda")
+    config = MistralConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, sliding_window=100,
+    )  # fmt: skip
+    case = operator.case(Sizes.of(config, 320, 200), torch.bfloat16, device)
+    timing = benchmark.Timing(device, rounds=1, repeats=3, ceilings={"product_flops": 1e15, "copy_bytes": 5e12})
+    rows = benchmark.measure_operator(operator, case, ("komainu", operator.yardstick, "torch varlen"), timing)
+    assert {row["provider"] for row in rows} >= {"komainu", operator.yardstick}
+    for row in rows:
+        assert "wrong" not in row, row
+        assert "missing" not in row, row
+        assert 0 < row["seconds"]["median"] < 1
+        assert row["peak_mib"] >= 0

@@ -156,3 +156,23 @@ def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkey
 def test_the_instrument_needs_no_package_that_only_command_lines_need():
     program = "import sys; sys.modules['tyro'] = None; sys.modules['mistral_common'] = None; import benchmarks.measure"
     subprocess.run([sys.executable, "-c", program], cwd=measure.ROOT, check=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_calls_are_queued_and_memory_is_the_allocators():
+    device = torch.device("cuda")
+    calls = []
+
+    def work(tensor):
+        calls.append(tensor)
+        tensor.add_(1)
+
+    seconds = measure.kernel_seconds(work, device, repeats=4, warmup=1, prepare=lambda: torch.zeros(2**20, device=device))
+    assert len(seconds) == 4
+    assert min(seconds) > 0
+    assert [float(tensor.sum()) for tensor in calls] == [2.0**20] * 5
+
+    held = torch.ones(2**20, device=device)
+    # Two results of 4 MiB are alive together.
+    assert measure.allocated_peak(lambda: (held + 1) * 2, device) == 2 * held.nbytes
+    assert all(value > 0 for value in measure.ceilings(device).values())
