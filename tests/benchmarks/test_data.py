@@ -210,6 +210,7 @@ def test_settings_in_code_need_neither_tyro_nor_mistral_common():
 import sys
 for name in ("tyro", "mistral_common", "datasets"):
     sys.modules[name] = None
+import benchmarks.checkpoint, benchmarks.kernels
 from benchmarks.data import DataSettings, run
 run(DataSettings(parts=("tokenise",), documents=3, rounds=1, device="cpu"))
 """
