@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "SMALL", CONFIG)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("provider", benchmark.PROVIDERS)
 def test_every_provider_brings_back_what_it_saved(provider, dtype, small, tmp_path):
