@@ -7,6 +7,13 @@ Every stage is the recipe itself with its configuration from recipes/tiny, and w
 alone. The report goes to report.md, report.json and losses.png. The command fails where the chat model misses its targets.
 """
 
+import os
+
+if __name__ == "__main__":
+    # OpenMP reads this when torch is imported. Threads that spin while they wait make the run several times slower
+    # as soon as another program wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import dataclasses
 import json
 import shutil
