@@ -61,7 +61,7 @@ TASKS = (
     Task("train", 30, "sft"),
     Task("train", 30, "dpo"),
     Task("finetune", 50),
-    Task("checkpoint", 20),
+    Task("checkpoint", 40),
     Task("data", 15),
 )
 # Outcomes of tests are no benchmark's result: they stand in the summary instead of a file of their own.

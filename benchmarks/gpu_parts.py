@@ -18,11 +18,9 @@ from engine.environment import choose_device, report
 
 # The settings' class of each benchmark.
 SETTINGS = {
-    "kernels": "KernelSettings",
-    "train": "TrainBenchSettings",
-    "finetune": "FinetuneBenchSettings",
-    "data": "DataSettings",
-}
+    "kernels": "KernelSettings", "train": "TrainBenchSettings", "finetune": "FinetuneBenchSettings",
+    "checkpoint": "CheckpointSettings", "data": "DataSettings",
+}  # fmt: skip
 _TRAIN: dict[str, Any] = {"preset": "shisa-7b", "layers": 8, "sequence": 4096, "rounds": 3, "limit": 60.0}
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     "next-token": {"peers": ("transformers eager", "transformers compile", "transformers + Liger", "torchtitan Llama")},
@@ -30,14 +28,16 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft", "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
     "dpo": {"objective": "dpo", "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},
 }
+_CHECKPOINTS = ("komainu", "torch.distributed.checkpoint")
 # What a GPU is to measure. Shisa 7B's shapes; as many layers as leave room for the state of an optimizer that keeps everything.
 TASKS: dict[tuple[str, str], dict[str, Any]] = {
     ("kernels", ""): {},
     **{("train", name): {**_TRAIN, **more} for name, more in _OBJECTIVES.items()},
     ("finetune", ""): {"rounds": 3, "steps": 2, "limit": 60.0},
+    ("checkpoint", ""): {"preset": "mistral-7b", "layers": 1, "rounds": 2, "limit": 60.0, "providers": _CHECKPOINTS},
     # What a GPU changes: where micro-batches go. The rest is any machine's.
     ("data", ""): {"parts": ("load",), "step_seconds": (0.1,)},
-}
+}  # fmt: skip
 _TINY: dict[str, Any] = {"rounds": 1, "steps": 1, "warmup": 1, "threads": 1}
 REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
     # Without torch.compile, which takes a CPU minutes.
@@ -46,6 +46,7 @@ REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
     ("finetune", ""): {
         **_TINY, "preset": "tiny", "step_tokens": 128, "step_pairs": 2, "conversation_length": 128, "pair_length": 256,
     },
+    ("checkpoint", ""): {"preset": "tiny", "rounds": 1, "providers": _CHECKPOINTS},
     ("data", ""): {
         "documents": 20, "context_length": 128, "step_size": 512, "steps": 2, "rounds": 1, "step_seconds": (0.01,),
         "plan_documents": (1000,),

@@ -98,7 +98,17 @@ VIEWS: dict[str, View] = {
         bars=(("utilisation", "Share of a pack that holds places", 1),),
         split="part",
     ),
-    "checkpoint": View("Checkpoints", "Writing and reading checkpoints.", "name"),
+    "checkpoint": View(
+        "Checkpoints",
+        "Saving until all is on the disk, and loading from it until a model and its optimizer are ready to go on. Blocked: "
+        "until training can go on. Above: the most host memory beyond what was held before.",
+        "provider",
+        brief=(
+            "operation", "provider", "gib", "seconds", "gb_per_second", "blocked_seconds", "peak_host_gib", "above_gib",
+            "wrong",
+        ),
+        bars=(("gb_per_second", "GB/s", 0),),
+    ),
     "environment": View("Ceilings", "What a machine reaches.", "what"),
 }  # fmt: skip
 _INTRODUCTION = """\

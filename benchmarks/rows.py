@@ -21,6 +21,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "task", "part", "what", "provider", "tokenizer", "source", "lengths", "packer", "capacity", "kind", "pack_tokens",
         "step_seconds", "documents",
     ),
+    "checkpoint": ("task", "operation", "provider"),
     "environment": ("what",),
 }  # fmt: skip
 _UNITS = {"gib": "GiB", "mib": "MiB", "tflops": "TFLOP/s", "mhz": "MHz"}
@@ -82,7 +83,7 @@ def label(values: Mapping[str, Any]) -> str:
 
 def words(name: str) -> str:
     """A field's name for people."""
-    return name.replace("_", " ")
+    return name.replace("gb_per_second", "GB/s").replace("_", " ")
 
 
 def number(value: Any, unit: float = 1.0) -> str:
@@ -123,7 +124,9 @@ def head(name: str, values: Iterable[Any]) -> str:
     """A column's name for people, its unit in parentheses instead of at the name's end."""
     unit = unit_of(name, values)[1]
     if unit and unit != "%":
-        name = name.removesuffix(name.split()[-1].rpartition("_")[2]).rstrip("_ ") or "time"
+        name = name.removesuffix(name.split()[-1].rpartition("_")[2]).rstrip("_ ") or (
+            "size" if unit.endswith("iB") else "time"
+        )
     return words(name) + (f" ({unit})" if unit else "")
 
 
