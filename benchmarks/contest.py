@@ -136,12 +136,13 @@ class Process:
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            # One that is asked for nothing more ends by itself; when this process is interrupted, it may be in a long step.
+            self._process.wait(timeout=20 if kind is None else 0)
         except subprocess.TimeoutExpired:
             self._kill()
 

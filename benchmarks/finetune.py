@@ -8,6 +8,7 @@ log-probabilities where they are computed beforehand, once for each pair; in eac
 """
 
 import functools
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -300,6 +301,8 @@ def show(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = parse(FinetuneBenchSettings, arguments, prog="python -m benchmarks.finetune")
+    # A command that is stopped ends its candidates, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result = run(settings, " ".join(["python -m benchmarks.finetune", *arguments]))
     except (ValueError, OSError) as error:

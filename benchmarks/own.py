@@ -20,6 +20,7 @@ from engine.config import from_table, to_table
 from engine.data.batches import Step, evaluation_batches, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
+from engine.environment import use_deterministic_algorithms
 from engine.loop import Objective, accumulate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
@@ -47,6 +48,8 @@ def main() -> None:
 def measure_steps(worker: Worker) -> None:
     """Open the run, and train as told. Answers the orders "ceilings" and "breakdown" as well."""
     run = open_job(worker.job)
+    if run.device.type == "cuda":
+        use_deterministic_algorithms()
     model = run.load_model() if run.settings.model else fresh_model(run)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer)
     objective, facts = objective_of(run, model)

@@ -10,6 +10,7 @@ Each candidate trains in a process of its own on the same tokens, from the same 
 
 import dataclasses
 import itertools
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -335,6 +336,8 @@ def memory_text(memory: dict[str, float] | None) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     settings = parse(TrainBenchSettings, arguments, prog="python -m benchmarks.train")
+    # A command that is stopped ends its candidates, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result = run(settings, " ".join(["python -m benchmarks.train", *arguments]))
     except (ValueError, OSError) as error:

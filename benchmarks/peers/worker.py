@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ class Worker:
         self._marks: list[Any] = []
         self._losses: list[Any] = []
         self._counts: list[dict[str, int]] = []
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         if self.job.get("threads"):
             torch.set_num_threads(self.job["threads"])
 
@@ -131,6 +133,13 @@ class Worker:
     def _say(self, answer: dict[str, Any]) -> None:
         self._out.write(json.dumps(answer) + "\n")
         self._out.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has been killed, whatever step it is in."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def cpu_seconds() -> float:

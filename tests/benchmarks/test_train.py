@@ -28,6 +28,7 @@ from kernels.linear_log_prob import linear_log_prob
 from model.config import preset
 
 CPU = torch.device("cpu")
+PEERS = str(Path(train.__file__).parent / "peers")
 ANSWERING = """
 import json, os, sys, time
 job = json.load(open(sys.argv[1]))
@@ -347,7 +348,7 @@ def test_a_worker_answers_orders_and_says_what_it_lacks(tmp_path):
     job.write_text(json.dumps({"device": "cpu", "dtype": "float32"}))
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(train.__file__).parent / "peers")!r})
+sys.path.insert(0, {PEERS!r})
 from worker import Worker
 worker = Worker(["", {str(job)!r}], {{"double": lambda: 4}})
 print("noise of a library")
@@ -363,3 +364,34 @@ worker.need("json", "no_such_package")
     assert len(first["seconds"]) == 2
     assert missing == {"missing": "no_such_package is not installed"}
     assert "noise of a library" in ended.stderr
+
+
+def test_candidates_end_with_the_one_that_started_them(tmp_path):
+    """Also with one that is killed, and in the middle of a step."""
+    job, pid = tmp_path / "job.json", tmp_path / "pid"
+    job.write_text(json.dumps({"device": "cpu", "dtype": "float32"}))
+    worker = (
+        f"import os, sys, time; sys.path.insert(0, {PEERS!r}); from worker import Worker; Worker(['', {str(job)!r}]);"
+        f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    starter = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", starter])
+    wait_for(lambda: pid.exists() and pid.read_text())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not runs(int(pid.read_text())))
+
+
+def runs(pid):
+    """Whether a process is there and has not ended; one that nobody waited for is still listed."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(happens, seconds=30):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.1)
