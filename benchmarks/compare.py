@@ -80,7 +80,7 @@ def _ratio(name: str, old: Any, new: Any) -> tuple[str, ...]:
     if not old_median:
         return (*cells, "-", "", "", "")
     ratio = f"{new_median / old_median:.3f}"
-    if not (of.is_spread(old) and of.is_spread(new)) or not old_low:
+    if not all(of.is_spread(value) and value.get("samples") != 1 for value in (old, new)) or not old_low:
         return (*cells, ratio, "", "", "")
     within = "within noise" if new_low <= old_high and old_low <= new_high else ""
     return (*cells, ratio, f"{new_low / old_high:.3f}", f"{new_high / old_low:.3f}", within)

@@ -6,6 +6,13 @@ import pytest
 
 from benchmarks import compare as command
 from benchmarks.compare import compare
+from benchmarks.rows import KEYS
+
+
+@pytest.fixture(autouse=True)
+def any_keys(monkeypatch):
+    """The rows of these tests are told apart by all that they say."""
+    monkeypatch.delitem(KEYS, "finetune")
 
 
 def _lines(text: str, start: str) -> list[list[str]]:
@@ -45,6 +52,12 @@ def test_ranges_that_touch_are_noise(make_result, spread, low, high, within):
     new = make_result([{"name": "alpha", "speed": spread(low, (low + high) / 2, high)}])
     assert ("within noise" in compare(old, new)) == within
     assert ("within noise" in compare(new, old)) == within
+
+
+def test_one_sample_has_no_range(make_result, spread):
+    old = make_result([{"name": "alpha", "speed": spread(100.0, 100.0, 100.0) | {"samples": 1}}])
+    new = make_result([{"name": "alpha", "speed": spread(90.0, 100.0, 110.0)}])
+    assert [cell.strip() for cell in _lines(compare(old, new), "alpha")[0]][-1] == "1.000"
 
 
 def test_a_row_that_is_measured_now_says_why_it_was_not(make_result, spread):
