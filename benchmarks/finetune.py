@@ -111,7 +111,7 @@ class FinetuneBenchSettings:
 
 
 def run(settings: FinetuneBenchSettings, command: str = "benchmarks.finetune.run") -> dict[str, Any]:
-    """Measure the stages; returns the result, which is also written after each stage where `out` is given."""
+    """Measure the stages; returns the result, which is also written after each candidate where `out` is given."""
     device = choose_device(settings.device)
     rows: list[dict[str, Any]] = []
 
@@ -121,15 +121,20 @@ def run(settings: FinetuneBenchSettings, command: str = "benchmarks.finetune.run
             measure.write_result(settings.out, result)
         return result
 
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        written(complete=False)
+
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
         for stage in settings.stages:
-            rows.extend(measure_stage(settings, stage, device, Path(folder) / stage))
-            written(complete=False)
+            measure_stage(settings, stage, device, Path(folder) / stage, add)
     return written(complete=True)
 
 
-def measure_stage(settings: FinetuneBenchSettings, stage: str, device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """A row for ours, one for each of TRL's paths, and one that compares."""
+def measure_stage(
+    settings: FinetuneBenchSettings, stage: str, device: torch.device, folder: Path, add: Callable[[dict[str, Any]], None]
+) -> None:
+    """Add a row for ours, one for each of TRL's paths, and one that compares."""
     folder.mkdir()
     described = write_data(settings, stage, folder / "data")
     length, sides = settings.length(stage), 1 if stage == "sft" else 2
@@ -151,20 +156,24 @@ def measure_stage(settings: FinetuneBenchSettings, stage: str, device: torch.dev
         Candidate(NAME, ("-m", "benchmarks.own"), job, of_ours=True, orders=orders),
         *rivals.candidates(list(PEERS[stage]), job, python=settings.peers_python or sys.executable),
     ]
-    outcomes = contest(
-        entrants, folder, warmup=settings.warmup, rounds=settings.rounds, steps=settings.steps, limit=settings.limit,
-        side_by_side=device.type == "cpu",
-    )  # fmt: skip
-    rows = []
-    for candidate in entrants:
+    rows: list[dict[str, Any]] = []
+    outcomes: dict[str, Outcome] = {}
+
+    def report(candidate: Candidate, outcome: Outcome) -> None:
+        outcomes[candidate.name] = outcome
         row = {"stage": stage, "name": candidate.name, "data": described, "differs": list(candidate.differs)}
-        outcome = outcomes[candidate.name]
         if outcome.missing is None:
             row.update(row_of(outcome, settings, works, outcomes[NAME]))
         else:
             row["missing"] = outcome.missing
         rows.append(row)
-    return [*rows, comparison(stage, rows)]
+        add(row)
+
+    contest(
+        entrants, folder, warmup=settings.warmup, rounds=settings.rounds, steps=settings.steps, limit=settings.limit,
+        side_by_side=device.type == "cpu", report=report,
+    )  # fmt: skip
+    add(comparison(stage, rows))
 
 
 def row_of(outcome: Outcome, settings: FinetuneBenchSettings, works: list[Work], ours: Outcome) -> dict[str, Any]:
