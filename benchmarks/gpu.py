@@ -7,7 +7,8 @@ among the tasks still to run in the proportion of their usual length, so that on
 ones. One that fails or is cut off takes no other with it and leaves the rows it has. The folder is flat and small (at most 8
 files), so that it can be carried off as it is: gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs the parts that
 are not whole in the folder; `--rehearse` runs every part tiny on the CPU, in files of another name. Status 0: all was done and
-no test failed; 1: not so; 130: interrupted, with what was measured until then kept.
+no test failed; 1: not so; 130: interrupted, with what was measured until then kept. Where the files were copied without their
+repository, KOMAINU_COMMIT says which commit they are.
 """
 
 import argparse
@@ -121,10 +122,13 @@ class Run:
             self.kept.pop(task.part, None)
         self.say(f"{task.label}: at most {limit:.0f} s")
         start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="komainu-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="komainu-", ignore_cleanup_errors=True) as scratch:
             file, status, output = Path(scratch) / "result.json", "interrupted", ""
             try:
-                status, output = measure.run_part(task.arguments(file, self.rehearse), limit=limit, log=self.log)
+                # What a task that is cut off leaves behind, weights among it, must not fill the disk.
+                temporary = {"TMPDIR": scratch}
+                arguments = task.arguments(file, self.rehearse)
+                status, output = measure.run_part(arguments, limit=limit, log=self.log, environment=temporary)
             finally:
                 content = read_json(file)
                 if status == "done":

@@ -31,6 +31,8 @@ if name == "silent":
     sys.exit(0)
 write(1, False)
 if name == "hanging":
+    import tempfile
+    print("left", tempfile.mkdtemp(), flush=True)
     print("waits", flush=True)
     time.sleep(600)
 if name == "broken":
@@ -95,6 +97,8 @@ def test_a_part_is_cut_off_at_its_share_and_keeps_its_rows(tmp_path, monkeypatch
     content = json.loads((tmp_path / "gpu-hanging.json").read_text())
     assert content["rows"] == [{"row": 0, "outcome": "passed"}]
     assert content["complete"] is False
+    (left,) = [line.split()[1] for line in (tmp_path / "gpu-log.txt").read_text().splitlines() if line.startswith("left")]
+    assert not Path(left).exists()
 
 
 def test_the_tasks_of_a_part_share_its_file(tmp_path):

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from benchmarks import measure
 from benchmarks.measure import result, run_part
 
 # Writes the id of a process that it starts in a session of its own, then waits for longer than any test.
@@ -55,6 +56,14 @@ def test_a_part_does_not_wait_for_input():
 def test_a_part_gets_its_environment():
     arguments = ["-c", "import os; print(os.environ['KOMAINU_COMMIT'], 'PATH' in os.environ)"]
     assert run_part(arguments, limit=60, environment={"KOMAINU_COMMIT": "abc"}) == ("done", "abc True\n")
+
+
+def test_files_without_their_repository_may_be_told_their_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.delenv("KOMAINU_COMMIT", raising=False)
+    assert measure.commit() == "unknown"
+    monkeypatch.setenv("KOMAINU_COMMIT", "abc")
+    assert measure.commit() == "abc"
 
 
 def test_a_result_holds_no_folders_of_the_machine():
