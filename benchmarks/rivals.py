@@ -63,6 +63,8 @@ def candidates(
     for name in names:
         peer = RIVALS[name]
         differs = list(peer.differs)
+        if "torchtitan" not in peer.script:
+            differs.append("attention by scaled_dot_product_attention, under a dense mask where documents are packed or padded")
         if job["dtype"] != "float32":
             differs.append("no float32 masters of the parameters")
         if job["config"]["vocab_size"] > job["config"]["unpadded_vocab_size"]:
