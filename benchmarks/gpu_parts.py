@@ -1,6 +1,6 @@
 """What each part of `benchmarks.gpu` does in its own process: python -m benchmarks.gpu_parts PART FILE [--rehearse].
 
-Settings are made here in code, as a machine that is lent for half an hour need not have what reads command lines.
+Settings are made here in code, as a borrowed machine need not have what reads command lines.
 """
 
 import importlib
