@@ -26,7 +26,6 @@ CELLS = [(language, kind) for language in LANGUAGES for kind in KINDS]
 
 LEAST_EXACT = 0.80  # of each language and kind after SFT 2
 MOST_ENGLISH_LOSS = 0.05  # of the exact share, by SFT 2
-ANSWERS = 3  # shown in each language
 
 
 def machine(device: torch.device) -> str:
@@ -53,15 +52,17 @@ def language_share(scores: dict[tuple[str, str], Score], language: str, value: s
 
 
 def sample_answers(folder: Path, example: Example, device: torch.device) -> list[dict[str, str]]:
-    """What the exported model says, greedily, to some held-out questions: `language`, `question`, `answer`."""
+    """Greedy answers to two held-out facts and a sum in each language: `language`, `question`, `answer`."""
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device=device)
     sampling = Sampling(temperature=0.0, max_new_tokens=40)
     answers = []
     for language in LANGUAGES:
-        questions = [question for question in example.held_out if question.language == language]
-        for place in range(ANSWERS):
-            text = questions[place * (len(questions) - 1) // (ANSWERS - 1)].text
+        facts, sums = (
+            [question for question in example.held_out if (question.language, question.item.kind) == (language, kind)]
+            for kind in KINDS
+        )
+        for text in (facts[0].text, facts[len(facts) // 2].text, sums[len(sums) // 2].text):
             prompt = encode_prompt(tokenizer, [{"role": "user", "content": text}])
             ids = list(generate(model, prompt, sampling, stop_ids=(tokenizer.eos_id,)))
             answers.append({"language": language, "question": text, "answer": tokenizer.decode(ids).strip()})

@@ -27,7 +27,7 @@ SYSTEM = {"en": "You answer short questions.", "ja": "あなたは短い質問�
 class ExampleSettings:
     """How large the example is. The split and all texts follow from these numbers alone."""
 
-    seed: int = 20
+    seed: int = 5
     largest_first: int = 12  # sums of 1..largest_first and 1..largest_second
     largest_second: int = 8
     unseen_sums: int = 12  # appear nowhere in the training data
