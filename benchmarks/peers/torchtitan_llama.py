@@ -51,7 +51,7 @@ class StandIns:
     """Finds those packages that are not needed and not installed: modules of empty classes."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_loader(name, self, is_package=True) if name.split(".")[0] in _NOT_NEEDED else None
+        return importlib.util.spec_from_loader(name, self, is_package=True) if name.split(".")[0] in _NOT_NEEDED else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         def attribute(name: str) -> type:
