@@ -15,9 +15,7 @@ import contextlib
 import hashlib
 import importlib
 import os
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.command import benchmark
 from benchmarks.data import synthetic_texts, trained_tokenizer
 from benchmarks.kernels import SMALL
 from engine.checkpoint import TrainingState, load_optimizer, newest_checkpoint, read_state, save_checkpoint
@@ -380,11 +379,7 @@ def forget_files(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from recipes.command import command
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = "python -m benchmarks.checkpoint"
-    command(CheckpointSettings, lambda settings: run(settings, shlex.join([*name.split(), *arguments])), arguments, name)
+    benchmark(CheckpointSettings, run, argv, "checkpoint")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ Rows by "part":
 import io
 import json
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from benchmarks import lengths as of_length
 from benchmarks import measure
+from benchmarks.command import benchmark
 from engine.config import to_table
 from engine.data.batches import Batch, Step, make_step, step_stream
 from engine.data.dataset import DatasetWriter, TokenDataset
@@ -401,11 +400,7 @@ def plan_row(documents: int, context_length: int, step_size: int, rounds: int) -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from recipes.command import command
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = "python -m benchmarks.data"
-    command(DataSettings, lambda settings: run(settings, shlex.join([*name.split(), *arguments])), arguments, name)
+    benchmark(DataSettings, run, argv, "data")
 
 
 if __name__ == "__main__":

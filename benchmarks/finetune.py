@@ -8,7 +8,6 @@ log-probabilities where they are computed beforehand, once for each pair; in eac
 """
 
 import functools
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 
 from benchmarks import measure, rivals
+from benchmarks.command import benchmark
 from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job
 from benchmarks.packs import export_steps, write_synthetic
 from benchmarks.train import default_dtype, memory_text
-from engine.config import parse, to_table
+from engine.config import to_table
 from engine.data.batches import make_step
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.prepare import prepare
@@ -308,15 +308,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(FinetuneBenchSettings, arguments, prog="python -m benchmarks.finetune")
-    # A command that is stopped ends its candidates, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        result = run(settings, " ".join(["python -m benchmarks.finetune", *arguments]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(show(result))
+    benchmark(FinetuneBenchSettings, lambda settings, text: print(show(run(settings, text))), argv, "finetune")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ On a CPU, caches absorb what is written, so that small shapes can be faster than
 """
 
 import difflib
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import measure
+from benchmarks.command import benchmark
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes, Tensors, gradient_of
 from engine.config import to_table
@@ -304,11 +304,7 @@ class Judge:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from recipes.command import command
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = "python -m benchmarks.kernels"
-    command(KernelSettings, lambda settings: run(settings, shlex.join([*name.split(), *arguments])), arguments, name)
+    benchmark(KernelSettings, run, argv, "kernels")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Each candidate trains in a process of its own on the same tokens, from the same 
 
 import dataclasses
 import itertools
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,13 +20,14 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import measure, rivals
+from benchmarks.command import benchmark
 from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job
 from benchmarks.packs import Documents, export_steps, write_synthetic
 from benchmarks.parts import LADDER, OPERATORS, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
-from engine.config import parse, to_table
+from engine.config import to_table
 from engine.data.batches import make_step
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
@@ -334,15 +334,7 @@ def memory_text(memory: dict[str, float] | None) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(TrainBenchSettings, arguments, prog="python -m benchmarks.train")
-    # A command that is stopped ends its candidates, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        result = run(settings, " ".join(["python -m benchmarks.train", *arguments]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(show(result))
+    benchmark(TrainBenchSettings, lambda settings, text: print(show(run(settings, text))), argv, "train")
 
 
 if __name__ == "__main__":
