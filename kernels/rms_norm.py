@@ -1,12 +1,22 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4).
 
+With s = (mean(x^2) + eps)^(-1/2), out = x s w. Its backward pass, for a gradient g of out:
+
+    dx = s (g w - x s^2 mean(g w x)),   dw = sum over rows of g x s
+
+dw is summed in two stages of fixed order: each program over its rows, then all programs' sums.
+
 Shapes: T tokens, D width.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import accumulation_dtype
+from kernels.configurations import configuration
+from kernels.launch import launch, multiprocessors, runs_triton, unit_stride
 
 
 def rms_norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -15,7 +25,7 @@ def rms_norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Args: hidden_TD and weight_D of one floating dtype; eps is added to the mean of squares.
     Returns: [T, D] in the dtype of `hidden_TD`; statistics and product are computed in float32 and rounded once.
     """
-    return rms_norm_reference(hidden_TD, weight_D, eps)
+    return norm_forward(hidden_TD, weight_D, eps)[0]
 
 
 def add_rms_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -24,15 +34,218 @@ def add_rms_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: 
     Returns: (residual + hidden, its RMS norm), both [T, D] in the dtype of `residual_TD`. The norm is of the sum as
     rounded to that dtype, which is what the next block's residual holds.
     """
-    return add_rms_norm_reference(residual_TD, hidden_TD, weight_D, eps)
+    return add_norm_forward(residual_TD, hidden_TD, weight_D, eps)[:2]
 
 
 def rms_norm_reference(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    wide = hidden_TD.to(accumulation_dtype(hidden_TD.dtype))
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale * weight_D).to(hidden_TD.dtype)
+    return _norm_eager(hidden_TD, weight_D, eps)[0]
 
 
 def add_rms_norm_reference(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total_TD = residual_TD + hidden_TD
     return total_TD, rms_norm_reference(total_TD, weight_D, eps)
+
+
+# The steps that the operators above, and composites of a norm and a product, are made of.
+
+
+def norm_forward(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm [T, D], scale s of each row [T] in float32)."""
+    return (_norm if runs_triton(hidden_TD) else _norm_eager)(hidden_TD, weight_D, eps)
+
+
+def add_norm_forward(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual + hidden [T, D], its norm [T, D], scale s of each row [T] in float32)."""
+    if runs_triton(residual_TD):
+        return _add_norm(residual_TD, hidden_TD, weight_D, eps)
+    total_TD = residual_TD + hidden_TD
+    return total_TD, *_norm_eager(total_TD, weight_D, eps)
+
+
+def norm_backward(
+    grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the normed rows [T, D], gradient of the weight [D]).
+
+    Args: grad_TD: gradient of the norm. grad_total_TD: of the rows themselves, where they are used otherwise too; it is added.
+    """
+    step = _norm_backward if runs_triton(total_TD) else _norm_backward_eager
+    return step(grad_TD, grad_total_TD, total_TD, weight_D, scale_T)
+
+
+@torch.library.custom_op("komainu::rms_norm", mutates_args=())
+def _norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out_TD, scale_T = _norm_outputs(hidden_TD)
+    _launch_forward(None, hidden_TD, weight_D, eps, None, out_TD, scale_T)
+    return out_TD, scale_T
+
+
+@torch.library.custom_op("komainu::add_rms_norm", mutates_args=())
+def _add_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    out_TD, scale_T = _norm_outputs(residual_TD)
+    total_TD = torch.empty_like(out_TD)
+    _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, scale_T)
+    return total_TD, out_TD, scale_T
+
+
+@torch.library.custom_op("komainu::rms_norm_backward", mutates_args=())
+def _norm_backward(
+    grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    tokens, width = total_TD.shape
+    device = total_TD.device
+    config = configuration("rms_norm_backward", device)
+    programs = min(tokens, config.programs * multiprocessors(device))
+    grad_input_TD = torch.empty((tokens, width), dtype=total_TD.dtype, device=device)
+    partial_PD = torch.empty((programs, width), dtype=torch.float32, device=device)
+    grad_TD, total_TD, weight_D = unit_stride(grad_TD), unit_stride(total_TD), unit_stride(weight_D)
+    added = grad_total_TD is not None
+    grad_total_TD = unit_stride(grad_total_TD) if grad_total_TD is not None else grad_TD
+    block, warps = config.whole_row(width)
+    launch(
+        _backward_kernel, (programs,), grad_TD, grad_total_TD, total_TD, weight_D, scale_T, grad_input_TD, partial_PD, tokens,
+        grad_TD.stride(0), grad_total_TD.stride(0), total_TD.stride(0), WIDTH=width, BLOCK=block, ADDED=added, device=device,
+        warps=warps,
+    )  # fmt: skip
+    return grad_input_TD, sum_rows(partial_PD, weight_D.dtype)
+
+
+def sum_rows(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of the rows of contiguous float32 [P, D] in a fixed order: [D] in `dtype`."""
+    programs, width = partial_PD.shape
+    config = configuration("sum_rows", partial_PD.device)
+    out_D = torch.empty(width, dtype=dtype, device=partial_PD.device)
+    launch(
+        _sum_rows_kernel, (triton.cdiv(width, config.block),), partial_PD, out_D, programs, WIDTH=width, BLOCK=config.block,
+        ROWS=config.rows, device=partial_PD.device, warps=config.warps,
+    )  # fmt: skip
+    return out_D
+
+
+def _norm_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
+    scale_T = torch.empty(hidden_TD.shape[0], dtype=accumulation_dtype(hidden_TD.dtype), device=hidden_TD.device)
+    return torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device), scale_T
+
+
+def _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, scale_T) -> None:
+    tokens, width = hidden_TD.shape
+    added = residual_TD is not None
+    hidden_TD, weight_D = unit_stride(hidden_TD), unit_stride(weight_D)
+    residual_TD = unit_stride(residual_TD) if added else hidden_TD
+    block, warps = configuration("rms_norm", hidden_TD.device).whole_row(width)
+    launch(
+        _forward_kernel, (tokens,), residual_TD, hidden_TD, weight_D, out_TD if total_TD is None else total_TD, out_TD, scale_T,
+        residual_TD.stride(0), hidden_TD.stride(0), eps, WIDTH=width, BLOCK=block, ADDED=added, device=hidden_TD.device,
+        warps=warps,
+    )  # fmt: skip
+
+
+@_norm.register_fake
+def _(hidden_TD, weight_D, eps):
+    return _norm_outputs(hidden_TD)
+
+
+@_add_norm.register_fake
+def _(residual_TD, hidden_TD, weight_D, eps):
+    out_TD, scale_T = _norm_outputs(residual_TD)
+    return torch.empty_like(out_TD), out_TD, scale_T
+
+
+@_norm_backward.register_fake
+def _(grad_TD, grad_total_TD, total_TD, weight_D, scale_T):
+    return torch.empty(total_TD.shape, dtype=total_TD.dtype, device=total_TD.device), torch.empty_like(weight_D)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    hidden_TD, weight_D, _ = inputs
+    ctx.save_for_backward(hidden_TD, weight_D, output[1])
+
+
+def _save_add_norm(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[0], inputs[2], output[2])
+
+
+def _differentiate_norm(ctx, grad_TD, _):
+    hidden_TD, weight_D, scale_T = ctx.saved_tensors
+    return *norm_backward(grad_TD, None, hidden_TD, weight_D, scale_T), None
+
+
+def _differentiate_add_norm(ctx, grad_total_TD, grad_TD, _):
+    grad_input_TD, grad_weight_D = norm_backward(grad_TD, grad_total_TD, *ctx.saved_tensors)
+    return grad_input_TD, grad_input_TD, grad_weight_D, None
+
+
+_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+_add_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
+
+
+def _norm_eager(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide_TD = hidden_TD.to(accumulation_dtype(hidden_TD.dtype))
+    scale_T = torch.rsqrt(wide_TD.square().mean(dim=-1) + eps)
+    return (wide_TD * scale_T[:, None] * weight_D).to(hidden_TD.dtype), scale_T
+
+
+def _norm_backward_eager(grad_TD, grad_total_TD, total_TD, weight_D, scale_T) -> tuple[Tensor, Tensor]:
+    wide_TD, grad_TD = total_TD.to(scale_T.dtype), grad_TD.to(scale_T.dtype)
+    normed_TD = wide_TD * scale_T[:, None]
+    weighted_TD = grad_TD * weight_D
+    grad_input_TD = (weighted_TD - normed_TD * (weighted_TD * normed_TD).mean(dim=-1, keepdim=True)) * scale_T[:, None]
+    if grad_total_TD is not None:
+        grad_input_TD = grad_input_TD + grad_total_TD
+    return grad_input_TD.to(total_TD.dtype), (grad_TD * normed_TD).sum(dim=0).to(weight_D.dtype)
+
+
+@triton.jit
+def _forward_kernel(
+    residual, hidden, weight, total, out, scale, residual_stride, hidden_stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(hidden + row * hidden_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    s = 1 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+    tl.store(scale + row, s)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + column, (x * s * w).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _backward_kernel(
+    grad, grad_total, total, weight, scale, grad_input, partial, tokens, grad_stride, grad_total_stride, total_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    for token in range(program, tokens, tl.num_programs(0)):
+        row = tl.cast(token, tl.int64)
+        s = tl.load(scale + row)
+        g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.load(total + row * total_stride + column, mask=inside, other=0.0).to(tl.float32) * s
+        weighted = g * w
+        dx = (weighted - normed * (tl.sum(weighted * normed, axis=0) / WIDTH)) * s
+        if ADDED:
+            dx += tl.load(grad_total + row * grad_total_stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_input + row * WIDTH + column, dx.to(grad_input.dtype.element_ty), mask=inside)
+        grad_weight += g * normed
+    tl.store(partial + program.to(tl.int64) * WIDTH + column, grad_weight, mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _sum_rows_kernel(partial, out, programs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None] * WIDTH + column[None, :]
+        total += tl.sum(tl.load(partial + at, mask=(row < programs)[:, None] & inside[None, :], other=0.0), axis=0)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=inside)

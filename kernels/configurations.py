@@ -1,0 +1,51 @@
+"""How each kernel is launched on each chip: fixed tables, nothing is tuned while training."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is launched.
+
+    block: elements of a row that a program holds at once; 0 for a kernel that holds whole rows. per_thread: elements of a whole
+    row that a thread holds, which decides the warps. rows: of a program's tile. warps: where `per_thread` does not decide.
+    programs: of a multiprocessor, for kernels whose programs walk through the rows.
+    """
+
+    block: int = 0
+    per_thread: int = 0
+    rows: int = 1
+    warps: int = 4
+    programs: int = 0
+
+    def whole_row(self, width: int) -> tuple[int, int]:
+        """(block, warps) for rows of `width` elements."""
+        block = triton.next_power_of_2(width)
+        return block, min(16, max(1, block // (32 * self.per_thread)))
+
+
+_HOPPER = {
+    "rms_norm": Configuration(per_thread=16),
+    "rms_norm_backward": Configuration(per_thread=16, programs=2),
+    "sum_rows": Configuration(block=64, rows=32, warps=4),
+}
+# By compute capability: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200).
+TABLES: dict[int, dict[str, Configuration]] = {80: {**_HOPPER}, 90: _HOPPER, 100: {**_HOPPER}}
+
+
+def configuration(kernel: str, device: torch.device) -> Configuration:
+    """The configuration of a kernel on a device."""
+    return TABLES[chip(device)][kernel]
+
+
+@functools.cache
+def chip(device: torch.device) -> int:
+    """The table that a device is served from: the newest chip not newer than it. The interpreter has Hopper's."""
+    if device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(device)
+    return 80 if major < 9 else 90 if major == 9 else 100

@@ -1,0 +1,44 @@
+"""The tests of an operator run three ways from one text: on a CPU against the eager reference, in Triton's interpreter
+(`test_processes.py` starts them again with TRITON_INTERPRET=1), and on a GPU (marked `gpu`)."""
+
+import pytest
+import torch
+
+from kernels.launch import INTERPRETED
+
+# The interpreter truncates float32 to bfloat16 instead of rounding, and multiplies bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+
+
+def pytest_generate_tests(metafunc):
+    if "dtype" in metafunc.fixturenames and "dtype" not in _given(metafunc):
+        metafunc.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def _given(metafunc) -> set[str]:
+    """The arguments that a test's own marks give."""
+    return {
+        name.strip()
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request):
+    """Where the Triton kernels run: nowhere in a plain process without a GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Every tensor that is made without values is full of NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

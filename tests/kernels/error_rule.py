@@ -1,0 +1,62 @@
+"""What error an operator may have: FlashAttention's rule, against float64, with no fixed tolerance."""
+
+import torch
+
+
+def check(name, actual, exact, plain, *, sums=1):
+    """The largest error must not exceed twice that of the same computation by torch in the same dtype, and a rounding.
+
+    Args: exact: in float64. plain: torch's result, of the dtype of `actual`. sums: how many times a value of the result's size
+        is added up in another order than torch's, in float32.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, expected {plain.dtype}"
+    if not exact.numel():
+        return
+    assert actual.isfinite().all(), f"{name}: {int((~actual.isfinite()).sum())} values are not finite"
+    exact = exact.cpu()
+    error, plains = ((result.detach().double().cpu() - exact).abs().max() for result in (actual, plain))
+    # Plain torch may have been lucky: one rounding to the dtype, and float32 sums of another order.
+    rounding = (torch.finfo(actual.dtype).eps / 2 + 4 * sums * torch.finfo(torch.float32).eps) * exact.abs().max()
+    assert error <= 2 * plains + rounding, f"{name}: error {error:.3g}, of plain torch {plains:.3g}, rounding {rounding:.3g}"
+
+
+def random(*shape, dtype, device, seed, scale=1.0):
+    """Normal values of a seed, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(device)
+
+
+def compare(ours, plain, inputs, upstream, sums=None):
+    """Results and gradients of our function beside those of plain torch in the same dtype, both against plain torch in float64.
+
+    Args: ours, plain: functions of the inputs, in their order, that return a tensor or a tuple. inputs: by name, those that
+        need a gradient say so. upstream: gradient of each output by its name. sums: of a result, as in `check`.
+    """
+    found = []
+    for function, wide in ((ours, False), (plain, True), (plain, False)):
+
+        def as_given(tensor, wide=wide):
+            tensor = tensor.detach().double() if wide and tensor.is_floating_point() else tensor.detach()
+            return tensor
+
+        given = [as_given(tensor).requires_grad_(tensor.requires_grad) for tensor in inputs.values()]
+        outputs = function(*given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [tensor for tensor in given if tensor.requires_grad]
+        grads = [grad.to(output.dtype) for grad, output in zip(upstream.values(), outputs, strict=True)]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    names = [*upstream, *(f"d {name}" for name, tensor in inputs.items() if tensor.requires_grad)]
+    for name, *results in zip(names, *found, strict=True):
+        check(name, *results, sums=(sums or {}).get(name, 1))
+
+
+def far_apart(rows):
+    """The same three rows at a stride that fits 32 bits and whose double does not, on memory of which no more is touched."""
+    assert len(rows) == 3
+    stride = 2**30 + 64
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    storage = torch.empty(2 * stride + rows[0].numel(), dtype=rows.dtype, device=rows.device)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    far = storage.as_strided(rows.shape, (stride, *rows[0].contiguous().stride()))
+    return far.copy_(rows)

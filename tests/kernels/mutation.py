@@ -1,0 +1,76 @@
+"""Run the tests of one operator on each of its mutants, in Triton's interpreter: python tests/kernels/mutation.py rms_norm.
+
+Prints the mutants that the tests let pass, and ends with status 1 where there are any.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import kernels
+from tests.kernels.cases import cases
+
+FOLDER = Path(__file__).parent
+# A test failed, or the process was killed for reading what is not its own.
+FOUND_OUT = (pytest.ExitCode.TESTS_FAILED, -signal.SIGSEGV, -signal.SIGBUS)
+ARGUMENTS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not gpu"]
+
+
+def put_in_place(name: str, source: str, path: Path) -> None:
+    """Let `kernels.<name>` be a module of this source from now on."""
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"kernels.{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    setattr(kernels, name, module)
+    spec.loader.exec_module(module)
+
+
+def outcome(name: str, source: str, path: Path) -> tuple[int, str]:
+    """(status, output) of the operator's tests, up to the first that fails, where its module has this source.
+
+    In a forked process: a mutant may end it by reading what is not its own.
+    """
+    log = path.with_suffix(".log")
+    child = os.fork()
+    if not child:
+        with log.open("w", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            put_in_place(name, source, path)
+            for imported in [imported for imported in sys.modules if imported.endswith(f"test_{name}")]:
+                del sys.modules[imported]
+            status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+        os._exit(int(status))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, log.read_text(encoding="utf-8")
+
+
+def main(name: str) -> int:
+    mutants = cases()[name].MUTANTS
+    source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
+    survivors = 0
+    # What takes seconds to import is imported once, before the forks.
+    pytest.main(["--collect-only", *ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+    importlib.import_module("torch._dynamo")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (text, replacement) in enumerate(mutants):
+            assert source.count(text) == 1, f"stands {source.count(text)} times in {name}.py: {text}"
+            # A file of its own for each: Triton and tracebacks read sources by their paths.
+            status, output = outcome(name, source.replace(text, replacement), Path(folder, f"{name}_{number}.py"))
+            if status not in FOUND_OUT:
+                survivors += 1
+                print(f"{name}: the tests ended with status {status} where\n  {text}\nis\n  {replacement}\n{output[-2000:]}")
+    print(f"{name}: {len(mutants) - survivors} of {len(mutants)} mutants were found out")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
