@@ -37,8 +37,7 @@ def compare(ours, plain, inputs, upstream, sums=None):
     for function, wide in ((ours, False), (plain, True), (plain, False)):
 
         def as_given(tensor, wide=wide):
-            tensor = tensor.detach().double() if wide and tensor.is_floating_point() else tensor.detach()
-            return tensor
+            return tensor.detach().double() if wide and tensor.is_floating_point() else tensor.detach()
 
         given = [as_given(tensor).requires_grad_(tensor.requires_grad) for tensor in inputs.values()]
         outputs = function(*given)
