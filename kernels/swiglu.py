@@ -1,12 +1,24 @@
-"""SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): silu(gate) * up.
+"""SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): silu(gate) * up, with silu(x) = x sigmoid(x).
+
+With s = sigmoid(gate), for a gradient g of the product:
+
+    d gate = g up s (1 + gate (1 - s)),   d up = g gate s
+
+The backward pass can overwrite gate and up by their gradients, and give the product once more, which the weight gradient of the
+matrix behind it needs: so that nobody has to keep it.
 
 Shapes: T tokens, F feed-forward size.
 """
 
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import accumulation_dtype
+from kernels.configurations import configuration
+from kernels.launch import launch, runs_triton, unit_stride
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
@@ -15,9 +27,137 @@ def swiglu(gate_up_TF2: Tensor) -> Tensor:
     Args: gate_up_TF2 [T, 2F], the gate in the first F columns, the up projection in the last F.
     Returns: [T, F] in the same dtype, computed in float32 and rounded once.
     """
-    return swiglu_reference(gate_up_TF2)
+    return (_swiglu if runs_triton(gate_up_TF2) else swiglu_reference)(gate_up_TF2)
 
 
 def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
     gate_TF, up_TF = gate_up_TF2.to(accumulation_dtype(gate_up_TF2.dtype)).chunk(2, dim=-1)
     return (F.silu(gate_TF) * up_TF).to(gate_up_TF2.dtype)
+
+
+def swiglu_backward_(gate_up_TF2: Tensor, grad_TF: Tensor, *, emit: bool) -> Tensor | None:
+    """Overwrite gate and up by their gradients; their values are lost.
+
+    Args: gate_up_TF2: of contiguous rows, and with no other reader. grad_TF: gradient of the product.
+    Returns: the product [T, F] with `emit`, to the bit as the forward pass gave it, else None.
+    """
+    if runs_triton(gate_up_TF2):
+        product_TF = _swiglu_backward_(gate_up_TF2, grad_TF, emit)
+        return product_TF if emit else None
+    product_TF = swiglu_reference(gate_up_TF2) if emit else None
+    gate_up_TF2.copy_(_backward_eager(gate_up_TF2, grad_TF))
+    return product_TF
+
+
+@torch.library.custom_op("komainu::swiglu", mutates_args=())
+def _swiglu(gate_up_TF2: Tensor) -> Tensor:
+    gate_up_TF2 = unit_stride(gate_up_TF2)
+    out_TF = _product_of(gate_up_TF2)
+    width = out_TF.shape[1]
+    config = configuration("swiglu", gate_up_TF2.device)
+    launch(
+        _forward_kernel, (out_TF.shape[0] * triton.cdiv(width, config.block),), gate_up_TF2, out_TF, gate_up_TF2.stride(0),
+        WIDTH=width, BLOCK=config.block, device=gate_up_TF2.device, warps=config.warps, fusion=False,
+    )  # fmt: skip
+    return out_TF
+
+
+@torch.library.custom_op("komainu::swiglu_backward", mutates_args=())
+def _swiglu_backward(gate_up_TF2: Tensor, grad_TF: Tensor) -> Tensor:
+    grad_gate_up_TF2 = torch.empty(gate_up_TF2.shape, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
+    _launch_backward(unit_stride(gate_up_TF2), grad_TF, grad_gate_up_TF2, None)
+    return grad_gate_up_TF2
+
+
+@torch.library.custom_op("komainu::swiglu_backward_", mutates_args={"gate_up_TF2"})
+def _swiglu_backward_(gate_up_TF2: Tensor, grad_TF: Tensor, emit: bool) -> Tensor:
+    assert gate_up_TF2.stride(-1) == 1, "a copy would be overwritten instead"
+    product_TF = _product_of(gate_up_TF2) if emit else gate_up_TF2.new_empty(0)
+    _launch_backward(gate_up_TF2, grad_TF, gate_up_TF2, product_TF if emit else None)
+    return product_TF
+
+
+def _launch_backward(gate_up_TF2: Tensor, grad_TF: Tensor, grad_gate_up_TF2: Tensor, product_TF: Tensor | None) -> None:
+    grad_TF = unit_stride(grad_TF)
+    tokens, width = grad_TF.shape
+    config = configuration("swiglu_backward", grad_TF.device)
+    launch(
+        _backward_kernel, (tokens * triton.cdiv(width, config.block),), gate_up_TF2, grad_TF, grad_gate_up_TF2,
+        grad_TF if product_TF is None else product_TF, gate_up_TF2.stride(0), grad_TF.stride(0), grad_gate_up_TF2.stride(0),
+        WIDTH=width, BLOCK=config.block, EMIT=product_TF is not None, device=grad_TF.device, warps=config.warps, fusion=False,
+    )  # fmt: skip
+
+
+def _product_of(gate_up_TF2: Tensor) -> Tensor:
+    tokens, both = gate_up_TF2.shape
+    return torch.empty((tokens, both // 2), dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
+
+
+@_swiglu.register_fake
+def _(gate_up_TF2):
+    return _product_of(gate_up_TF2)
+
+
+@_swiglu_backward.register_fake
+def _(gate_up_TF2, grad_TF):
+    return torch.empty(gate_up_TF2.shape, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
+
+
+@_swiglu_backward_.register_fake
+def _(gate_up_TF2, grad_TF, emit):
+    return _product_of(gate_up_TF2) if emit else gate_up_TF2.new_empty(0)
+
+
+_swiglu.register_autograd(
+    lambda ctx, grad_TF: _swiglu_backward(ctx.saved_tensors[0], grad_TF),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+def _backward_eager(gate_up_TF2: Tensor, grad_TF: Tensor) -> Tensor:
+    wide = accumulation_dtype(gate_up_TF2.dtype)
+    gate_TF, up_TF = gate_up_TF2.to(wide).chunk(2, dim=-1)
+    grad_TF, share_TF = grad_TF.to(wide), torch.sigmoid(gate_TF)
+    grad_gate_TF = grad_TF * up_TF * share_TF * (1 + gate_TF * (1 - share_TF))
+    return torch.cat((grad_gate_TF, grad_TF * gate_TF * share_TF), dim=-1)
+
+
+# A program has one block of one row's columns: rows as wide as these would leave most of a multiprocessor idle.
+
+
+@triton.jit
+def _place(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(row, columns) of this program; neighbours in memory are neighbours in time."""
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _forward_kernel(gate_up, out, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = _place(WIDTH, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * row_stride + column, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32)
+    product = gate * tl.sigmoid(gate) * up
+    tl.store(out + row * WIDTH + column, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    gate_up, grad, grad_gate_up, product, row_stride, grad_stride, grad_gate_up_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(WIDTH, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * row_stride + column, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32)
+    g = tl.load(grad + row * grad_stride + column, mask=inside).to(tl.float32)
+    share = tl.sigmoid(gate)
+    grad_gate = g * up * share * (1 + gate * (1 - share))
+    grad_up = g * gate * share
+    target = grad_gate_up + row * grad_gate_up_stride + column
+    tl.store(target, grad_gate.to(grad_gate_up.dtype.element_ty), mask=inside)
+    tl.store(target + WIDTH, grad_up.to(grad_gate_up.dtype.element_ty), mask=inside)
+    if EMIT:
+        tl.store(product + row * WIDTH + column, (gate * share * up).to(product.dtype.element_ty), mask=inside)

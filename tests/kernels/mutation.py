@@ -20,6 +20,7 @@ from tests.kernels.cases import cases
 FOLDER = Path(__file__).parent
 # A test failed, or the process was killed for reading what is not its own.
 FOUND_OUT = (pytest.ExitCode.TESTS_FAILED, -signal.SIGSEGV, -signal.SIGBUS)
+SECONDS = 120
 ARGUMENTS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not gpu"]
 
 
@@ -43,6 +44,8 @@ def outcome(name: str, source: str, path: Path) -> tuple[int, str]:
     log = path.with_suffix(".log")
     child = os.fork()
     if not child:
+        # One that writes what is not its own may hang for ever: choose another.
+        signal.alarm(SECONDS)
         with log.open("w", encoding="utf-8") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             put_in_place(name, source, path)
             for imported in [imported for imported in sys.modules if imported.endswith(f"test_{name}")]:
@@ -58,7 +61,8 @@ def main(name: str) -> int:
     source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
     survivors = 0
     # What takes seconds to import is imported once, before the forks.
-    pytest.main(["--collect-only", *ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+    with contextlib.redirect_stdout(None):
+        pytest.main(["--collect-only", *ARGUMENTS, str(FOLDER / f"test_{name}.py")])
     importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as folder:
         for number, (text, replacement) in enumerate(mutants):

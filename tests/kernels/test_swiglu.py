@@ -1,23 +1,122 @@
-"""SwiGLU against its formula in float64."""
+"""SwiGLU against its formula in float64, forward and backward, apart and in place."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kernels.swiglu import swiglu
+import kernels.swiglu as module
+from kernels.launch import runs_triton
+from kernels.swiglu import swiglu, swiglu_backward_
+from tests.kernels.error_rule import check, compare, far_apart, random
+
+
+def inputs(rows, width, dtype, device):
+    """(gate and up, gradient of the product)."""
+    return (
+        random(rows, 2 * width, dtype=dtype, device=device, seed=0, scale=2.0),
+        random(rows, width, dtype=dtype, device=device, seed=1),
+    )
+
+
+def plain(packed):
+    gate, up = packed.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("emit", [False, True])
+def test_in_place_is_what_the_operator_gives(emit, dtype, device):
+    packed, grad = inputs(5, 33, dtype, device)
+    given = packed.clone().requires_grad_()
+    product = swiglu(given)
+    (expected,) = torch.autograd.grad(product, given, grad)
+    emitted = swiglu_backward_(packed, grad, emit=emit)
+    if runs_triton(packed):
+        assert torch.equal(packed, expected)
+    else:
+        # The reference's own gradient is autograd's, of another order of products.
+        wide = given.detach().double().requires_grad_()
+        check("d packed", packed, torch.autograd.grad(plain(wide), wide, grad.double())[0], expected)
+    assert (emitted is None) == (not emit)
+    assert emitted is None or torch.equal(emitted, product)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 4), (3, 2085), (127, 17), (129, 8), (0, 8)])
+def test_is_right(rows, width, dtype, device):
+    packed, grad = inputs(rows, width, dtype, device)
+    compare(swiglu, plain, {"packed": packed.requires_grad_()}, {"out": grad})
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 4), (33, 17), (0, 8)])
-def test_equals_formula_and_gradient(rows, width):
-    packed = torch.randn(rows, 2 * width, dtype=torch.float64, requires_grad=True)
+def test_equals_formula_and_gradient_in_float64(rows, width, device):
+    packed, grad = inputs(rows, width, torch.float64, device)
+    packed.requires_grad_()
     gate, up = packed[:, :width], packed[:, width:]
     expected = gate / (1 + (-gate).exp()) * up
-    grad = torch.randn(rows, width, dtype=torch.float64)
     out = swiglu(packed)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     (ours,), (theirs,) = torch.autograd.grad(out, packed, grad), torch.autograd.grad(expected, packed, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    overwritten = packed.detach().clone()
+    swiglu_backward_(overwritten, grad, emit=False)
+    torch.testing.assert_close(overwritten, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_bfloat16_is_computed_in_float32():
-    packed = torch.randn(40, 64).bfloat16()
-    assert torch.equal(swiglu(packed), swiglu(packed.float()).bfloat16())
+def test_values_that_saturate(device):
+    packed = torch.tensor([[-100.0, 100.0, 0.0, -0.0, 1e-30, 2.0, 3.0, 4.0, 5.0, 6.0]], device=device)
+    out = swiglu(packed)
+    torch.testing.assert_close(out, plain(packed), rtol=1e-6, atol=1e-30)
+    swiglu_backward_(packed, torch.ones_like(out), emit=False)
+    assert packed.isfinite().all()
+
+
+def test_narrow_dtypes_are_computed_in_float32(dtype, device):
+    packed, _ = inputs(40, 32, dtype, device)
+    assert torch.equal(swiglu(packed), swiglu(packed.float()).to(dtype))
+
+
+def test_layouts_do_not_matter(device):
+    packed, grad = inputs(6, 12, torch.float32, device)
+
+    def results(packed, grad):
+        packed = packed.requires_grad_()
+        out = swiglu(packed)
+        return out, *torch.autograd.grad(out, packed, grad, retain_graph=True), *torch.autograd.grad(out.sum(), packed)
+
+    expected = results(packed, grad)
+    strided = torch.stack((packed.detach(), packed.detach()), dim=1)[:, 0]
+    turned = packed.detach().T.contiguous().T
+    for one, other in ((strided, grad), (turned, grad), (packed.detach(), grad.T.contiguous().T)):
+        assert not one.is_contiguous() or not other.is_contiguous()
+        # The reference's exponential of a strided vector may differ in its last bit.
+        torch.testing.assert_close(results(one, other), expected, rtol=1e-6, atol=1e-7)
+    overwritten = strided.detach().clone(memory_format=torch.preserve_format)
+    swiglu_backward_(overwritten, grad, emit=False)
+    torch.testing.assert_close(overwritten, expected[1])
+
+
+def test_rows_far_apart(triton_device):
+    """Offsets beyond 2^31 elements."""
+    packed, grad = inputs(3, 12, torch.float16, triton_device)
+    out = swiglu(packed)
+    assert torch.equal(swiglu(far_apart(packed)), out)
+    expected = module._swiglu_backward(packed, grad)
+    assert torch.equal(module._swiglu_backward(far_apart(packed), grad), expected)
+    assert torch.equal(module._swiglu_backward(packed, far_apart(grad)), expected)
+    far = far_apart(packed)
+    assert torch.equal(swiglu_backward_(far, grad, emit=True), out)
+    assert torch.equal(far, expected)
+
+
+def test_two_runs_are_equal_to_the_bit(dtype, device):
+    packed, grad = inputs(9, 40, dtype, device)
+    packed.requires_grad_()
+    runs = [[out := swiglu(packed), *torch.autograd.grad(out, packed, grad)] for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_custom_operators_are_sound(triton_device):
+    packed, grad = inputs(3, 12, torch.float32, triton_device)
+    torch.library.opcheck(module._swiglu_backward, (packed, grad))
+    torch.library.opcheck(module._swiglu_backward_, (packed.clone(), grad, True))
+    torch.library.opcheck(module._swiglu_backward_, (packed.clone(), grad, False))
+    torch.library.opcheck(module._swiglu, (packed.requires_grad_(),))
