@@ -14,7 +14,7 @@ from engine.settings import TrainSettings
 # The operators of each part of the ladder, by module; each has its eager reference beside it.
 OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
     "fused operators": (
-        ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary"),
+        ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary_"),
         ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"),
     ),
     "attention": (("kernels.attention", "sliding_window_attention"),),

@@ -32,6 +32,17 @@ _HOPPER = {
     "rms_norm": Configuration(per_thread=16),
     "rms_norm_backward": Configuration(per_thread=16, programs=2),
     "sum_rows": Configuration(block=64, rows=32, warps=4),
+    "adamw": Configuration(block=1024, warps=4),
+    "gradient_norm": Configuration(block=16384, warps=16),
+    "gradient_norm_total": Configuration(block=8192, warps=16),
+    "swiglu": Configuration(block=2048, warps=4),
+    "swiglu_backward": Configuration(block=1024, warps=4),
+    "embedding": Configuration(block=1024, warps=4),
+    "embedding_backward": Configuration(block=512, rows=8, warps=4),
+    "rotary": Configuration(rows=32, warps=4),
+    "row_log_prob": Configuration(block=4096, warps=8),
+    "move_rows": Configuration(block=2048, warps=4),
+    "scale_in_place": Configuration(block=2048, warps=4, programs=8),
 }
 # By compute capability: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200).
 TABLES: dict[int, dict[str, Configuration]] = {80: {**_HOPPER}, 90: _HOPPER, 100: {**_HOPPER}}

@@ -1,6 +1,7 @@
 """Rotary position embedding in the rotate-half layout (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
 Element e of a head (e < E/2) is paired with element e + E/2, as in Hugging Face's Mistral, so weights need no permutation.
+The backward pass turns by the negative angle.
 
 Shapes: T tokens, S heads of a packed query-key-value row (H query, K key, K value), E head size.
 """
@@ -8,9 +9,13 @@ Shapes: T tokens, S heads of a packed query-key-value row (H query, K key, K val
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import accumulation_dtype
+from kernels.configurations import configuration
+from kernels.launch import launch, runs_triton, unit_stride
 
 
 class RotaryTable(NamedTuple):
@@ -30,18 +35,161 @@ def rotary_table(positions_T: Tensor, head_dim: int, theta: float) -> RotaryTabl
     return RotaryTable(angle_TE.cos(), angle_TE.sin())
 
 
-def rotary(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> Tensor:
-    """Rotate the first `rotated_heads` heads (queries and keys) of each packed row by its position's angles.
+def rotary_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> Tensor:
+    """Rotate the first `rotated_heads` heads (queries and keys) of each packed row by its position's angles, in place.
 
-    Args: qkv_TSE [T, S, E]; rotated_heads = H + K; the K value heads behind them pass through.
-    Returns: [T, S, E] in the dtype of `qkv_TSE`, rotated in float32 and rounded once.
+    Args: qkv_TSE [T, S, E] of any floating dtype; rotated_heads = H + K; the K value heads behind them stay as they are.
+    Returns: `qkv_TSE`, rotated in float32 and rounded once.
+    Raises: RuntimeError where `qkv_TSE` is a leaf that requires a gradient.
     """
-    return rotary_reference(qkv_TSE, table, rotated_heads)
+    return _Rotary.apply(qkv_TSE, *table, rotated_heads)
 
 
-def rotary_reference(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> Tensor:
-    wide = accumulation_dtype(qkv_TSE.dtype)
-    cos, sin = table.cos_TE[:, None].to(wide), table.sin_TE[:, None].to(wide)
-    first, second = qkv_TSE[:, :rotated_heads].to(wide).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((rotated.to(qkv_TSE.dtype), qkv_TSE[:, rotated_heads:]), dim=1)
+def rotary_reference_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> Tensor:
+    qkv_TSE[:, :rotated_heads] = _turned(qkv_TSE[:, :rotated_heads], *table)
+    return qkv_TSE
+
+
+class _Rotary(torch.autograd.Function):
+    """Takes the whole packed row, not its parts: autograd cannot follow several views that change in one place."""
+
+    @staticmethod
+    def forward(ctx, qkv_TSE, cos_TE, sin_TE, rotated_heads):
+        ctx.mark_dirty(qkv_TSE)
+        ctx.save_for_backward(cos_TE, sin_TE)
+        ctx.rotated_heads = rotated_heads
+        rotate_(qkv_TSE, RotaryTable(cos_TE, sin_TE), rotated_heads)
+        return qkv_TSE
+
+    @staticmethod
+    def backward(ctx, grad_TSE):
+        rotated_TSE, value_TKE = grad_TSE[:, : ctx.rotated_heads], grad_TSE[:, ctx.rotated_heads :]
+        return rotate_back(rotated_TSE, value_TKE[:, :0], value_TKE, RotaryTable(*ctx.saved_tensors)), None, None, None
+
+
+# The steps that the operator above, and composites of a product and a rotation, are made of.
+
+
+def rotate_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> None:
+    """`rotary_` that autograd does not see: for use inside an autograd.Function.
+
+    Raises: RuntimeError where autograd would have to see it.
+    """
+    if torch.is_grad_enabled() and qkv_TSE.requires_grad:
+        raise RuntimeError("rotate_ has no gradient: call rotary_, or rotate_ inside an autograd.Function")
+    assert 0 <= rotated_heads <= qkv_TSE.shape[1], f"{rotated_heads} heads of {qkv_TSE.shape[1]}"
+    if runs_triton(qkv_TSE):
+        _rotate_(qkv_TSE, *table, rotated_heads)
+    else:
+        rotary_reference_(qkv_TSE, table, rotated_heads)
+
+
+def rotate_back(grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, table: RotaryTable) -> Tensor:
+    """The gradient of the packed row before its rotation from those of the rotated query and key and of the value.
+
+    Args: of one dtype, and any strides: parts of one packed tensor, tensors of their own, or expanded ones.
+    Returns: [T, S, E], contiguous; queries and keys are rotated by the negative angle, values copied, in one pass.
+    """
+    step = _rotate_back if runs_triton(grad_query_THE) else _rotate_back_eager
+    return step(grad_query_THE, grad_key_TKE, grad_value_TKE, *table)
+
+
+@torch.library.custom_op("komainu::rotary_", mutates_args=("qkv_TSE",))
+def _rotate_(qkv_TSE: Tensor, cos_TE: Tensor, sin_TE: Tensor, rotated_heads: int) -> None:
+    rows_TSE = unit_stride(qkv_TSE)
+    unused = rows_TSE[:, :0]
+    _launch(rows_TSE[:, :rotated_heads], unused, unused, cos_TE, sin_TE, rows_TSE, back=False)
+    if rows_TSE is not qkv_TSE:
+        qkv_TSE.copy_(rows_TSE)
+
+
+@torch.library.custom_op("komainu::rotary_backward", mutates_args=())
+def _rotate_back(
+    grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
+) -> Tensor:
+    grad_TSE = _packed(grad_query_THE, grad_key_TKE, grad_value_TKE)
+    query_THE, key_TKE, value_TKE = map(unit_stride, (grad_query_THE, grad_key_TKE, grad_value_TKE))
+    _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, grad_TSE, back=True)
+    return grad_TSE
+
+
+def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
+    """A packed row's tensor for these parts, without values."""
+    tokens, heads, size = query_THE.shape
+    shape = (tokens, heads + key_TKE.shape[1] + value_TKE.shape[1], size)
+    return torch.empty(shape, dtype=query_THE.dtype, device=query_THE.device)
+
+
+def _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE, *, back) -> None:
+    tokens, _, size = query_THE.shape
+    heads = [part.shape[1] for part in (query_THE, key_TKE, value_TKE)]
+    assert query_THE.dtype == key_TKE.dtype == value_TKE.dtype == out_TSE.dtype
+    assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
+    config = configuration("rotary", out_TSE.device)
+    launch(
+        _rotary_kernel, (triton.cdiv(tokens * sum(heads), config.rows),), query_THE, key_TKE, value_TKE, cos_TE.contiguous(),
+        sin_TE.contiguous(), out_TSE, tokens, *query_THE.stride()[:2], *key_TKE.stride()[:2], *value_TKE.stride()[:2],
+        *out_TSE.stride()[:2], QUERY_HEADS=heads[0], KEY_HEADS=heads[1], VALUE_HEADS=heads[2], HALF=size // 2,
+        BLOCK=triton.next_power_of_2(size // 2), ROWS=config.rows, BACK=back, device=out_TSE.device, warps=config.warps,
+    )  # fmt: skip
+
+
+@_rotate_.register_fake
+def _(qkv_TSE, cos_TE, sin_TE, rotated_heads):
+    return None
+
+
+@_rotate_back.register_fake
+def _(grad_query_THE, grad_key_TKE, grad_value_TKE, cos_TE, sin_TE):
+    return _packed(grad_query_THE, grad_key_TKE, grad_value_TKE)
+
+
+def _rotate_back_eager(grad_query_THE, grad_key_TKE, grad_value_TKE, cos_TE, sin_TE) -> Tensor:
+    turned = [_turned(part, cos_TE, -sin_TE) for part in (grad_query_THE, grad_key_TKE)]
+    return torch.cat((*turned, grad_value_TKE), dim=1)
+
+
+def _turned(heads_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    wide = accumulation_dtype(heads_THE.dtype)
+    cos, sin = cos_TE[:, None].to(wide), sin_TE[:, None].to(wide)
+    first, second = heads_THE.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads_THE.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotary_kernel(
+    query, key, value, cos, sin, out, tokens, query_token_stride, query_head_stride, key_token_stride, key_head_stride,
+    value_token_stride, value_head_stride, out_token_stride, out_head_stride,
+    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    ROTATED: tl.constexpr = QUERY_HEADS + KEY_HEADS
+    HEADS: tl.constexpr = QUERY_HEADS + KEY_HEADS + VALUE_HEADS
+    # A row is one head of one token.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = row // HEADS
+    head = row % HEADS
+    column = tl.arange(0, BLOCK)[None, :]
+    source = query + token * query_token_stride + head * query_head_stride
+    if KEY_HEADS > 0:
+        keys = key + token * key_token_stride + (head - QUERY_HEADS) * key_head_stride
+        source = tl.where(head < QUERY_HEADS, source, keys)
+    if VALUE_HEADS > 0:
+        values = value + token * value_token_stride + (head - ROTATED) * value_head_stride
+        source = tl.where(head < ROTATED, source, values)
+    inside = (token < tokens)[:, None] & (column < HALF)
+    rotated = inside & (head < ROTATED)[:, None]
+    given = source[:, None] + column
+    first = tl.load(given, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)
+    angle = token[:, None] * HALF + column
+    c = tl.load(cos + angle, mask=rotated, other=1.0)
+    s = tl.load(sin + angle, mask=rotated, other=0.0)
+    if BACK:
+        s = -s
+    # Chosen, not turned by 0: a value that is not finite must not spread to its pair.
+    turned_first = tl.where(rotated, first * c - second * s, first)
+    turned_second = tl.where(rotated, second * c + first * s, second)
+    written = out + (token * out_token_stride + head * out_head_stride)[:, None] + column
+    tl.store(written, turned_first.to(out.dtype.element_ty), mask=inside)
+    tl.store(written + HALF, turned_second.to(out.dtype.element_ty), mask=inside)

@@ -18,7 +18,7 @@ from kernels.attention import attention_tiles, sliding_window_attention
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.linear_log_prob import linear_log_prob, wide_product
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary import RotaryTable, rotary, rotary_table
+from kernels.rotary import RotaryTable, rotary_, rotary_table
 from kernels.swiglu import swiglu
 from model.config import MistralConfig
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_TD: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
         qkv_TSE = self.qkv_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
-        qkv_TSE = rotary(qkv_TSE, table, self.heads + self.kv_heads)
+        qkv_TSE = rotary_(qkv_TSE, table, self.heads + self.kv_heads)
         query_THE, key_TKE, value_TKE = qkv_TSE.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         return self.o_proj(attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1))
 

@@ -166,14 +166,27 @@ def _rotary_call(function: Callable[..., Tensor], case: Case) -> Call:
         found = {"out": outputs["out"][:, :rotated]}
         return found | {f"d {name}": gradient[:, :rotated] for name, gradient in gradients.items()}
 
-    return Call(lambda given: {"out": function(given["qkv"], table, rotated)}, results=results)
+    return Call(lambda given: {"out": function(_Product.apply(given["qkv"]), table, rotated)}, results=results)
+
+
+class _Product(torch.autograd.Function):
+    """Hands a leaf out as a product's result is, which may be changed in place: neither a leaf nor autograd's view of one."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def _rotary_cost(case: Case, direction: str) -> Cost:
     sizes = case.sizes
-    # Queries and keys, in place: values need not move. A float32 cosine and sine for each half of a head.
-    turned = sizes.tokens * (sizes.heads + sizes.kv_heads) * sizes.head_dim * case.dtype.itemsize
-    return Cost(2 * turned + 4 * sizes.tokens * sizes.head_dim)
+    # Forward turns queries and keys in place, values need not move; backward, whose gradient is not ours to change, writes all
+    # heads anew. A float32 cosine and sine for each half of a head.
+    moved = sizes.heads + sizes.kv_heads if direction == "forward" else sizes.heads + 2 * sizes.kv_heads
+    return Cost(2 * sizes.tokens * moved * sizes.head_dim * case.dtype.itemsize + 4 * sizes.tokens * sizes.head_dim)
 
 
 def _exact_rotary(case: Case) -> Tensors:
@@ -226,7 +239,7 @@ def _liger_rotary(case: Case) -> Call:
 
 
 ROTARY = Operator(
-    "rotary", "kernels.rotary", "rotary", _rotary_case, _rotary_call, _exact_rotary, _rotary_cost,
+    "rotary", "kernels.rotary", "rotary_", _rotary_case, _rotary_call, _exact_rotary, _rotary_cost,
     shape=lambda sizes: f"{sizes.tokens} x {sizes.heads} + 2 * {sizes.kv_heads} heads x {sizes.head_dim}",
     yardstick="torch rotate-half",
     peers=(
