@@ -5,23 +5,32 @@ says who sees whom. Training passes `packed_attention`, generation the `attend` 
 
 Query, key and value are one matrix and gate and up another, stacked in that order, so that export is slicing.
 
+Between blocks the residual stream travels as two tensors whose sum it is: what a block adds is added where it is normed next,
+in one pass.
+
 Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, F feed-forward size,
 V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention_tiles, sliding_window_attention
 from kernels.embedding import EmbeddingNoise, embedding
+from kernels.feed_forward import feed_forward
 from kernels.linear_log_prob import linear_log_prob, wide_product
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rotary import RotaryTable, rotary_, rotary_table
-from kernels.swiglu import swiglu
+from kernels.norm_qkv import norm_qkv
+from kernels.rms_norm import add_rms_norm
+from kernels.rotary import RotaryTable, rotary_table
 from model.config import MistralConfig
 
+# What the backward pass makes again instead of keeping it. none: nothing; light: normed rows and SwiGLU's product; ffn: gate
+# and up as well; block: everything but a block's input. Loss and gradients are to the bit the same in all.
+Recompute = Literal["none", "light", "ffn", "block"]
 # (layer, query_THE, key_TKE, value_TKE) -> out_THE; queries and keys come rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -43,26 +52,29 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.layer = config.head_dim, layer
-        packed = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.layer = layer
+        packed = (self.heads + 2 * self.kv_heads) * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, hidden_TD: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
-        qkv_TSE = self.qkv_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
-        qkv_TSE = rotary_(qkv_TSE, table, self.heads + self.kv_heads)
-        query_THE, key_TKE, value_TKE = qkv_TSE.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        return self.o_proj(attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1))
+    def forward(
+        self, residual_TD: Tensor, delta_TD: Tensor | None, norm: "RMSNorm", table: RotaryTable, attend: Attend, *, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(residual + delta, what attention to its norm adds to it)."""
+        heads = (self.heads, self.kv_heads)
+        residual_TD, query_THE, key_TKE, value_TKE = norm_qkv(
+            residual_TD, delta_TD, norm.weight, self.qkv_proj.weight, table, heads, norm.eps, keep_normed=keep
+        )
+        return residual_TD, self.o_proj(attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1))
 
 
 class FeedForward(nn.Module):
+    """Holds the matrices of a SwiGLU network; the arithmetic is in `kernels.feed_forward`."""
+
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(hidden_TD)))
 
 
 class RMSNorm(nn.Module):
@@ -73,9 +85,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        return rms_norm(hidden_TD, self.weight, self.eps)
-
 
 class Block(nn.Module):
     def __init__(self, config: MistralConfig, layer: int) -> None:
@@ -85,19 +94,40 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden_TD: Tensor, table: RotaryTable, attend: Attend) -> Tensor:
-        attended_TD = self.self_attn(self.input_layernorm(hidden_TD), table, attend)
+    def forward(
+        self, residual_TD: Tensor, delta_TD: Tensor | None, table: RotaryTable, attend: Attend, recompute: Recompute
+    ) -> tuple[Tensor, Tensor]:
+        """From the residual stream as a sum of two to the residual stream as a sum of two, each [T, D]."""
+        if recompute != "block" or not torch.is_grad_enabled():
+            return self._run(residual_TD, delta_TD, table, attend, recompute)
+        if delta_TD is not None:
+            # One tensor, so that one is kept.
+            residual_TD = residual_TD + delta_TD
+        return checkpoint(self._run, residual_TD, None, table, attend, "none", use_reentrant=False, preserve_rng_state=False)
+
+    def _run(
+        self, residual_TD: Tensor, delta_TD: Tensor | None, table: RotaryTable, attend: Attend, recompute: Recompute
+    ) -> tuple[Tensor, Tensor]:
+        residual_TD, delta_TD = self.self_attn(
+            residual_TD, delta_TD, self.input_layernorm, table, attend, keep=recompute == "none"
+        )
         norm = self.post_attention_layernorm
-        hidden_TD, normed_TD = add_rms_norm(hidden_TD, attended_TD, norm.weight, norm.eps)
-        return hidden_TD + self.mlp(normed_TD)
+        return feed_forward(
+            residual_TD, delta_TD, norm.weight, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight, norm.eps,
+            recompute="none" if recompute == "block" else recompute,
+        )  # fmt: skip
 
 
 class Mistral(nn.Module):
-    """The decoder with its untied head. `head_weight_VD` and `embed_weight_VD` have vocab_size rows, padding included."""
+    """The decoder with its untied head. The matrices of head and embedding have vocab_size rows, padding included.
+
+    recompute: what training makes again in the backward pass, may be set at any time.
+    """
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "light"
         # Given its weight, Embedding draws none: the draw on the meta device would import torch's compiler, seconds of it.
         rows = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)
@@ -113,9 +143,11 @@ class Mistral(nn.Module):
         """
         hidden_TD = embedding(tokens_T, self.embed_tokens.weight, noise)
         table = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        residual_TD, delta_TD = hidden_TD, None
         for layer in self.layers:
-            hidden_TD = layer(hidden_TD, table, attend)
-        return self.norm(hidden_TD)
+            residual_TD, delta_TD = layer(residual_TD, delta_TD, table, attend, self.recompute)
+        assert delta_TD is not None, "a model has a layer"
+        return add_rms_norm(residual_TD, delta_TD, self.norm.weight, self.norm.eps)[1]
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores of the pieces that exist, float32 [N, unpadded_vocab_size]; the padding rows are left out."""
