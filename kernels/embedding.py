@@ -3,18 +3,26 @@
 While training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token
 document. L is the document's own length, not the packed row's: scaling by the row makes the noise several times too weak.
 
+The noise is drawn where it is added, by Philox; kernel and reference give the same bits. The weight's gradient is summed over
+the occurrences of each id in the order in which they stand in the row, so that it is the same in every run.
+
 Shapes: T tokens, V vocabulary, D width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels import accumulation_dtype
+from kernels.configurations import configuration
+from kernels.launch import launch, runs_triton, unit_stride
 from kernels.philox import philox, uniform_symmetric
+
+_WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,9 @@ class EmbeddingNoise:
     length_T: Tensor
 
     def scale_T(self, width: int) -> Tensor:
-        """alpha / sqrt(L D) of each token, float32."""
-        return (self.alpha / math.sqrt(width) * self.length_T.to(torch.float64).rsqrt()).to(torch.float32)
+        """alpha / sqrt(L D) of each token, float32. Root and quotient are IEEE's in float64: the same bits on every device."""
+        alpha = torch.tensor(self.alpha, dtype=torch.float64)
+        return (alpha / (self.length_T.to(torch.float64) * width).sqrt()).to(torch.float32)
 
 
 def embedding(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None = None) -> Tensor:
@@ -43,12 +52,18 @@ def embedding(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None 
 
     Args: tokens_T integer [T], 0 <= token < V; weight_VD floating [V, D].
     Returns: [T, D] in the dtype of `weight_VD`; noise is added in float32 and the sum rounded once. The noise has no gradient.
+    Raises: IndexError where a token is no row of the matrix; on CUDA the device's assertion fails, later, as nobody waits.
     """
-    return embedding_reference(tokens_T, weight_VD, noise)
+    if not runs_triton(weight_VD):
+        return embedding_reference(tokens_T, weight_VD, noise)
+    if noise is None:
+        return _embedding(tokens_T, weight_VD, None, None, None, 0, 0)
+    keys = (noise.seed & _WORD, noise.step & _WORD)
+    return _embedding(tokens_T, weight_VD, noise.scale_T(weight_VD.shape[1]), noise.document_T, noise.position_T, *keys)
 
 
 def embedding_reference(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None = None) -> Tensor:
-    hidden_TD = F.embedding(tokens_T, weight_VD)
+    hidden_TD = F.embedding(tokens_T.to(torch.int64), weight_VD)
     if noise is None:
         return hidden_TD
     wide = hidden_TD.to(accumulation_dtype(hidden_TD.dtype))
@@ -59,8 +74,134 @@ def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
     """The noise itself, float32 [T, D]. Word w of counter (column / 4, position, document low, document high) under the key
     (seed, step) is the noise of column 4 * (column / 4) + w."""
     group = torch.arange((width + 3) // 4, dtype=torch.int64, device=noise.position_T.device)[None, :]
-    document_T, mask = noise.document_T.to(torch.int64)[:, None], 0xFFFFFFFF
+    document_T = noise.document_T.to(torch.int64)[:, None]
     position_T = noise.position_T.to(torch.int64)[:, None]
-    words = philox((group, position_T, document_T & mask, (document_T >> 32) & mask), (noise.seed & mask, noise.step & mask))
+    counter = (group, position_T, document_T & _WORD, (document_T >> 32) & _WORD)
+    words = philox(counter, (noise.seed & _WORD, noise.step & _WORD))
     uniform_TD = uniform_symmetric(torch.stack(words, dim=-1).flatten(1)[:, :width])
     return uniform_TD * noise.scale_T(width)[:, None]
+
+
+@torch.library.custom_op("komainu::embedding", mutates_args=())
+def _embedding(
+    tokens_T: Tensor, weight_VD: Tensor, scale_T: Tensor | None, document_T: Tensor | None, position_T: Tensor | None,
+    seed: int, step: int,
+) -> Tensor:  # fmt: skip
+    rows, width = weight_VD.shape
+    device = weight_VD.device
+    config = configuration("embedding", device)
+    tokens_T, weight_VD = _ids(tokens_T), unit_stride(weight_VD)
+    _check_tokens(tokens_T, rows)
+    out_TD = torch.empty((len(tokens_T), width), dtype=weight_VD.dtype, device=device)
+    noise = [tokens_T] * 3
+    if scale_T is not None and document_T is not None and position_T is not None:
+        noise = [scale_T.contiguous(), _ids(document_T), _ids(position_T)]
+    # A program draws whole groups of four columns.
+    block = max(4, min(config.block, triton.next_power_of_2(width)))
+    launch(
+        _forward_kernel, (len(tokens_T), triton.cdiv(width, block)), tokens_T, weight_VD, *noise, out_TD, weight_VD.stride(0),
+        seed, step, WIDTH=width, BLOCK=block, NOISY=scale_T is not None, device=device, warps=config.warps, fusion=False,
+    )  # fmt: skip
+    return out_TD
+
+
+@torch.library.custom_op("komainu::embedding_backward", mutates_args=())
+def _embedding_backward(grad_TD: Tensor, tokens_T: Tensor, rows: int) -> Tensor:
+    tokens, width = grad_TD.shape
+    config = configuration("embedding_backward", grad_TD.device)
+    sorted_T, order_T = torch.sort(_ids(tokens_T), stable=True)
+    grad_TD = unit_stride(grad_TD)
+    grad_VD = torch.zeros((rows, width), dtype=grad_TD.dtype, device=grad_TD.device)
+    block = min(config.block, triton.next_power_of_2(width))
+    launch(
+        _backward_kernel, (tokens, triton.cdiv(width, block)), grad_TD, sorted_T, order_T, grad_VD, tokens, grad_TD.stride(0),
+        WIDTH=width, BLOCK=block, ROWS=config.rows, device=grad_TD.device, warps=config.warps,
+    )  # fmt: skip
+    return grad_VD
+
+
+def _ids(tensor_T: Tensor) -> Tensor:
+    return tensor_T.to(torch.int64).contiguous()
+
+
+def _check_tokens(tokens_T: Tensor, rows: int) -> None:
+    """A token that is no row would read memory of others. Only where it costs no wait is its value named."""
+    valid = ((tokens_T >= 0) & (tokens_T < rows)).all()
+    if tokens_T.is_cuda:
+        torch._assert_async(valid, f"a token is no row of the embedding matrix: it must be from 0 to {rows - 1}")
+    elif tokens_T.device.type == "cpu" and not valid:
+        wrong = tokens_T[(tokens_T < 0) | (tokens_T >= rows)][0]
+        raise IndexError(f"token {int(wrong)} is no row of the embedding matrix: it must be from 0 to {rows - 1}")
+
+
+@_embedding.register_fake
+def _(tokens_T, weight_VD, scale_T, document_T, position_T, seed, step):
+    return torch.empty((tokens_T.shape[0], weight_VD.shape[1]), dtype=weight_VD.dtype, device=weight_VD.device)
+
+
+@_embedding_backward.register_fake
+def _(grad_TD, tokens_T, rows):
+    return torch.empty((rows, grad_TD.shape[1]), dtype=grad_TD.dtype, device=grad_TD.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.rows = inputs[1].shape[0]
+
+
+def _differentiate(ctx, grad_TD):
+    return None, _embedding_backward(grad_TD, *ctx.saved_tensors, ctx.rows), None, None, None, None, None
+
+
+_embedding.register_autograd(_differentiate, setup_context=_save)
+
+
+# The key changes with every step: its words have one type and no special values, so that no step compiles anew.
+@triton.jit(do_not_specialize=["seed", "step"])
+def _forward_kernel(
+    tokens, weight, scale, document, position, out, weight_stride, seed: tl.int64, step: tl.int64,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NOISY: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    token = tl.load(tokens + place)
+    hidden = tl.load(weight + token * weight_stride + column, mask=inside, other=0.0)
+    if NOISY:
+        group = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        number = tl.load(document + place)
+        key = (tl.cast(step, tl.int64) << 32) | seed
+        w0, w1, w2, w3 = tl.philox(
+            key, group, tl.load(position + place).to(tl.int32), number.to(tl.int32), (number >> 32).to(tl.int32)
+        )
+        word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        # As in kernels.philox.uniform_symmetric: the signed upper 24 bits.
+        uniform = ((word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+        hidden = hidden.to(tl.float32) + uniform * tl.load(scale + place)
+    tl.store(out + place * WIDTH + column, hidden.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _backward_kernel(
+    grad, sorted_tokens, order, grad_weight, tokens, grad_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(sorted_tokens + place)
+    before = tl.load(sorted_tokens + place - 1, mask=place > 0, other=-1)
+    # The first of equal ids sums the gradients of all.
+    if token != before:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        found = ROWS
+        while found == ROWS:
+            at = place + tl.arange(0, ROWS)
+            same = at < tokens
+            same = same & (tl.load(sorted_tokens + at, mask=same, other=-1) == token)
+            source = tl.load(order + at, mask=same, other=0)
+            rows = grad + source[:, None] * grad_stride + column[None, :]
+            total += tl.sum(tl.load(rows, mask=same[:, None] & inside[None, :], other=0.0).to(tl.float32), axis=0)
+            found = tl.sum(same.to(tl.int32), axis=0)
+            place += ROWS
+        tl.store(grad_weight + token * WIDTH + column, total.to(grad_weight.dtype.element_ty), mask=inside)
