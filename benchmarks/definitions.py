@@ -6,7 +6,6 @@ look-up) over the device's published peak. HFU: the same with what is computed a
 needed operations over what a large matrix product reached in the same process.
 """
 
-import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from benchmarks.measure import spread
 from engine.data.batches import Step
+from engine.flops import attended_pairs, recomputed_flops
 from engine.loop import step_flops
 from kernels.linear_log_prob import DEFAULT_BUDGET
 from model.config import MistralConfig
@@ -35,9 +35,9 @@ def work_of(config: MistralConfig, step: Step, recompute: str = "") -> Work:
     flops, trained = step_flops(config, step)
     documents = sum(len(batch.document_D) for batch in step.batches)
     again = sum(head_again(config, int((batch.rows_N >= 0).sum())) for batch in step.batches)
-    modes = getattr(importlib.import_module("engine.flops"), "recomputed_flops", None)
-    if recompute and modes is not None:
-        again += modes(config, step, recompute)
+    for batch in step.batches if recompute else []:
+        pairs = attended_pairs(batch.cu_docs.diff().tolist(), config.sliding_window)
+        again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
     return Work(step.tokens, documents, trained, flops, again)
 
 

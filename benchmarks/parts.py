@@ -15,7 +15,8 @@ from engine.settings import TrainSettings
 OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
     "fused operators": (
         ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary_"),
-        ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"),
+        ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"), ("kernels.norm_qkv", "norm_qkv"),
+        ("kernels.feed_forward", "feed_forward"),
     ),
     "attention": (("kernels.attention", "sliding_window_attention"),),
     "fused head": (("kernels.linear_log_prob", "linear_log_prob"),),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from model.config import MistralConfig
+from model.mistral import Recompute
 
 # Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. An unknown device has
 # no peak, so that its utilisation reads n/a instead of a guess.
@@ -45,6 +46,18 @@ def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int)
     forward = 2 * config.num_hidden_layers * (tokens * per_token + 2 * pairs * query_width)
     forward += 2 * rows * config.hidden_size * config.unpadded_vocab_size
     return 3 * forward
+
+
+def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute) -> int:
+    """Operations of products that the backward pass of the blocks computes a second time.
+
+    Args: tokens: places through the blocks; pairs: from `attended_pairs`; recompute: the model's mode.
+    """
+    gate_up = 2 * config.num_hidden_layers * tokens * config.hidden_size * 2 * config.intermediate_size
+    if recompute == "block":
+        # All of a block's forward pass: a third of its training operations.
+        return training_flops(config, tokens=tokens, rows=0, pairs=pairs) // 3
+    return gate_up if recompute == "ffn" else 0
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -54,17 +54,21 @@ class Run:
 
     def load_model(self) -> Mistral:
         """The model to continue with: the checkpoint's, else the one that the run starts from."""
-        if self.checkpoint is not None:
-            return load_model(self.checkpoint, dtype=self.dtype, device=self.device)
-        return self.load_initial_model()
+        if self.checkpoint is None:
+            return self.load_initial_model()
+        return self._prepared(load_model(self.checkpoint, dtype=self.dtype, device=self.device))
 
     def load_initial_model(self) -> Mistral:
         """The model that the run starts (or started) from; for preference tuning that is the reference."""
         if not self.settings.model.startswith(PRESET):
-            return load_model(model_folder(self.settings.model), dtype=self.dtype, device=self.device)
+            return self._prepared(load_model(model_folder(self.settings.model), dtype=self.dtype, device=self.device))
         model = Mistral(self.config)
         initialize(model, self.settings.seed)
-        return model.to(device=self.device, dtype=self.dtype)
+        return self._prepared(model.to(device=self.device, dtype=self.dtype))
+
+    def _prepared(self, model: Mistral) -> Mistral:
+        model.recompute = self.settings.recompute
+        return model
 
 
 def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:

@@ -7,11 +7,12 @@ from engine.data.plan import Source
 from engine.metrics import LogSettings
 from engine.optimizer import OptimizerSettings
 from engine.schedule import ScheduleSettings
+from model.mistral import Recompute
 
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
     {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "log", "resume", "dry_run", "reference_cache"}
+     "log", "resume", "dry_run", "reference_cache", "recompute"}
 )  # fmt: skip
 
 
@@ -47,6 +48,9 @@ class TrainSettings:
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the parameters; auto: bfloat16 with exact float32 masters on CUDA, float32 on the CPU."""
+    recompute: Recompute = "light"
+    """What the backward pass makes again instead of keeping it, from fastest to leanest: none, light (norms and SwiGLU), ffn
+    (the product for gate and up too), block (everything but a block's input). The results are to the bit the same."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0

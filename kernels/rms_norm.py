@@ -136,7 +136,7 @@ def _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, sca
     launch(
         _forward_kernel, (tokens,), residual_TD, hidden_TD, weight_D, out_TD if total_TD is None else total_TD, out_TD, scale_T,
         residual_TD.stride(0), hidden_TD.stride(0), eps, WIDTH=width, BLOCK=block, ADDED=added, device=hidden_TD.device,
-        warps=warps,
+        warps=warps, fusion=False,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 
 from engine.config import from_table
 from engine.data.dataset import DatasetWriter
+from kernels.launch import INTERPRETED
 from model.config import MistralConfig
 from model.mistral import Mistral, initialize
 from model.vocabulary.chat import encode_chat, encode_prompt
@@ -36,6 +37,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
     return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request):
+    """Where the Triton kernels run: nowhere in a plain process without a GPU."""
+    return torch.device(request.param)
 
 
 def pytest_collection_modifyitems(items):

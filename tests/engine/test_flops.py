@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.flops import attended_pairs, peak_flops, training_flops
+from engine.flops import attended_pairs, peak_flops, recomputed_flops, training_flops
 from model.config import PRESETS, MistralConfig
+from model.mistral import Mistral, initialize
 
 
 @given(st.lists(st.integers(0, 40), max_size=5), st.none() | st.integers(1, 50))
@@ -86,3 +87,25 @@ def test_peaks_are_by_name_and_unknown_ones_are_not_guessed(monkeypatch, name, t
     found = peak_flops(torch.device("cuda"))
     assert found == (None if tflops is None else tflops * 1e12)
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("mode", ["light", "ffn", "block"])
+def test_recomputed_flops_are_those_that_torch_counts(mode):
+    """In a model whose attention multiplies nothing."""
+    config = MistralConfig(
+        vocab_size=24, unpadded_vocab_size=21, hidden_size=12, intermediate_size=20, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+    )  # fmt: skip
+    model = Mistral(config)
+    initialize(model, 0)
+    tokens = torch.arange(11)
+
+    def counted(recompute):
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens, lambda layer, query, key, value: 2 * query + (key + value).sum()).sum().backward()
+        return counter.get_total_flops()
+
+    expected = recomputed_flops(config, tokens=len(tokens), pairs=0, recompute=mode)
+    assert counted(mode) - counted("none") == expected
+    assert (expected == 0) == (mode == "light")

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 import engine.loop
 import engine.optimizer
+import model.mistral
 from engine.checkpoint import checkpoints, read_state
 from engine.config import to_toml
 from recipes import dpo, pretrain, sft
@@ -104,6 +105,29 @@ def test_settings_that_do_not_change_the_trajectory_may_differ(tiny_settings, me
     losses = [[line["loss"] for line in metric_lines(out) if "loss" in line] for out in (whole, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[1][:2] == losses[0][:2]
+
+
+def test_what_is_recomputed_changes_no_bit_and_may_change_on_resume(tiny_settings, assert_same_end, tmp_path, monkeypatch):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    pretrain.run(tiny_settings("pretrain", whole, recompute="none", **EVERY_TWO))
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, call=15 * 3 + 1)
+        with pytest.raises(Killed):
+            pretrain.run(tiny_settings("pretrain", torn, recompute="ffn", **EVERY_TWO))
+    used = []
+    monkeypatch.setattr(model.mistral.Mistral, "log_probs", record_mode(model.mistral.Mistral.log_probs, used))
+    monkeypatch.setattr(model.mistral.Mistral, "nll", record_mode(model.mistral.Mistral.nll, used))
+    pretrain.run(tiny_settings("pretrain", torn, recompute="block", **EVERY_TWO))
+    assert set(used) == {"block"}
+    assert_same_end(whole, torn)
+
+
+def record_mode(method, used):
+    def recorded(self, *arguments, **named):
+        used.append(self.recompute)
+        return method(self, *arguments, **named)
+
+    return recorded
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_settings, tmp_path, capsys):

@@ -24,17 +24,6 @@ def _given(metafunc) -> set[str]:
     }
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    return torch.device(request.param)
-
-
-@pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)])
-def triton_device(request):
-    """Where the Triton kernels run: nowhere in a plain process without a GPU."""
-    return torch.device(request.param)
-
-
 @pytest.fixture(autouse=True)
 def _poisoned():
     """Every tensor that is made without values is full of NaN, so that what a kernel does not write shows."""

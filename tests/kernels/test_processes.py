@@ -24,7 +24,7 @@ PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 def jobs() -> dict[str, tuple[list[str], dict[str, str]]]:
     """(arguments of Python, environment) of each process by its name, the longest first."""
     files = {f"mutants of {name}": ([str(FOLDER / "mutation.py"), name], INTERPRETED) for name in MUTANTS}
-    for path in sorted(FOLDER.glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "triton_device" in path.read_text(encoding="utf-8") and path != Path(__file__):
             files[f"interpreted {path.stem}"] = ([*PYTEST, "-m", "not gpu", str(path)], INTERPRETED)
     return files | {"compilation": ([*PYTEST, str(FOLDER / "compilation.py")], {"TRITON_INTERPRET": "0"})}

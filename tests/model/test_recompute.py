@@ -1,0 +1,95 @@
+"""What the backward pass makes again: the same results to the bit, and no more kept than each mode says."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+
+from kernels.embedding import EmbeddingNoise
+from kernels.launch import INTERPRETED
+from model.config import MistralConfig
+from model.mistral import Mistral, Recompute, initialize, packed_attention
+
+CONFIG = MistralConfig(
+    vocab_size=64, unpadded_vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, sliding_window=3, initializer_range=0.3,
+)  # fmt: skip
+MODES = get_args(Recompute)
+# The interpreter rounds bfloat16 wrongly.
+DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
+TOKENS = 9
+
+
+def made(config, dtype, device):
+    model = Mistral(config)
+    initialize(model, 3)
+    return model.to(device=device, dtype=dtype)
+
+
+def batch(device):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, CONFIG.unpadded_vocab_size, (TOKENS,), generator=generator)
+    lengths = torch.tensor([1, 5, 3])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    document = torch.repeat_interleave(torch.arange(3), lengths)
+    noise = EmbeddingNoise(5.0, 1, 2, document.to(device), positions.to(device), lengths[document].to(device))
+    rows = torch.tensor([3, 5, 8, -1], dtype=torch.int32)
+    bounds = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+    return *(tensor.to(device) for tensor in (tokens, positions, rows, bounds)), noise
+
+
+def loss_of(model, device):
+    tokens, positions, rows, bounds, noise = batch(device)
+    hidden = model(tokens, positions, packed_attention(bounds, CONFIG.sliding_window), noise)
+    return model.log_probs(hidden, tokens.roll(-1), rows).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_and_gradients_are_equal_to_the_bit(dtype, device):
+    model = made(CONFIG, dtype, device)
+    runs = {}
+    for mode in MODES:
+        model.recompute = mode
+        loss = loss_of(model, device)
+        runs[mode] = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in runs["none"])
+    for mode in MODES[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs["none"], runs[mode], strict=True)), mode
+
+
+def kept_elements(layers, mode, device):
+    """Elements that the blocks of a model keep for their backward pass, where attention itself keeps nothing."""
+    model = made(replace(CONFIG, num_hidden_layers=layers), torch.float32, device)
+    model.recompute = mode
+    tokens, positions, *_ = batch(device)
+    others = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.setdefault(saved.data_ptr(), saved), lambda saved: saved):
+        model(tokens, positions, lambda layer, query, key, value: 2 * query)
+    # Rotary tables serve all layers.
+    return sum(
+        saved.numel() for at, saved in kept.items() if at not in others and saved.shape != (TOKENS, CONFIG.head_dim // 2)
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_keeps_what_its_mode_says(mode, device):
+    width, attended, wide = CONFIG.hidden_size, CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.intermediate_size
+    # The stream before attention and before the feed-forward network, two scales of norms, attention's output.
+    least = 2 * width + 2 + attended
+    expected = {"none": least + 2 * width + 3 * wide, "light": least + 2 * wide, "ffn": least, "block": width}[mode]
+    assert kept_elements(3, mode, device) - kept_elements(2, mode, device) == TOKENS * expected
+
+
+def test_a_step_in_the_kernels_is_that_of_the_references(triton_device):
+    """A whole model, forward and backward, in float32: the operators fit together as their references do."""
+    model = made(CONFIG, torch.float32, triton_device)
+    loss = loss_of(model, triton_device)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    exact = made(CONFIG, torch.float32, triton_device).double()
+    exact_loss = loss_of(exact, triton_device)
+    expected = torch.autograd.grad(exact_loss, list(exact.parameters()))
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
