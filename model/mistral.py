@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import attention_tiles, sliding_window_attention
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
-from kernels.linear_log_prob import linear_log_prob, wide_product
+from kernels.linear_log_prob import linear_log_prob, linear_nll, wide_product
 from kernels.norm_qkv import norm_qkv
 from kernels.rms_norm import add_rms_norm
 from kernels.rotary import RotaryTable, rotary_table
@@ -156,6 +156,14 @@ class Mistral(nn.Module):
     def log_probs(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor) -> Tensor:
         """Log-probability of each listed row's target, float32 [T], 0 outside rows_N (see `linear_log_prob`)."""
         return linear_log_prob(hidden_TD, self.lm_head.weight, target_T, rows_N, vocab_size=self.config.unpadded_vocab_size)
+
+    def nll(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of weight * -log-probability over the listed rows, the log-probabilities [T] without a gradient).
+
+        See `linear_nll`, which makes the gradients at once: `log_probs` is for losses that are not such a sum.
+        """
+        vocab_size = self.config.unpadded_vocab_size
+        return linear_nll(hidden_TD, self.lm_head.weight, target_T, rows_N, weight_T, vocab_size=vocab_size)
 
 
 def initialize(model: Mistral, seed: int) -> None:

@@ -1,57 +1,192 @@
-"""The head's log-probs against autograd over materialised logits in float64."""
+"""The head's log-probs against autograd over materialised logits, in each of its ways."""
+
+import functools
 
 import pytest
 import torch
 
-from kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+import kernels.linear_log_prob as module
+from kernels.launch import INTERPRETED
+from kernels.linear_log_prob import (
+    default_budget,
+    linear_log_prob,
+    linear_log_prob_reference,
+    linear_log_prob_statistics,
+    linear_nll,
+    plan,
+)  # fmt: skip
+from tests.kernels.error_rule import check, random
 
-TOKENS, WIDTH, VOCABULARY = 37, 24, 131
+TOKENS, WIDTH, VOCABULARY = 13, 24, 131
+# Half of the rows, out of order, with padding in between.
+HALF = [3, 12, 4, -1, 0, -1, 7, 9, -1]
+ROWS = {"0 % excluded": [*range(TOKENS)], "50 %": HALF, "100 %": [-1] * 4, "no list": []}
+WAYS = ("keep", "recompute", "chunks", "known", "known, chunks")
 
 
-def _inputs(dtype=torch.float64, rows=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    target = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    grad = torch.randn(TOKENS, generator=generator, dtype=torch.float64)
-    chosen = torch.arange(TOKENS, dtype=torch.int32) if rows is None else torch.tensor(rows, dtype=torch.int32)
-    return hidden, weight, target, chosen, grad
+def _inputs(dtype=torch.float64, rows=None, seed=0, *, device="cpu", tokens=TOKENS, width=WIDTH, vocabulary=VOCABULARY):
+    hidden = random(tokens, width, dtype=dtype, device=device, seed=seed).requires_grad_()
+    weight = random(vocabulary, width, dtype=dtype, device=device, seed=seed + 1).requires_grad_()
+    target = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).to(device)
+    grad = random(tokens, dtype=torch.float64, device=device, seed=seed + 2)
+    chosen = [*range(tokens)] if rows is None else rows
+    return hidden, weight, target, torch.tensor(chosen, dtype=torch.int32, device=device), grad
 
 
-SOME = [3, 30, 4, -1, 0, -1, -1]
+def _bytes_of(rows, vocabulary, itemsize):
+    """A budget in which so many rows' logits and gradients have room, and no more."""
+    return rows * vocabulary * (max(4, itemsize) + itemsize)
 
 
-@pytest.mark.parametrize("rows", [None, SOME, [-1] * 4, []], ids=["all", "some", "padding only", "none"])
-@pytest.mark.parametrize("budget", [2**30, 8 * VOCABULARY * 5, 1], ids=["kept", "chunks of 5", "chunks of 1"])
-def test_equals_autograd_in_float64(rows, budget):
-    hidden, weight, target, chosen, grad = _inputs(rows=rows)
-    out = linear_log_prob(hidden, weight, target, chosen, budget_bytes=budget)
+def _scored(way, hidden, weight, target, rows, grad, **settings):
+    """(log-probs, gradients of sum(grad * log_prob) by hidden and weight) in one of the ways."""
+    mode, _, chunks = way.partition(", ")
+    if "chunks" in (mode, chunks):
+        settings["budget_bytes"] = _bytes_of(5, len(weight), hidden.dtype.itemsize)
+    if mode == "known":
+        loss, log_prob = linear_nll(hidden, weight, target, rows, -grad, **settings)
+        return log_prob, *torch.autograd.grad(loss, (hidden, weight))
+    log_prob = linear_log_prob(hidden, weight, target, rows, **settings, mode="recompute" if mode == "chunks" else mode)
+    return log_prob, *torch.autograd.grad(log_prob, (hidden, weight), grad.to(log_prob.dtype))
+
+
+def _unfused(hidden, weight, target, rows, grad):
+    """The same by torch in the inputs' dtype, its logits rounded to it."""
+    listed = rows[rows >= 0].long()
+    log_probs = (hidden @ weight.T)[listed].to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(dim=-1)
+    zeros = torch.zeros(len(hidden), dtype=log_probs.dtype, device=hidden.device)
+    log_prob = zeros.index_put((listed,), log_probs.gather(1, target[listed, None])[:, 0])
+    return log_prob, *torch.autograd.grad(log_prob, (hidden, weight), grad.to(log_prob.dtype))
+
+
+NAMES = ("log_prob", "d hidden", "d weight")
+
+
+def test_what_is_kept_and_how_many_rows_are_scored_at_once():
+    gib = 2**30
+    # 8,192 rows of Shisa 7B's vocabulary in bfloat16 are kept; 1,408 float32 rows have room beside them.
+    assert plan(8192, 120064, 2, default_budget(torch.device("cuda"))) == (True, 1408)
+    assert plan(8192, 120064, 2, default_budget(torch.device("cpu"))) == (False, 640)
+    # Exactly a tile beside what is kept, and a byte less.
+    enough = 1000 * 1024 * 2 + 128 * 1024 * 4
+    assert plan(1000, 1024, 2, enough) == (True, 128)
+    assert plan(1000, 1024, 2, enough - 1) == (False, 384)
+    assert plan(1000, 1024, 2, enough - 1, "keep") == (True, 127)
+    assert plan(1000, 1024, 2, gib) == (True, 1000)
+    assert plan(1000, 1024, 2, gib, "recompute") == (False, 1000)
+    assert plan(1000, 1024, 4, 8 * 1024 * 300, "recompute") == (False, 256)
+    assert plan(1000, 1024, 8, 16 * 1024 * 7, "recompute") == (False, 7)
+    assert plan(0, 1024, 2, gib) == (True, 1)
+    # Without a backward pass there are logits alone.
+    assert plan(1000, 1024, 2, 4 * 1024 * 200, backward=False) == (False, 128)
+    assert plan(1000, 1024, 2, 4 * 1024 * 1, backward=False) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 1024, 2, 2**30, "keeps"), "mode = 'keeps': must be one of auto, keep, recompute"),
+        ((10, 1024, 2, 6143), "budget_bytes = 6143: one row of 1024 takes 6144; give at least that"),
+        ((10, 1024, 2, 24575, "keep"), "to keep 10 rows of 1024 takes 24576; give that or mode = 'recompute'"),
+    ],
+)
+def test_plans_that_cannot_be_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(*arguments)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_the_unfused_computation(way, rows, dtype, device):
+    hidden, weight, target, chosen, grad = _inputs(dtype, rows, device=device)
+    # Of a loss that scales rows differently, one of them not at all.
+    grad[3] = 0
+    given = (target, chosen, grad)
+    exact = _unfused(hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), *given)
+    plain = _unfused(hidden, weight, *given)
+    ours = _scored(way, hidden, weight, target, chosen, grad.float())
+    for name, found, right, torchs in zip(NAMES, ours, exact, plain, strict=True):
+        check(name, found, right, torchs, sums=8)
+    excluded = [row for row in range(TOKENS) if row not in rows]
+    assert not ours[0][excluded].any()
+    assert not ours[1][excluded].any()
+
+
+@pytest.mark.parametrize("rows", [None, HALF, [-1] * 4, []], ids=["all", "some", "padding only", "none"])
+@pytest.mark.parametrize("way", [*WAYS, "rows alone"])
+def test_equals_autograd_in_float64(way, rows, device):
+    hidden, weight, target, chosen, grad = _inputs(rows=rows, device=device)
     listed = [row for row in chosen.tolist() if row >= 0]
-    expected = torch.zeros(TOKENS, dtype=torch.float64)
+    expected = torch.zeros(TOKENS, dtype=torch.float64, device=device)
     expected[listed] = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0][listed]
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(out, (hidden, weight), grad)
     theirs = torch.autograd.grad(expected, (hidden, weight), grad)
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    if way == "rows alone":
+        way, settings = "recompute", {"budget_bytes": _bytes_of(1, VOCABULARY, 8)}
+    else:
+        settings = {}
+    out, *ours = _scored(way, hidden, weight, target, chosen, grad, **settings)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tuple(ours), theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_padding_columns_take_no_probability():
-    hidden, weight, target, chosen, grad = _inputs()
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(1031, 7), (120_065, 3)])
+def test_vocabularies_that_no_block_divides(vocabulary, tokens, way, device):
+    hidden, weight, target, chosen, grad = _inputs(torch.float32, device=device, tokens=tokens, width=8, vocabulary=vocabulary)
+    target[0], target[1] = vocabulary - 1, 0
+    given = (target, chosen, grad)
+    exact = _unfused(hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), *given)
+    plain = _unfused(hidden, weight, *given)
+    settings = {"budget_bytes": _bytes_of(2, vocabulary, 4)} if way.endswith("chunks") else {}
+    for name, found, right, torchs in zip(
+        NAMES, _scored(way, hidden, weight, target, chosen, grad.float(), **settings), exact, plain, strict=True
+    ):
+        check(name, found, right, torchs, sums=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_columns_take_no_probability(way, dtype, device):
+    hidden, weight, target, chosen, grad = _inputs(dtype, device=device)
     real = 100
     target = target % real
     with torch.no_grad():
         weight[real:] = 1e6
-    out = linear_log_prob(hidden, weight, target, chosen, vocab_size=real)
+    out, _, gradient = _scored(way, hidden, weight, target, chosen, grad.to(dtype), vocab_size=real)
     expected = linear_log_prob_reference(hidden, weight[:real], target, chosen)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    (gradient,) = torch.autograd.grad(out, weight, grad)
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(out, expected, **close)
     assert (gradient[real:] == 0).all()
     assert (gradient[:real] != 0).all()
 
 
-def test_bfloat16_logits_are_never_rounded():
+def test_statistics(dtype, device):
+    hidden, weight, target, chosen, _ = _inputs(dtype, HALF, device=device)
+    target = target % 120
+
+    def plainly(hidden, weight):
+        listed = chosen[chosen >= 0].long()
+        logits = hidden[listed] @ weight[:120].T
+        log_probs = logits.log_softmax(dim=-1)
+        values = (
+            log_probs.gather(1, target[listed, None])[:, 0], logits.logsumexp(dim=-1), -(log_probs.exp() * log_probs).sum(-1),
+        )  # fmt: skip
+        return [torch.zeros(TOKENS, dtype=hidden.dtype, device=device).index_put((listed,), value) for value in values]
+
+    budget = 4 * VOCABULARY * 3
+    found = linear_log_prob_statistics(hidden, weight, target, chosen, vocab_size=120, budget_bytes=budget)
+    wide = [tensor.detach().double() for tensor in (hidden, weight)]
+    for name, ours, exact, plain in zip(
+        ("log_prob", "log_sum_exp", "entropy"), found, plainly(*wide), plainly(hidden.float(), weight.float()), strict=True
+    ):
+        check(name, ours, exact, plain.detach(), sums=8)
+        assert not ours.requires_grad
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates to bfloat16")
+def test_bfloat16_logits_are_never_rounded(device):
     """Within twice the error of the same computation by torch in float32, plus the products' rounding."""
-    hidden, weight, target, chosen, grad = _inputs(torch.bfloat16)
+    hidden, weight, target, chosen, grad = _inputs(torch.bfloat16, device=device)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     exact = linear_log_prob_reference(*wide, target, chosen)
     ours = linear_log_prob(hidden, weight, target, chosen)
@@ -67,19 +202,161 @@ def test_bfloat16_logits_are_never_rounded():
         assert (gradient.double() - reference).abs().max() <= 2 * torch_error
 
 
+@pytest.mark.parametrize("score", [linear_log_prob, linear_log_prob_statistics, linear_nll])
 @pytest.mark.parametrize("wrong", [VOCABULARY, -1])
-def test_target_out_of_range_is_named(wrong):
-    hidden, weight, target, _, _ = _inputs()
+def test_target_out_of_range_is_named(wrong, score):
+    hidden, weight, target, _, grad = _inputs()
+    others = (grad,) if score is linear_nll else ()
     target[9] = wrong
     # An unlisted row's target is never looked at.
-    linear_log_prob(hidden, weight, target, torch.tensor([1, 2]))
+    score(hidden, weight, target, torch.tensor([1, 2, -1]), *others)
     with pytest.raises(ValueError, match=f"target {wrong} at row 9 is outside the vocabulary of {VOCABULARY}"):
-        linear_log_prob(hidden, weight, target, torch.tensor([1, 9]))
+        score(hidden, weight, target, torch.tensor([1, 9]), *others)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layouts_do_not_matter(way, device):
+    """Rows of a wider matrix, transposed inputs, lists of other integers, and the gradient of a sum, whose strides are 0."""
+    hidden, weight, target, chosen, _ = _inputs(torch.float32, HALF, device=device)
+    grad = torch.ones((), device=device).expand(TOKENS)
+    expected = _scored(way, hidden, weight, target, chosen, grad.contiguous())
+    spread = torch.stack((target, target), dim=1)[:, 0]
+    rows = torch.stack((chosen, chosen), dim=1)[:, 0].long()
+    for laid in (torch.cat((hidden, hidden), dim=1)[:, :WIDTH], hidden.detach().T.contiguous().T):
+        turned = weight.detach().T.contiguous().T
+        found = _scored(way, *(tensor.detach().requires_grad_() for tensor in (laid, turned)), spread.int(), rows, grad)
+        # Products of transposed operands may add up in another order.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_runs_are_equal_to_the_bit(way, dtype, device):
+    tensors = _inputs(dtype, HALF, device=device)
+    runs = [_scored(way, *tensors[:4], tensors[4].float()) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_tokens(way, device):
+    hidden, weight, target, _, grad = _inputs(torch.float32, device=device, tokens=0)
+    rows = torch.full((4,), -1, dtype=torch.int32, device=device)
+    log_prob, grad_hidden, grad_weight = _scored(way, hidden, weight, target, rows, grad.float())
+    assert (log_prob.shape, grad_hidden.shape) == ((0,), (0, WIDTH))
+    assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("budget", [None, _bytes_of(5, VOCABULARY, 4)])
+def test_a_loss_that_is_scaled_or_added_to(budget, device):
+    """The gradients of the forward pass times the loss's own, and one input alone."""
+    hidden, weight, target, chosen, weight_T = _inputs(torch.float32, HALF, device=device)
+    weight_T = weight_T.float()
+    nll = functools.partial(linear_nll, budget_bytes=budget)
+    expected = torch.autograd.grad(
+        -3 * (weight_T * linear_log_prob(hidden, weight, target, chosen)).sum(), (hidden, weight)
+    )  # fmt: skip
+    loss, log_prob = nll(hidden, weight, target, chosen, weight_T)
+    assert loss.dtype == torch.float32
+    assert not log_prob.requires_grad
+    torch.testing.assert_close(loss, -(weight_T * log_prob).sum())
+    torch.testing.assert_close(torch.autograd.grad(3 * loss + 1, (hidden, weight)), expected, rtol=1e-4, atol=1e-5)
+    (alone,) = torch.autograd.grad(3 * nll(hidden.detach(), weight, target, chosen, weight_T)[0], weight)
+    torch.testing.assert_close(alone, expected[1], rtol=1e-4, atol=1e-5)
+    (alone,) = torch.autograd.grad(3 * nll(hidden, weight.detach(), target, chosen, weight_T)[0], hidden)
+    torch.testing.assert_close(alone, expected[0], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        without, again = nll(hidden, weight, target, chosen, weight_T)
+    torch.testing.assert_close((without, again), (loss.detach(), log_prob))
+    assert not without.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_one_gradient_alone_and_a_second_backward(mode, device):
+    hidden, weight, target, chosen, grad = _inputs(torch.float32, HALF, device=device)
+    grad = grad.float()
+    out = linear_log_prob(hidden, weight, target, chosen, mode=mode)
+    first, second = (torch.autograd.grad(out, (hidden, weight), grad, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    for number in range(2):
+        given = [tensor if number == i else tensor.detach() for i, tensor in enumerate((hidden, weight))]
+        out = linear_log_prob(*given, target, chosen, mode=mode)
+        assert torch.equal(torch.autograd.grad(out, given[number], grad)[0], first[number])
 
 
 def test_a_second_backward_raises():
-    hidden, weight, target, chosen, _ = _inputs()
-    total = linear_log_prob(hidden, weight, target, chosen).sum()
-    total.backward(retain_graph=True)
+    hidden, weight, target, chosen, grad = _inputs()
+    loss, _ = linear_nll(hidden, weight, target, chosen, grad)
+    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
-        total.backward()
+        loss.backward()
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    """The reference pass of preference tuning: logits alone, in chunks that its budget would not have beside what is kept."""
+    hidden, weight, target, chosen, _ = _inputs(torch.float32)
+    plans = []
+    monkeypatch.setattr(module, "plan", lambda *given, **settings: plans.append(plan(*given, **settings)) or plans[-1])
+    expected = linear_log_prob(hidden, weight, target, chosen)
+    with torch.no_grad():
+        assert torch.equal(linear_log_prob(hidden, weight, target, chosen), expected)
+    assert torch.equal(linear_log_prob(hidden.detach(), weight.detach(), target, chosen), expected)
+    assert plans == [(True, TOKENS), (False, TOKENS), (False, TOKENS)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates to bfloat16")
+def test_gradients_added_up_in_bfloat16_are_off_by_a_rounding_of_each_sum():
+    """Sixteen micro-batches against one product in float64: at most 2^-9 of the largest partial sum is lost each time."""
+    batches, tokens = 16, 24
+    hidden, weight, target, _, grad = _inputs(torch.bfloat16, tokens=batches * tokens)
+    wide_hidden, wide_weight = hidden.detach().double(), weight.detach().double().requires_grad_()
+    largest = 0.0
+    for first in range(0, batches * tokens, tokens):
+        rows = torch.arange(first, first + tokens)
+        linear_nll(hidden.detach(), weight, target, rows, grad)[0].backward()
+        so_far = torch.arange(first + tokens)
+        log_prob = linear_log_prob_reference(wide_hidden, wide_weight, target, so_far)
+        (exact,) = torch.autograd.grad(-(grad * log_prob).sum(), wide_weight)
+        largest = max(largest, float(exact.abs().max()))
+    error = float((weight.grad.double() - exact).abs().max())
+    # Each addend is rounded once itself, and made of logits' gradients that were.
+    assert 2**-10 * largest < error <= 2 * batches * 2**-9 * largest
+
+
+def test_custom_operators_are_sound(triton_device):
+    _check_operators(torch.float32, triton_device)
+
+
+def test_custom_operators_are_sound_on_references(device):
+    _check_operators(torch.float64, device)
+
+
+def _check_operators(dtype, device):
+    hidden, weight, target, chosen, grad = _inputs(dtype, HALF, device=device, vocabulary=40)
+    grad = grad.to(dtype)
+    given = (hidden, weight, target % 40, chosen)
+    plain = [tensor.detach() for tensor in given]
+    for keep in (True, False):
+        torch.library.opcheck(module._log_prob, (*given, 40, keep, 8, False))
+        # Its gradients, which the backward pass scales in place, are no results of the public function, which is compiled below.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(module._nll, (*given, grad, 40, keep, 8, True, True), test_utils=checks)
+        _, log_sum_exp, _, kept = module._log_prob(*plain, 40, keep, 8, False)
+        torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, keep, 8, True, True))
+    torch.library.opcheck(module._log_prob, (*plain, 40, False, 8, True))
+    torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, False, 8, False, True))
+
+
+@pytest.mark.parametrize("way", ["keep", "chunks", "known"])
+def test_compiles_in_one_piece(way, device):
+    hidden, weight, target, chosen, grad = _inputs(torch.float32, HALF, device=device)
+    settings = {"budget_bytes": _bytes_of(5, VOCABULARY, 4)} if way == "chunks" else {}
+
+    def loss(hidden, weight, target, chosen, grad):
+        if way == "known":
+            return 2 * linear_nll(hidden * 1.5, weight, target, chosen, grad, **settings)[0]
+        return (grad * linear_log_prob(hidden * 1.5, weight, target, chosen, **settings)).sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        value = function(hidden, weight, target, chosen, grad.float())
+        results.append((value, *torch.autograd.grad(value, (hidden, weight))))
+    torch.testing.assert_close(*results)
