@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.measure import spread
-from engine.data.batches import Step
+from engine.data.batches import Batch, Step
 from engine.flops import attended_pairs, recomputed_flops
 from engine.loop import step_flops
-from kernels.linear_log_prob import DEFAULT_BUDGET
+from kernels.linear_log_prob import default_budget, plan
 from model.config import MistralConfig
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -30,21 +34,28 @@ class Work:
     again: int
 
 
-def work_of(config: MistralConfig, step: Step, recompute: str = "") -> Work:
-    """The work of one rank's step."""
+def work_of(
+    config: MistralConfig, step: Step, recompute: str = "", *, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Work:
+    """The work of one rank's step on a device, of parameters of a dtype."""
     flops, trained = step_flops(config, step)
     documents = sum(len(batch.document_D) for batch in step.batches)
-    again = sum(head_again(config, int((batch.rows_N >= 0).sum())) for batch in step.batches)
+    again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = attended_pairs(batch.cu_docs.diff().tolist(), config.sliding_window)
         again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
     return Work(step.tokens, documents, trained, flops, again)
 
 
-def head_again(config: MistralConfig, rows: int, budget_bytes: int = DEFAULT_BUDGET) -> int:
-    """Operations of logits that are computed a second time in the backward pass, as they do not fit the head's budget."""
-    chunk = max(1, budget_bytes // (4 * config.unpadded_vocab_size))
-    return 0 if rows <= chunk else 2 * rows * config.hidden_size * config.unpadded_vocab_size
+def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int) -> int:
+    """Operations of logits that are computed again in the backward pass, as what they leave does not fit the head's budget.
+
+    Only preference tuning has such: the gradients of a weighted sum of log-probs are made with the logits.
+    """
+    rows = len(batch.rows_N)
+    if batch.pair_D is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
+        return 0
+    return 2 * rows * config.hidden_size * config.vocab_size
 
 
 def speed(

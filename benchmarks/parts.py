@@ -19,7 +19,7 @@ OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
         ("kernels.feed_forward", "feed_forward"),
     ),
     "attention": (("kernels.attention", "sliding_window_attention"),),
-    "fused head": (("kernels.linear_log_prob", "linear_log_prob"),),
+    "fused head": (("kernels.linear_log_prob", "linear_log_prob"), ("kernels.linear_log_prob", "linear_nll")),
     "fused optimizer": (("kernels.adamw", "adamw_"),),
 }  # fmt: skip
 LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer")

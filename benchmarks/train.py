@@ -201,7 +201,8 @@ def measure_point(
     job = make_job(point, device, folder)
     plan, pack_tokens = open_job(job).plan, job["settings"]["pack_tokens"]
     steps = [make_step(plan, index, pack_tokens=pack_tokens) for index in range(point.needed_steps)]
-    works = [work_of(point.config, step, point.recompute) for step in steps]
+    dtype = getattr(torch, point.dtype)
+    works = [work_of(point.config, step, point.recompute, device=device, dtype=dtype) for step in steps]
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps, Path(job["steps_file"]))

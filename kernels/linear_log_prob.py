@@ -161,6 +161,13 @@ def linear_log_prob_reference(
     return torch.zeros(hidden_TD.shape[0], dtype=wide, device=hidden_TD.device).index_put((rows,), log_prob_N)
 
 
+def linear_nll_reference(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor, *, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    log_prob_T = linear_log_prob_reference(hidden_TD, weight_VD, target_T, rows_N, vocab_size=vocab_size)
+    return -(weight_T * log_prob_T).sum(), log_prob_T.detach()
+
+
 def wide_product(left_ND: Tensor, right_MD: Tensor) -> Tensor:
     """left @ right^T accumulated and returned in float32 (float64 for float64), whatever the inputs' dtype: [N, M]."""
     wide = accumulation_dtype(left_ND.dtype)

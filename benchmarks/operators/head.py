@@ -3,6 +3,7 @@
 Shapes: T tokens, N projected rows, D width, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,9 +23,12 @@ from benchmarks.operators.operator import (
     random_data,
     token_ids,
 )  # fmt: skip
+from kernels.linear_log_prob import Mode, linear_log_prob, linear_nll
 
 # Rows of the exact computation at once: float64 logits of a large vocabulary are large.
 _CHUNK = 512
+# For ways that are asked for: no budget decides.
+_ROOM = 2**34
 
 
 def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
@@ -95,6 +99,21 @@ def _torch_log_prob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, rows
     return -F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), target_T, reduction="none")
 
 
+def _mode(mode: Mode, case: Case) -> Call:
+    return _call(functools.partial(linear_log_prob, mode=mode, budget_bytes=_ROOM), case)
+
+
+def _no_gradient(case: Case) -> Call:
+    """The forward pass alone, as a reference model is scored for preference tuning."""
+    return _call(torch.no_grad()(linear_log_prob), case)
+
+
+def _known(case: Case) -> Call:
+    """Pre-training and fine-tuning: the rows' weights are given, and with them their gradients."""
+    rows_N, weight_T = case.constants["rows"], -case.upstream["log_prob"]
+    return _loss_call(lambda hidden, weight, target: linear_nll(hidden, weight, target, rows_N, weight_T)[0], case)
+
+
 def _torch_fused(case: Case) -> Call:
     function = peer("torch.nn.functional", "linear_cross_entropy")
     options = peer("torch.nn", "LinearCrossEntropyOptions")()
@@ -128,6 +147,10 @@ LINEAR_LOG_PROB = Operator(
     # The reference selects rows by their value, which torch.compile does not take in one piece.
     compiled=False,
     peers=(
+        Provider("komainu, kept", functools.partial(_mode, "keep"), ours=True, rival=False),
+        Provider("komainu, recomputed", functools.partial(_mode, "recompute"), ours=True, rival=False),
+        Provider("komainu, no gradient", _no_gradient, directions=("forward",), ours=True, rival=False),
+        Provider("komainu linear_nll", _known, directions=("both",), ours=True, rival=False),
         Provider("torch F.cross_entropy", lambda case: _call(_torch_log_prob, case)),
         Provider("torch.compile", lambda case: _call(compiled(_torch_log_prob), case)),
         # These three compute gradients in the forward pass: neither pass alone compares.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.data.batches import Batch, Step
-from engine.objectives.scoring import embedding_noise, token_log_probs
+from engine.objectives.scoring import embedding_noise, mean_nll
 from model.mistral import Mistral
 
 
@@ -27,5 +27,4 @@ class NextToken:
         """
         alpha = self.neftune_alpha if model.training else 0.0
         noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
-        log_prob_T = token_log_probs(model, batch, noise)
-        return {"loss": -(batch.weight_T * log_prob_T).sum() / step.weight}
+        return {"loss": mean_nll(model, batch, step.weight, noise)}

@@ -7,15 +7,27 @@ import torch
 from torch import Tensor
 
 from engine.data.batches import Batch
+from kernels import accumulation_dtype
 from kernels.embedding import EmbeddingNoise
 from model.mistral import Mistral, packed_attention
 
 
 def token_log_probs(model: Mistral, batch: Batch, noise: EmbeddingNoise | None = None) -> Tensor:
     """Log-probability of each label, float32 [T]; 0 at places without weight, which never reach the head."""
+    return model.log_probs(_hidden(model, batch, noise), batch.labels_T, batch.rows_N)
+
+
+def mean_nll(model: Mistral, batch: Batch, total_weight: float, noise: EmbeddingNoise | None = None) -> Tensor:
+    """sum(weight * -log-probability of the label) / total_weight, a scalar."""
+    hidden_TD = _hidden(model, batch, noise)
+    # Divided here: the head makes its gradients before it could learn of a factor.
+    weight_T = batch.weight_T.to(accumulation_dtype(hidden_TD.dtype)) / total_weight
+    return model.nll(hidden_TD, batch.labels_T, batch.rows_N, weight_T)[0]
+
+
+def _hidden(model: Mistral, batch: Batch, noise: EmbeddingNoise | None) -> Tensor:
     attend = packed_attention(batch.cu_docs, model.config.sliding_window)
-    hidden_TD = model(batch.tokens_T, batch.positions_T, attend, noise)
-    return model.log_probs(hidden_TD, batch.labels_T, batch.rows_N)
+    return model(batch.tokens_T, batch.positions_T, attend, noise)
 
 
 def document_log_probs(log_prob_T: Tensor, batch: Batch) -> Tensor:

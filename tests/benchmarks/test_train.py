@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.linear_log_prob
 import model.mistral
@@ -24,7 +24,7 @@ from benchmarks.peers.worker import peak_memory, peak_resident_bytes
 from benchmarks.train import TrainBenchSettings, points
 from engine.data.batches import make_step
 from engine.data.dataset import TokenDataset
-from kernels.linear_log_prob import linear_log_prob
+from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
 
 CPU = torch.device("cpu")
@@ -125,20 +125,29 @@ def test_what_a_round_says_of_speed():
 
 
 @pytest.mark.parametrize("rows", [4, 7])
-def test_logits_that_do_not_fit_are_counted_twice(rows):
-    """Torch's count of the head's products: three where all logits fit the budget, four where they do not."""
+def test_logits_that_do_not_fit_are_counted_twice(rows, monkeypatch):
+    """The products that the head asks torch for: three where what is kept fits the budget, four where it does not."""
+    counted = []
+    product = torch.mm
 
-    def in_place_product(_, left, right, out_shape=None, **__):
-        return 2 * left[0] * left[1] * right[1]
+    def counting_product(left, right, **settings):
+        counted.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
+        return product(left, right, **settings)
 
+    monkeypatch.setattr(torch, "mm", counting_product)
     config = dataclasses.replace(preset("tiny"), vocab_size=40, unpadded_vocab_size=33, hidden_size=8)
-    budget = 5 * 4 * 33
+    budget = 5 * (4 + 4) * 40
     hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
-    # Torch leaves out the in-place product that adds up the head's gradient.
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter:
-        targets, chosen = torch.zeros(9, dtype=torch.int64), torch.arange(rows)
-        linear_log_prob(hidden, head, targets, chosen, vocab_size=33, budget_bytes=budget).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * rows * 8 * 33 + head_again(config, rows, budget)
+    targets, chosen = torch.zeros(9, dtype=torch.int64), torch.arange(rows)
+    linear_log_prob(hidden, head, targets, chosen, vocab_size=33, budget_bytes=budget).sum().backward()
+    batch = SimpleNamespace(rows_N=chosen, pair_D=torch.arange(2))
+    again = head_again(config, batch, 4, budget)
+    assert (again > 0) == (rows == 7)
+    assert sum(counted) == 3 * 2 * rows * 8 * 40 + again
+    counted.clear()
+    linear_nll(hidden, head, targets, chosen, torch.ones(9), vocab_size=33, budget_bytes=budget)[0].backward()
+    batch = SimpleNamespace(rows_N=chosen, pair_D=None)
+    assert sum(counted) == 3 * 2 * rows * 8 * 40 + head_again(config, batch, 4, budget)
 
 
 def test_padding_counts_nowhere(tmp_path):
@@ -246,7 +255,7 @@ def test_operations_are_told_apart_by_what_called_them_in_both_directions(tmp_pa
     attention = {name: where for name, where in found.items() if "scaled_dot_product" in name}
     assert any("backward" in name for name in attention)
     assert set.union(*attention.values()) == {"attention"}
-    assert found["aten::mm"] | found.get("aten::addmm", set()) | found["aten::addmm_"] == {"products"}
+    assert found["aten::mm"] | found.get("aten::addmm", set()) == {"products"}
     assert found["aten::exp_"] == found["aten::rsqrt"] == {"our operators"}  # of the head's and the norm's forward
     assert found["aten::silu_backward"] == found["aten::embedding_dense_backward"] == {"our operators"}
     assert found["aten::lerp_"] == found[OPTIMIZER] == {"optimizer"}
@@ -258,6 +267,7 @@ def test_functions_are_replaced_wherever_they_are_named_and_come_back():
     original = kernels.linear_log_prob.linear_log_prob
     with parts.replaced(list(parts.references(["fused head"]))):
         assert model.mistral.linear_log_prob is kernels.linear_log_prob.linear_log_prob_reference
+        assert model.mistral.linear_nll is kernels.linear_log_prob.linear_nll_reference
     assert model.mistral.linear_log_prob is kernels.linear_log_prob.linear_log_prob is original
 
 

@@ -330,19 +330,19 @@ def test_custom_operators_are_sound_on_references(device):
 
 
 def _check_operators(dtype, device):
-    hidden, weight, target, chosen, grad = _inputs(dtype, HALF, device=device, vocabulary=40)
+    hidden, weight, target, chosen, grad = _inputs(dtype, [3, -1, 0], device=device, width=8, vocabulary=40)
     grad = grad.to(dtype)
     given = (hidden, weight, target % 40, chosen)
     plain = [tensor.detach() for tensor in given]
     for keep in (True, False):
-        torch.library.opcheck(module._log_prob, (*given, 40, keep, 8, False))
-        # Its gradients, which the backward pass scales in place, are no results of the public function, which is compiled below.
+        torch.library.opcheck(module._log_prob, (*given, 40, keep, 2, False))
+        # Its gradients, which the backward pass scales in place, are no results of the public function, compiled below.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(module._nll, (*given, grad, 40, keep, 8, True, True), test_utils=checks)
-        _, log_sum_exp, _, kept = module._log_prob(*plain, 40, keep, 8, False)
-        torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, keep, 8, True, True))
-    torch.library.opcheck(module._log_prob, (*plain, 40, False, 8, True))
-    torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, False, 8, False, True))
+        torch.library.opcheck(module._nll, (*given, grad, 40, keep, 2, True, True), test_utils=checks)
+        _, log_sum_exp, _, kept = module._log_prob(*plain, 40, keep, 2, False)
+        torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, keep, 2, True, True))
+    torch.library.opcheck(module._log_prob, (*plain, 40, False, 2, True))
+    torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, False, 2, False, True))
 
 
 @pytest.mark.parametrize("way", ["keep", "chunks", "known"])
