@@ -51,7 +51,7 @@ def measure_steps(worker: Worker) -> None:
     if run.device.type == "cuda":
         use_deterministic_algorithms()
     model = run.load_model() if run.settings.model else fresh_model(run)
-    optimizer = AdamW(model.named_parameters(), run.settings.optimizer)
+    optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
     stream = step_stream(run.plan, 0, pack_tokens=run.pack_tokens)
 

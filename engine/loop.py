@@ -47,7 +47,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
         if run.start >= steps:
             print(f"{run.checkpoint}: all {steps} steps are done already")
             return run.checkpoint
-    optimizer = AdamW(model.named_parameters(), settings.optimizer)
+    optimizer = AdamW(model.named_parameters(), settings.optimizer, seed=settings.seed)
     if run.checkpoint is not None:
         load_optimizer(run.checkpoint, optimizer)
     run.out.mkdir(parents=True, exist_ok=True)

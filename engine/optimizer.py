@@ -2,23 +2,32 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kernels.adamw import adamw_, gradient_norm
+from kernels.adamw import adamw_
+from kernels.gradient_norm import gradient_norm
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW's constants. weight_decay is applied to matrices, not to norm scales. clip_norm: greatest Euclidean norm of the
-    whole gradient; 0 does not clip."""
+    whole gradient; 0 does not clip.
+
+    moments: their dtype. With bfloat16, rounded stochastically, a bfloat16 model takes 10 bytes a parameter instead of 14: the
+    parameter and the rest of its master, the gradient, two moments. gradients: the dtype in which they add up over a step's
+    micro-batches. With float32 no sum is rounded to bfloat16, and a bfloat16 model takes 2 bytes a parameter more.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
+    gradients: Literal["parameter", "float32"] = "parameter"
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -32,23 +41,29 @@ class OptimizerSettings:
 
 
 class AdamW:
-    """Float32 moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
+    """Moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
 
-    Raises: ValueError for a parameter that is neither float32 nor bfloat16.
+    Args: parameters: all of the model, by name; their order tells them apart where moments are rounded stochastically.
+        seed: of that rounding.
+    Raises: ValueError for a parameter that is neither float32 nor bfloat16, and for float32 gradients of bfloat16 parameters
+        where torch has none.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, seed: int = 0) -> None:
         self.settings = settings
+        self.seed = seed
         self.parameters = dict(parameters)
         self.state: dict[str, Tensor] = {}
         self.updates = 0
         for name, parameter in self.parameters.items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
-            self.state[f"{name}.exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            self.state[f"{name}.exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.state[f"{name}.{moment}"] = torch.zeros_like(parameter, dtype=getattr(torch, settings.moments))
             if parameter.dtype == torch.bfloat16:
                 self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
+                if settings.gradients == "float32":
+                    _accumulate_in_float32(parameter)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:
@@ -58,7 +73,7 @@ class AdamW:
         limit = self.settings.clip_norm
         scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         self.updates += 1
-        for name, parameter in self.parameters.items():
+        for number, (name, parameter) in enumerate(self.parameters.items()):
             assert parameter.grad is not None, f"{name} took no part in the step"
             adamw_(
                 parameter,
@@ -72,6 +87,8 @@ class AdamW:
                 weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
                 step=self.updates,
                 gradient_scale=scale,
+                seed=self.seed,
+                parameter_id=number,
             )
             parameter.grad = None
         return norm
@@ -85,3 +102,9 @@ class AdamW:
                 raise ValueError(f"optimizer state {name}: {found}, the model needs {list(tensor.shape)} {tensor.dtype}")
             tensor.copy_(saved)
         self.updates = updates
+
+
+def _accumulate_in_float32(parameter: nn.Parameter) -> None:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise ValueError(f"optimizer.gradients = float32 of bfloat16 parameters needs torch 2.10, this is {torch.__version__}")
+    parameter.grad_dtype = torch.float32

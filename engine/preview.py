@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from engine.data.batches import Batch, make_step
+from engine.optimizer import OptimizerSettings
 from engine.run import Run
 from engine.schedule import learning_rate
 
@@ -14,8 +15,7 @@ _SHOWN_TOKENS = 160
 def describe(run: Run) -> list[str]:
     """Model, memory of its state, data and schedule of a run, a line each."""
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
-    # Parameter, gradient and two float32 moments; bfloat16 keeps 16 more bits of its master.
-    state_bytes = config.parameters * (2 + 2 + 8 + 2 if run.dtype == torch.bfloat16 else 4 + 4 + 8)
+    state_bytes = config.parameters * bytes_of_parameter(run.dtype, run.settings.optimizer)
     rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
     return [
         f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
@@ -25,6 +25,13 @@ def describe(run: Run) -> list[str]:
         f"schedule   {schedule.kind}: learning rate {rates[0]:.2e}, {rates[1]:.2e} after warm-up, {rates[2]:.2e} at last",
         f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
     ]
+
+
+def bytes_of_parameter(dtype: torch.dtype, settings: OptimizerSettings) -> int:
+    """Of a parameter with its gradient, its two moments and, if it is bfloat16, the other 16 bits of its master."""
+    gradient = 4 if settings.gradients == "float32" else dtype.itemsize
+    remainder = 2 if dtype == torch.bfloat16 else 0
+    return dtype.itemsize + gradient + 2 * getattr(torch, settings.moments).itemsize + remainder
 
 
 def sample(run: Run) -> list[str]:

@@ -43,7 +43,7 @@ class TrainSettings:
     epochs: float | None = None
     """Passes over the sources (those without a share)."""
     seed: int = 0
-    """Of data order, NEFTune noise and fresh weights."""
+    """Of data order, NEFTune noise, fresh weights and the rounding of bfloat16 moments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

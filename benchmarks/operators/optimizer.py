@@ -211,7 +211,7 @@ def _torch_norm(gradients: list[Tensor]) -> Tensor:
 
 
 GRADIENT_NORM = Operator(
-    "gradient_norm", "kernels.adamw", "gradient_norm", _norm_case, _norm_call, cost=_norm_cost, shape=_shape,
+    "gradient_norm", "kernels.gradient_norm", "gradient_norm", _norm_case, _norm_call, cost=_norm_cost, shape=_shape,
     exact=lambda case: {"norm": sum(gradient.double().square().sum() for gradient in case.inputs.values()).sqrt()},  # type: ignore[union-attr]
     yardstick="torch vector_norm", directions=("forward",), compiled=False, per_tokens=False,
     peers=(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import engine.optimizer
 from engine.optimizer import AdamW, OptimizerSettings
+from engine.preview import bytes_of_parameter
 
 STEPS = 25
 
@@ -86,22 +88,104 @@ def test_bfloat16_parameters_follow_float32_ones_exactly():
         assert not torch.equal(wide[name].detach(), parameters(torch.bfloat16)[name].detach().float())
 
 
-def test_state_moves_to_another_optimizer():
-    settings = OptimizerSettings()
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_state_moves_to_another_optimizer(moments):
+    settings = OptimizerSettings(moments=moments)
     runs = []
     for split in (STEPS, 9):
         named = parameters(torch.bfloat16)
-        optimizer = AdamW(named.items(), settings)
+        optimizer = AdamW(named.items(), settings, seed=3)
         for step in range(STEPS):
             if step == split:
                 saved = {name: tensor.clone() for name, tensor in optimizer.state.items()}
-                optimizer, updates = AdamW(named.items(), settings), optimizer.updates
+                optimizer, updates = AdamW(named.items(), settings, seed=3), optimizer.updates
                 optimizer.load(saved, updates)
             gradients(step, named)
             optimizer.step(rate(step))
-        runs.append(named)
-    for name in runs[0]:
-        assert torch.equal(runs[0][name], runs[1][name])
+        runs.append((named, optimizer.state))
+    for one, other in zip(*runs, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {tensor.dtype for name, tensor in runs[0][1].items() if "exp_avg" in name} == {getattr(torch, moments)}
+
+
+def test_bfloat16_moments_are_rounded_by_seed_parameter_and_step():
+    def moments(seed, updates=0):
+        named = {name: nn.Parameter(torch.ones(500)) for name in ("one", "other")}
+        optimizer = AdamW(named.items(), OptimizerSettings(moments="bfloat16"), seed)
+        optimizer.updates = updates
+        for parameter in named.values():
+            parameter.grad = torch.full((500,), 0.0123)
+        optimizer.step(1e-3)
+        return [optimizer.state[f"{name}.exp_avg"] for name in named]
+
+    found = [*moments(1), *moments(2), *moments(1, updates=1)]
+    assert all(torch.equal(one, other) for one, other in zip(moments(1), found, strict=False))
+    assert len({tuple(tensor.tolist()) for tensor in found}) == len(found)
+
+
+def test_bfloat16_moments_train_as_float32_ones():
+    runs = []
+    for moments in ("float32", "bfloat16"):
+        named = parameters()
+        optimizer = AdamW(named.items(), OptimizerSettings(moments=moments))
+        for step in range(STEPS):
+            gradients(step, named)
+            optimizer.step(rate(step))
+        runs.append(named["large"].detach())
+    moved = (runs[0] - parameters()["large"].detach()).norm()
+    # A moment's relative error.
+    assert 0 < (runs[1] - runs[0]).norm() < 2**-7 * moved
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    sums = {}
+    for dtype in ("parameter", "float32"):
+        named = {"weight": nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
+        AdamW(named.items(), OptimizerSettings(gradients=dtype))
+        for value in (1.0, *[2.0**-9] * 8):
+            (named["weight"] * value).sum().backward()
+        sums[dtype] = named["weight"].grad
+    # bfloat16 has 8 bits: each small gradient is lost beside 1.
+    assert torch.equal(sums["parameter"], torch.ones(4, dtype=torch.bfloat16))
+    assert torch.equal(sums["float32"], torch.full((4,), 1 + 2.0**-6))
+
+
+def test_steps_take_float32_gradients_of_bfloat16_parameters():
+    named = parameters(torch.bfloat16)
+    optimizer = AdamW(named.items(), OptimizerSettings(gradients="float32"))
+    for _ in range(2):
+        sum(parameter.float().square().sum() for parameter in named.values()).backward()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in named.values())
+        optimizer.step(1e-2)
+    assert all(not torch.equal(named[name], start) for name, start in parameters(torch.bfloat16).items() if name != "scale")
+
+
+def test_torch_without_float32_gradients_is_named(monkeypatch):
+    monkeypatch.setattr(engine.optimizer, "hasattr", lambda *_: False, raising=False)
+    AdamW(parameters().items(), OptimizerSettings(gradients="float32"))
+    with pytest.raises(ValueError, match=r"optimizer.gradients = float32 of bfloat16 parameters needs torch 2.10, this is 2"):
+        AdamW(parameters(torch.bfloat16).items(), OptimizerSettings(gradients="float32"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "size"),
+    [
+        (torch.bfloat16, {}, 14),
+        (torch.bfloat16, {"moments": "bfloat16"}, 10),
+        (torch.bfloat16, {"moments": "bfloat16", "gradients": "float32"}, 12),
+        (torch.float32, {"gradients": "float32"}, 16),
+        (torch.float32, {"moments": "bfloat16"}, 12),
+    ],
+)
+def test_planned_bytes_are_those_of_the_state(dtype, changes, size):
+    settings = OptimizerSettings(**changes)
+    named = parameters(dtype)
+    optimizer = AdamW(named.items(), settings)
+    sum(parameter.sum() for parameter in named.values()).backward()
+    tensors = [*optimizer.state.values(), *named.values(), *(parameter.grad for parameter in named.values())]
+    elements = sum(parameter.numel() for parameter in named.values())
+    assert sum(tensor.nbytes for tensor in tensors) == size * elements
+    assert bytes_of_parameter(dtype, settings) == size
 
 
 def test_state_that_does_not_fit_is_named():

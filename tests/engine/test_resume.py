@@ -44,6 +44,7 @@ def kill_in_update(monkeypatch, call):
     [
         ("pretrain", {}),
         ("pretrain", {"dtype": "bfloat16"}),
+        ("pretrain", {"dtype": "bfloat16", "optimizer": {"moments": "bfloat16", "gradients": "float32"}}),
         ("sft", {"neftune_alpha": 5.0}),
         ("dpo", {"neftune_alpha": 5.0}),
         ("dpo", {"dtype": "bfloat16", "preference": {"loss": "ipo"}}),

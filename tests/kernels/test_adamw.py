@@ -1,20 +1,260 @@
-"""Exact masters, and AdamW against torch's."""
+"""Exact masters, and AdamW against torch's: the kernel and the eager reference give the same bits."""
+
+import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.adamw import adamw_, gradient_norm, join_master, split_master
+import kernels.adamw as module
+from kernels.adamw import adamw_, adamw_reference_, join_master, split_master
+from tests.kernels.last_program import launch_last_program, vast
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SPECIAL = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0xFF7FFFFF,
            0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 0x3F807FFF]  # fmt: skip
+NANS = [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
+FLOATS = [torch.float32, torch.bfloat16]
+# The interpreter computes with NumPy.
+NO_WARNINGS = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 
 def _floats(patterns):
     signed = [pattern - 2**32 if pattern >= 2**31 else pattern for pattern in patterns]
     return torch.tensor(signed, dtype=torch.int32).view(torch.float32)
+
+
+def state(shape, device, parameter=torch.bfloat16, gradient=torch.bfloat16, moments=torch.bfloat16):
+    """(parameter, remainder, gradient, exp_avg, exp_avg_sq), the same values for all dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    master, grad, first, second = (torch.randn(shape, generator=generator) for _ in range(4))
+    value, remainder = split_master(master) if parameter == torch.bfloat16 else (master, None)
+    tensors = value, remainder, grad.to(gradient), first.to(moments), second.square().to(moments)
+    return [None if tensor is None else tensor.to(device) for tensor in tensors]
+
+
+def update_(tensors, function=adamw_, **changes):
+    scale = torch.tensor(0.3, device=tensors[0].device)
+    settings = {"learning_rate": 1e-2, "step": 3, "gradient_scale": scale, "seed": 11, "parameter_id": 5, **SETTINGS}
+    function(*tensors, **(settings | changes))
+
+
+def updated(tensors, function=adamw_, **changes):
+    """Copies of the tensors after an update."""
+    tensors = [None if tensor is None else tensor.clone() for tensor in tensors]
+    update_(tensors, function, **changes)
+    return tensors
+
+
+def same(one, other):
+    """Whether all tensors hold the same bits."""
+    return all(
+        a is b is None or torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("moments", FLOATS)
+@pytest.mark.parametrize("gradient", FLOATS)
+@pytest.mark.parametrize("parameter", FLOATS)
+def test_kernel_and_reference_give_the_same_bits(parameter, gradient, moments, triton_device):
+    """Over programs that are whole and programs that are not, at both ends."""
+    for elements, first_index in ((1030, 0), (2060, 2**33 + 5), (3, 2)):
+        tensors = state(elements, "cpu", parameter, gradient, moments)
+        expected = updated(tensors, adamw_reference_, first_index=first_index)
+        given = [None if tensor is None else tensor.to(triton_device) for tensor in tensors]
+        assert same(updated(given, first_index=first_index), expected)
+
+
+@NO_WARNINGS
+@pytest.mark.parametrize("moments", FLOATS)
+def test_every_kind_of_number_is_kept(moments, device):
+    """A rate of 0 changes no bit; a NaN stays one."""
+    master = _floats(SPECIAL + NANS).to(device)
+    zero = torch.zeros(len(master), dtype=moments, device=device)
+    for tensors in ([*split_master(master), zero, zero, zero], [master, None, zero, zero, zero]):
+        parameter, remainder, *_ = updated(tensors, learning_rate=0.0)
+        back = parameter if remainder is None else join_master(parameter, remainder)
+        assert torch.equal(back[: len(SPECIAL)].view(torch.int32), master[: len(SPECIAL)].view(torch.int32))
+        assert back[len(SPECIAL) :].isnan().all()
+        assert parameter[len(SPECIAL) :].isnan().all()
+
+
+@NO_WARNINGS
+@pytest.mark.parametrize("moments", FLOATS)
+@pytest.mark.parametrize("parameter", FLOATS)
+def test_gradients_that_are_not_finite_show(parameter, moments, device):
+    tensors = state(2 + len(NANS), device, parameter, torch.float32, moments)
+    tensors[2] = _floats([0x7F800000, 0xFF800000, *NANS]).to(device)
+    value, _, _, first, second = updated(tensors)
+    assert first[:2].tolist() == [float("inf"), -float("inf")]
+    assert second[:2].tolist() == [float("inf")] * 2
+    assert all(tensor[2:].isnan().all() for tensor in (first, second))
+    assert value.isnan().all()
+
+
+@pytest.mark.parametrize("parameter", FLOATS)
+def test_shards_are_rounded_as_the_whole_is(parameter, device):
+    """Of one memory, so that it would show if one wrote to its neighbours."""
+    tensors = state(1050, device, parameter)
+    whole = updated(tensors)
+    for start, stop in itertools.pairwise((0, 5, 8, 21, 1047, 1050)):
+        shard = [None if tensor is None else tensor[start:stop] for tensor in tensors]
+        update_(shard, first_index=start)
+    assert same(tensors, whole)
+
+
+def test_rounding_is_keyed_by_what_an_element_is(device):
+    tensors = state(64, device)
+    keys = [{}, {"seed": 12}, {"seed": -11}, {"step": 4}, {"parameter_id": 6}]
+    keys += [{"first_index": index} for index in (1, 4, 64, 2**31, 2**32, 2**33, 2**34, 2**40)]
+    # The moments before they are rounded depend on none of these.
+    moments = [updated(tensors, **key)[3:] for key in keys]
+    for number in range(2):
+        found = {tuple(pair[number].view(torch.int16).tolist()) for pair in moments}
+        assert len(found) == len(keys)
+    # Of the seed and the parameter, 32 bits count.
+    assert same(updated(tensors), updated(tensors, seed=11 + 2**32, parameter_id=5 - 2**32))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_rounding_keeps_the_mean(share, device):
+    """Up as often as a value is near to its upper neighbour, each element and moment by itself."""
+    count = 4096
+    # The next bfloat16 above 1 is 1/128 away. Averages of nothing: the moments are the gradient and its square.
+    gradient = torch.full((count,), -(1 + share / 128), device=device)
+    tensors = [*split_master(gradient), gradient, *torch.zeros(2, count, device=device).bfloat16()]
+    moments = updated(tensors, betas=(0.0, 0.0), gradient_scale=torch.ones((), device=device))[3:]
+    rounded_up = []
+    for moment, exact in zip(moments, (gradient, gradient.square()), strict=True):
+        exact = exact[0].double().abs().item()
+        steps = (moment.double().abs().cpu() - exact) * 128
+        chance = exact * 128 % 1
+        assert set(steps.tolist()) == ({0.0} if chance == 0 else {-chance, 1 - chance})
+        assert abs(steps.mean()) <= 4 * (chance * (1 - chance) / count) ** 0.5
+        rounded_up += [(steps > 0).double()[word::4] for word in range(4)]
+    if share:
+        correlated = torch.corrcoef(torch.stack(rounded_up)) - torch.eye(8)
+        assert correlated.abs().max() < 4 / (count / 4) ** 0.5
+
+
+def _run(parameter, remainder, gradients, scale, moments=torch.float32):
+    first, second = torch.zeros_like(parameter, dtype=moments), torch.zeros_like(parameter, dtype=moments)
+    scale = torch.tensor(scale, device=parameter.device)
+    for step, gradient in enumerate(gradients, start=1):
+        adamw_(parameter, remainder, gradient, first, second, learning_rate=1e-2 / step, step=step, gradient_scale=scale,
+               **SETTINGS)  # fmt: skip
+    return first, second
+
+
+@pytest.mark.parametrize(("moments", "steps"), [(torch.float32, 100), (torch.bfloat16, 20)])
+def test_split_masters_follow_the_float32_trajectory_bit_for_bit(moments, steps, device):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(513, generator=generator).to(device)
+    gradients = [(torch.randn(513, generator=generator).bfloat16() * 1e-3).to(device) for _ in range(steps)]
+    master = start.clone()
+    parameter, remainder = split_master(start)
+    expected = _run(master, None, gradients, 1.0, moments)
+    found = _run(parameter, remainder, gradients, 1.0, moments)
+    assert torch.equal(join_master(parameter, remainder), master)
+    assert torch.equal(parameter, split_master(master)[0])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not torch.equal(master.bfloat16(), start.bfloat16())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_equals_torch(split, device):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1000, generator=generator).to(device)
+    gradients = [torch.randn(1000, generator=generator).to(device) for _ in range(30)]
+    ours, remainder = split_master(start) if split else (start.clone(), None)
+    _run(ours, remainder, gradients, 0.5)
+    exact = torch.nn.Parameter(start.double())
+    theirs = torch.optim.AdamW([exact], **SETTINGS)
+    for step, gradient in enumerate(gradients, start=1):
+        theirs.param_groups[0]["lr"] = 1e-2 / step
+        exact.grad = gradient.double() * 0.5
+        theirs.step()
+    master = join_master(ours, remainder) if split else ours
+    torch.testing.assert_close(master.double(), exact.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("moments", FLOATS)
+def test_two_runs_are_equal_to_the_bit(moments, device):
+    tensors = state((30, 40), device, moments=moments)
+    assert same(updated(tensors), updated(tensors))
+
+
+def test_layout_of_the_gradient_does_not_matter(device):
+    tensors = state((30, 40), device)
+    for gradient in (tensors[2].T.contiguous().T, torch.stack((tensors[2], tensors[2]), dim=2)[..., 0]):
+        assert not gradient.is_contiguous()
+        given = [tensor.clone() for tensor in tensors]
+        given[2] = gradient
+        update_(given)
+        assert same(given, updated(tensors))
+
+
+def test_nothing_is_updated_without_elements(device):
+    assert all(tensor.shape == (0, 3) for tensor in updated(state((0, 3), device), first_index=2))
+
+
+def test_what_cannot_be_updated_is_refused(device):
+    good = dict(zip(("parameter", "remainder", "gradient", "exp_avg", "exp_avg_sq"), state((4, 6), device), strict=True))
+    half = good["parameter"].half()
+    for changes, message in [
+        ({"parameter": half}, r"parameter torch.float16, gradient torch.bfloat16: each must be float32 or bfloat16"),
+        ({"gradient": half}, r"gradient torch.float16: each must be float32 or bfloat16"),
+        ({"exp_avg": half}, r"moments torch.float16 and torch.bfloat16: must be both float32 or both bfloat16"),
+        ({"exp_avg_sq": half.float()}, r"moments torch.bfloat16 and torch.float32: must be both"),
+        ({"remainder": None}, r"remainder None of a torch.bfloat16 parameter: must be torch.int16"),
+        ({"parameter": half.float()}, r"remainder torch.int16 of a torch.float32 parameter: must be None"),
+        ({"gradient": good["gradient"][:3]}, r"gradient \[3, 6\]: must have the parameter's shape, \[4, 6\]"),
+        ({"exp_avg": good["exp_avg"].T.contiguous().T}, r"exp_avg has strides \(1, 4\): must be contiguous"),
+        ({"remainder": good["remainder"].T.contiguous().T}, r"remainder has strides \(1, 4\): must be contiguous"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adamw_(*{**good, **changes}.values(), learning_rate=1.0, step=1, gradient_scale=torch.ones(()), **SETTINGS)
+    for scale in (torch.ones(2), torch.ones((), dtype=torch.float64)):
+        with pytest.raises(ValueError, match="must be a single float32 number"):
+            adamw_(*good.values(), learning_rate=1.0, step=1, gradient_scale=scale, **SETTINGS)
+
+
+def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
+    monkeypatch.setattr(module, "launch", launch_last_program)
+    last = state(12, triton_device)
+    long = [vast(2**31 + 12, tensor.dtype, triton_device) for tensor in last]
+    for tensor, end in zip(long, last, strict=True):
+        tensor[-12:] = end
+    update_(long)
+    update_(last, first_index=2**31)
+    assert same([tensor[-12:] for tensor in long], last)
+
+
+@pytest.mark.parametrize("moments", FLOATS)
+@pytest.mark.parametrize("parameter", FLOATS)
+def test_custom_operator_is_sound(parameter, moments, triton_device):
+    scale = torch.ones((), device=triton_device)
+    torch.library.opcheck(
+        module._adamw,
+        (*state((3, 7), triton_device, parameter, moments=moments), scale, 1e-2, 0.9, 0.95, 1e-8, 0.1, 3, 1, 2, 5),
+    )
+
+
+def test_the_host_waits_for_nothing(triton_device):
+    """On a GPU torch tells of every wait; the interpreter has nothing to wait for."""
+    tensors, scale = state(100, triton_device), torch.ones((), device=triton_device)
+    # Compiling may wait.
+    update_(tensors, gradient_scale=scale)
+    on_gpu = triton_device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        update_(tensors, gradient_scale=scale)
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
@@ -37,47 +277,3 @@ def test_parameter_is_the_nearest_bfloat16(value):
     error, least = (parameter.double() - master.double()).abs(), (nearest.double() - master.double()).abs()
     # Ties may go either way: half away from zero is as near as torch's half to even.
     assert error.item() == least.item() or (parameter.isinf() and nearest.isinf())
-
-
-def _run(parameter, remainder, gradients, scale):
-    first, second = torch.zeros_like(parameter, dtype=torch.float32), torch.zeros_like(parameter, dtype=torch.float32)
-    for step, gradient in enumerate(gradients, start=1):
-        adamw_(parameter, remainder, gradient, first, second, learning_rate=1e-2 / step, step=step,
-               gradient_scale=torch.tensor(scale), **SETTINGS)  # fmt: skip
-    return first, second
-
-
-def test_equals_torch():
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(1000, generator=generator)
-    gradients = [torch.randn(1000, generator=generator) for _ in range(30)]
-    ours = start.clone()
-    _run(ours, None, gradients, 0.5)
-    exact = torch.nn.Parameter(start.double())
-    theirs = torch.optim.AdamW([exact], **SETTINGS)
-    for step, gradient in enumerate(gradients, start=1):
-        theirs.param_groups[0]["lr"] = 1e-2 / step
-        exact.grad = gradient.double() * 0.5
-        theirs.step()
-    torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-5, atol=1e-7)
-
-
-def test_split_masters_follow_the_float32_trajectory_bit_for_bit():
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(513, generator=generator)
-    gradients = [torch.randn(513, generator=generator).bfloat16() * 1e-3 for _ in range(100)]
-    master = start.clone()
-    parameter, remainder = split_master(start)
-    expected = _run(master, None, gradients, 1.0)
-    moments = _run(parameter, remainder, gradients, 1.0)
-    assert torch.equal(join_master(parameter, remainder), master)
-    assert torch.equal(parameter, split_master(master)[0])
-    assert all(torch.equal(one, other) for one, other in zip(moments, expected, strict=True))
-    assert not torch.equal(master.bfloat16(), start.bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_norm(dtype):
-    gradients = [torch.randn(shape).to(dtype) for shape in ((7, 5), (11,), (1, 1))]
-    expected = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
-    torch.testing.assert_close(gradient_norm(gradients).double(), expected, rtol=1e-6, atol=0)

@@ -1,0 +1,84 @@
+"""The gradient's norm against torch's in float64."""
+
+import pytest
+import torch
+
+import kernels.gradient_norm as module
+from kernels.configurations import Configuration
+from kernels.gradient_norm import gradient_norm, gradient_norm_reference
+from tests.kernels.error_rule import random
+from tests.kernels.last_program import launch_last_program, vast
+
+SHAPES = [(7, 5), (0, 3), (11,), (3, 16384 // 2), (), (1, 1)]
+# Kernels convert bfloat16 by integers, which the interpreter does well.
+ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+def gradients(dtype, device):
+    return [random(*shape, dtype=dtype, device=device, seed=seed) for seed, shape in enumerate(SHAPES)]
+
+
+def exact(tensors):
+    return torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
+
+
+@ALL_DTYPES
+def test_is_right(dtype, device):
+    given = gradients(dtype, device)
+    norm = gradient_norm(given)
+    assert norm.dtype == torch.float32
+    assert norm.device == given[0].device
+    torch.testing.assert_close(norm.double(), exact(given), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm, gradient_norm_reference(given), rtol=1e-6, atol=0)
+
+
+def test_sums_of_many_programs(device, monkeypatch):
+    """More sums than the second stage holds at once."""
+    monkeypatch.setattr(module, "configuration", lambda kernel, _: Configuration(block=8 if "total" in kernel else 32))
+    given = [random(elements, dtype=torch.float32, device=device, seed=elements) for elements in (500, 32, 65)]
+    torch.testing.assert_close(gradient_norm(given).double(), exact(given), rtol=1e-6, atol=0)
+
+
+def test_sums_are_added_in_float64(device):
+    """The square of the norm need not fit float32."""
+    given = [torch.tensor([1.7e19], device=device)] * 3
+    torch.testing.assert_close(gradient_norm(given).double(), exact(given), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_shows(dtype, value, device):
+    given = [random(5, dtype=dtype, device=device, seed=seed) for seed in range(3)]
+    given[1][3] = value
+    norm = gradient_norm(given)
+    assert norm.isnan() if value != value else norm == float("inf")
+
+
+def test_nothing_has_norm_0(device):
+    assert gradient_norm([]) == 0
+    assert gradient_norm([torch.empty(0, device=device), torch.empty(3, 0, device=device)]) == 0
+
+
+def test_layouts_do_not_matter(device):
+    given = random(6, 9, dtype=torch.float32, device=device, seed=0)
+    others = [given.T.contiguous().T, torch.stack((given, given), dim=2)[..., 0], given]
+    norms = [gradient_norm([other, other[:, 3:]]) for other in others]
+    assert norms[0] == norms[1] == norms[2]
+
+
+@ALL_DTYPES
+def test_two_runs_are_equal_to_the_bit(dtype, device):
+    given = gradients(dtype, device)
+    assert torch.equal(gradient_norm(given), gradient_norm(given))
+
+
+def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
+    monkeypatch.setattr(module, "launch", launch_last_program)
+    last = random(20, dtype=torch.bfloat16, device=triton_device, seed=0)
+    long = vast(2**31 + 20, torch.bfloat16, triton_device)
+    long[-20:] = last
+    assert gradient_norm([long]) == gradient_norm([last])
+
+
+def test_custom_operator_is_sound(triton_device):
+    torch.library.opcheck(module._norm, (gradients(torch.float32, triton_device)[:3],))
