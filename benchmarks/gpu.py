@@ -55,7 +55,7 @@ class Task:
 
 TASKS = (
     Task("environment", 25),
-    Task("tests", 80),
+    Task("tests", 150),
     Task("kernels", 140),
     Task("train", 100, "next-token"),
     Task("train", 50, "ladder"),

@@ -5,6 +5,7 @@ Settings are made here in code, as a borrowed machine need not have what reads c
 
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -78,9 +79,12 @@ def gpu_tests(out: Path, rehearse: bool, folder: Path = measure.ROOT / "tests") 
     device = choose_device("cpu" if rehearse else "cuda")
     if rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    found = [path for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
-    # The benchmarks' own come last: what they test is measured right behind them.
-    files = [str(path) for path in sorted(found, key=lambda path: path.parent.name == "benchmarks")]
+    # `triton_device` is the fixture that runs a test of the kernels on a GPU.
+    named = re.compile(r"mark\.gpu|triton_device")
+    found = [path for path in sorted(folder.rglob("test_*.py")) if named.search(path.read_text(encoding="utf-8"))]
+    # Those of the kernels come first, all else runs on them; the benchmarks' own last: what they test is measured right behind.
+    order = {"kernels": 0, "benchmarks": 2}
+    files = [str(path) for path in sorted(found, key=lambda path: order.get(path.parent.name, 1))]
     record = _Record(out, device)
     status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *files], [record])
     record.write(complete=True)

@@ -4,6 +4,7 @@ Shapes: T tokens, D width, H query heads, K key/value heads, S = H + 2K packed h
 V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.operators.operator import (
     Provider,
     Sizes,
     Tensors,
+    compiled,
     exact,
     peer,
     random_data,
@@ -306,6 +308,54 @@ SWIGLU = Operator(
         Provider("torch F.silu", lambda case: _swiglu_call(_torch_swiglu, case)),
         Provider("Liger-Kernel", _liger_swiglu, package="liger_kernel", cuda=True),
         Provider("Liger-Kernel (packed)", _liger_packed_swiglu, package="liger_kernel", cuda=True),
+    ),
+)  # fmt: skip
+
+
+# SwiGLU's backward pass in place, which gives the product once more
+
+
+def _in_place_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    case = _swiglu_case(sizes, dtype, device)
+    return Case(sizes, dtype, case.inputs | {"grad": case.upstream["out"]})
+
+
+def _in_place_call(function: Callable[[Tensor, Tensor], Tensor], case: Case) -> Call:
+    def run(given: Tensors) -> Tensors:
+        return {"product": function(given["gate_up"], given["grad"])}
+
+    return Call(run, results=lambda given, outputs, gradients: {"gate_up": given["gate_up"], **outputs})
+
+
+def _in_place_cost(case: Case, direction: str) -> Cost:
+    # Gate, up and gradient are read; two gradients and the product are written.
+    return Cost(6 * case.sizes.tokens * case.sizes.feed_forward * case.dtype.itemsize)
+
+
+def _in_place_torch(gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    share = torch.sigmoid(gate)
+    product = gate * share * up
+    gradients = (grad * up * share * (1 + gate * (1 - share)), grad * gate * share)
+    gate_up.copy_(torch.cat(gradients, dim=-1))
+    return product
+
+
+def _exact_in_place(case: Case) -> Tensors:
+    gate_up = case.inputs["gate_up"].double().requires_grad_()
+    gate, up = gate_up.chunk(2, dim=-1)
+    product = gate * torch.sigmoid(gate) * up
+    (gradient,) = torch.autograd.grad(product, gate_up, case.inputs["grad"].double())
+    return {"gate_up": gradient, "product": product.detach()}
+
+
+SWIGLU_BACKWARD = Operator(
+    "swiglu backward, in place", "kernels.swiglu", "swiglu_backward_", _in_place_case,
+    lambda function, case: _in_place_call(functools.partial(function, emit=True), case), _exact_in_place, _in_place_cost,
+    shape=lambda sizes: f"{sizes.tokens} x 2 * {sizes.feed_forward}", yardstick="torch", directions=("update",),
+    peers=(
+        Provider("torch", lambda case: _in_place_call(_in_place_torch, case)),
+        Provider("torch.compile", lambda case: _in_place_call(compiled(_in_place_torch), case)),
     ),
 )  # fmt: skip
 

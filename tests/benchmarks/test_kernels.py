@@ -61,6 +61,8 @@ def test_bytes_of_token_by_token_operators(dtype, size):
     # Gate, up and product have 6 * 5 elements each.
     assert counted("swiglu", "forward", dtype) == (30 * 3 * size, 0)
     assert counted("swiglu", "backward", dtype) == (30 * 5 * size, 0)
+    # The product is written too.
+    assert counted("swiglu backward, in place", "update", dtype) == (30 * 6 * size, 0)
 
 
 def test_bytes_of_the_embedding():
@@ -81,6 +83,14 @@ def test_work_of_the_head():
     assert counted("linear_log_prob", "forward", torch.bfloat16) == forward
     assert counted("linear_log_prob", "backward", torch.bfloat16) == backward
     assert counted("linear_log_prob", "both", torch.bfloat16) == (forward[0] + backward[0], forward[1] + backward[1])
+
+
+def test_the_head_is_measured_in_each_of_its_ways():
+    ways = {provider.name: provider.directions for provider in BY_NAME["linear_log_prob"].providers() if provider.ours}
+    assert ways == {
+        "komainu": (), "komainu, kept": (), "komainu, recomputed": (), "komainu, no gradient": ("forward",),
+        "komainu linear_nll": ("both",),
+    }  # fmt: skip
 
 
 def test_work_of_attention_counts_the_pairs_that_see_each_other():
