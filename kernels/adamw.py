@@ -24,7 +24,7 @@ from kernels.launch import launch, runs_triton
 from kernels.philox import philox
 
 # Elements of one pass of the reference: small enough that a block's arrays stay in the cache between the operations.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 _QUIET_NAN = 0x7FC0
 _WORD = 0xFFFFFFFF
 
