@@ -20,7 +20,7 @@ OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "attention": (("kernels.attention", "sliding_window_attention"),),
     "fused head": (("kernels.linear_log_prob", "linear_log_prob"), ("kernels.linear_log_prob", "linear_nll")),
-    "fused optimizer": (("kernels.adamw", "adamw_"),),
+    "fused optimizer": (("kernels.adamw", "adamw_"), ("kernels.gradient_norm", "gradient_norm")),
 }  # fmt: skip
 LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer")
 _OURS = ("kernels", "model", "engine")

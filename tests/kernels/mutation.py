@@ -6,6 +6,7 @@ Prints the mutants that the tests let pass, and ends with status 1 where there a
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -61,7 +62,7 @@ def main(name: str) -> int:
     source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
     survivors = 0
     # What takes seconds to import is imported once, before the forks.
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         pytest.main(["--collect-only", *ARGUMENTS, str(FOLDER / f"test_{name}.py")])
     importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as folder:
