@@ -1,80 +1,78 @@
 """Causal attention with a sliding window over packed documents, with grouped key/value heads.
 
 Place i sees the places j of its own document with i - window < j <= i (Jiang et al. 2023, https://arxiv.org/abs/2310.06825;
-Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Window 4096 means 4096 places, itself included.
+Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Window 4096 means 4096 places, itself included. Several answers may share
+one prompt: `kernels.attention_work` says who sees whom then.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size, Q queries of a tile, J keys of a tile.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TILE = 256
+from kernels.attention_backward import attention_backward
+from kernels.attention_forward import attention_forward
+from kernels.attention_work import AttentionWork, attention_work
+from kernels.launch import runs_triton, unit_stride
 
 
-@dataclass(frozen=True)
-class AttentionTile:
-    """Queries [query_start, query_end) and all the keys that any of them may see; mask_QJ says which sees which."""
-
-    query_start: int
-    query_end: int
-    key_start: int
-    mask_QJ: Tensor
-
-
-def attention_tiles(cu_docs: Tensor, window: int | None, tile: int = _TILE) -> list[AttentionTile]:
-    """Cut the packed row into tiles of queries, built once a batch for all layers.
-
-    Args: cu_docs integer [documents + 1], 0 = cu_docs[0] <= ... <= cu_docs[-1] = T; window in places, None for unbounded.
-    """
-    if window is not None and window < 1:
-        raise ValueError(f"attention window {window}: must be at least 1, a place sees itself")
-    bounds = cu_docs.tolist()
-    document_T = torch.repeat_interleave(cu_docs.diff().long())
-    tiles = []
-    for start in range(0, bounds[-1], tile):
-        end = min(start + tile, bounds[-1])
-        key_start = bounds[int(document_T[start])]
-        if window is not None:
-            key_start = max(key_start, start - window + 1)
-        query_Q1 = torch.arange(start, end, device=cu_docs.device)[:, None]
-        key_1J = torch.arange(key_start, end, device=cu_docs.device)[None, :]
-        mask_QJ = (key_1J <= query_Q1) & (document_T[start:end, None] == document_T[None, key_start:end])
-        if window is not None:
-            mask_QJ &= key_1J > query_Q1 - window
-        tiles.append(AttentionTile(start, end, key_start, mask_QJ))
-    return tiles
-
-
-def sliding_window_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, tiles: list[AttentionTile]) -> Tensor:
+def sliding_window_attention(
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    cu_docs: Tensor | None = None,
+    window: int | None = None,
+    *,
+    work: AttentionWork | None = None,
+) -> Tensor:
     """softmax(query key^T / sqrt(E)) value over the visible places.
 
     Args: query_THE [T, H, E]; key_TKE and value_TKE [T, K, E] with H a multiple of K, query head h reading key/value head
-        h // (H / K); tiles from `attention_tiles` for the same T.
-    Returns: [T, H, E] in the dtype of `query_THE`; scores and softmax in float32.
+        h // (H / K); all may be strided views of one packed row. work: who sees whom, from `attention_work`, made once a batch for
+        all layers, on the tensors' device; or else cu_docs [documents + 1] on the CPU, 0 = cu_docs[0] <= ... <= T, and window in
+        places, None for unbounded.
+    Returns: [T, H, E] in the dtype of `query_THE`; scores and softmax in float32. Places that see nothing (padding) give 0.
+    Raises: ValueError where neither a list nor bounds on the CPU are given.
     """
-    return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, tiles)
+    if work is None:
+        if cu_docs is None or cu_docs.is_cuda:
+            raise ValueError("attention needs work from attention_work(...).to(device), or cu_docs on the CPU to make it from")
+        work = attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0]).to(query_THE.device)
+    if runs_triton(query_THE):
+        out_THE, _ = _attention(query_THE, key_TKE, value_TKE, work.work, *work.numbers)
+        return out_THE
+    return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work)
 
 
 def sliding_window_attention_reference(
-    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, tiles: list[AttentionTile]
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    cu_docs: Tensor | None = None,
+    window: int | None = None,
+    *,
+    work: AttentionWork | None = None,
 ) -> Tensor:
+    if work is None:
+        assert cu_docs is not None
+        work = attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0])
     group = query_THE.shape[1] // key_TKE.shape[1]
+    query_HTE = query_THE.transpose(0, 1)
     key_HTE = key_TKE.repeat_interleave(group, dim=1).transpose(0, 1)
     value_HTE = value_TKE.repeat_interleave(group, dim=1).transpose(0, 1)
-    query_HTE = query_THE.transpose(0, 1)
-    parts = [
-        masked_attention(
-            query_HTE[:, tile.query_start : tile.query_end],
-            key_HTE[:, tile.key_start : tile.query_end],
-            value_HTE[:, tile.key_start : tile.query_end],
-            tile.mask_QJ,
-        )
-        for tile in tiles
-    ]
+    parts = []
+    for tile in work.tiles(query_THE.device):
+        query_HQE = query_HTE[:, tile.start : tile.end]
+        if not tile.keys:
+            parts.append(query_HQE * 0)
+            continue
+        key_HJE, value_HJE = (
+            torch.cat([source[:, begin:end] for begin, end in tile.keys], dim=1) if len(tile.keys) > 1
+            else source[:, tile.keys[0][0] : tile.keys[0][1]]
+            for source in (key_HTE, value_HTE)
+        )  # fmt: skip
+        parts.append(masked_attention(query_HQE, key_HJE, value_HJE, tile.mask_QJ))
     return torch.cat(parts, dim=1).transpose(0, 1) if parts else query_THE * 0
 
 
@@ -82,3 +80,55 @@ def masked_attention(query_HQE: Tensor, key_HJE: Tensor, value_HJE: Tensor, mask
     """Attention of each query to the keys that its row of the boolean mask allows: [H, Q, E]."""
     out = F.scaled_dot_product_attention(query_HQE[None], key_HJE[None], value_HJE[None], attn_mask=mask_QJ)
     return out[0]
+
+
+@torch.library.custom_op("komainu::sliding_window_attention", mutates_args=())
+def _attention(
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    work: Tensor,
+    query_tiles: int,
+    key_tiles: int,
+    window: int,
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    query_THE, key_TKE, value_TKE = map(unit_stride, (query_THE, key_TKE, value_TKE))
+    return attention_forward(query_THE, key_TKE, value_TKE, work, query_tiles, key_tiles, window, tile)
+
+
+@torch.library.custom_op("komainu::sliding_window_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_THE: Tensor, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, out_THE: Tensor, log_sum_exp_HT: Tensor,
+    work: Tensor, query_tiles: int, key_tiles: int, window: int, tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_THE, query_THE, key_TKE, value_TKE = map(unit_stride, (grad_THE, query_THE, key_TKE, value_TKE))
+    return attention_backward(
+        grad_THE, query_THE, key_TKE, value_TKE, out_THE, log_sum_exp_HT, work, query_tiles, key_tiles, window, tile
+    )
+
+
+@_attention.register_fake
+def _(query_THE, key_TKE, value_TKE, work, query_tiles, key_tiles, window, tile):
+    tokens, heads, _ = query_THE.shape
+    out_THE = torch.empty(query_THE.shape, dtype=query_THE.dtype, device=query_THE.device)
+    return out_THE, query_THE.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(grad_THE, query_THE, key_TKE, value_TKE, out_THE, log_sum_exp_HT, work, query_tiles, key_tiles, window, tile):
+    return tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query_THE, key_TKE, value_TKE))
+
+
+def _save(ctx, inputs, output) -> None:
+    query_THE, key_TKE, value_TKE, work, *ctx.numbers = inputs
+    ctx.save_for_backward(query_THE, key_TKE, value_TKE, *output, work)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad_THE, _):
+    *tensors, work = ctx.saved_tensors
+    return *_attention_backward(grad_THE, *tensors, work, *ctx.numbers), *[None] * 5
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

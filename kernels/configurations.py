@@ -13,7 +13,8 @@ class Configuration:
 
     block: elements of a row that a program holds at once; 0 for a kernel that holds whole rows. per_thread: elements of a whole
     row that a thread holds, which decides the warps. rows: of a program's tile. warps: where `per_thread` does not decide.
-    programs: of a multiprocessor, for kernels whose programs walk through the rows.
+    programs: of a multiprocessor, for kernels whose programs walk through the rows. stages: loads in flight of a loop with
+    products.
     """
 
     block: int = 0
@@ -21,6 +22,7 @@ class Configuration:
     rows: int = 1
     warps: int = 4
     programs: int = 0
+    stages: int = 1
 
     def whole_row(self, width: int) -> tuple[int, int]:
         """(block, warps) for rows of `width` elements."""
@@ -35,6 +37,9 @@ _HOPPER = {
     "adamw": Configuration(block=1024, warps=4),
     "gradient_norm": Configuration(block=16384, warps=16),
     "gradient_norm_total": Configuration(block=8192, warps=16),
+    "attention_forward": Configuration(block=64, warps=8, stages=2),
+    "attention_queries": Configuration(block=64, warps=8, stages=2),
+    "attention_keys": Configuration(block=64, warps=8, stages=2),
     "swiglu": Configuration(block=2048, warps=4),
     "swiglu_backward": Configuration(block=1024, warps=4),
     "embedding": Configuration(block=1024, warps=4),

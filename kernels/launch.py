@@ -28,7 +28,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(
-    kernel: Any, grid: Sequence[int], *arguments: Any, device: torch.device, warps: int, fusion: bool = True, **constants: Any
+    kernel: Any, grid: Sequence[int], *arguments: Any, device: torch.device, warps: int, stages: int = 1, fusion: bool = True,
+    **constants: Any,
 ) -> None:
     """Start a kernel on the current stream of `device`; nothing is waited for.
 
@@ -37,7 +38,7 @@ def launch(
     if 0 in grid:
         return
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[tuple(grid)](*arguments, **constants, num_warps=warps, enable_fp_fusion=fusion)
+        kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

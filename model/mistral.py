@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention_tiles, sliding_window_attention
+from kernels.attention import sliding_window_attention
+from kernels.attention_work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
 from kernels.linear_log_prob import linear_log_prob, linear_nll, wide_product
@@ -38,12 +39,16 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
     """Attention within each document of one packed row, for training and for scoring.
 
-    Args: cu_docs int32 [documents + 1], boundaries from 0 to T; window in places, None for unbounded.
+    Args: cu_docs integer [documents + 1], boundaries from 0 to T; window in places, None for unbounded.
     """
-    tiles = attention_tiles(cu_docs, window)
+    return attention_by(attention_work(cu_docs.tolist(), window).to(cu_docs.device))
+
+
+def attention_by(work: AttentionWork) -> Attend:
+    """Attention of those to those that the lists of a batch say, on the device that they are on."""
 
     def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-        return sliding_window_attention(query_THE, key_TKE, value_TKE, tiles)
+        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work)
 
     return attend
 
