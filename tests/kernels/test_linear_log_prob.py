@@ -17,9 +17,9 @@ from kernels.linear_log_prob import (
 )  # fmt: skip
 from tests.kernels.error_rule import check, random
 
-TOKENS, WIDTH, VOCABULARY = 13, 24, 131
+TOKENS, WIDTH, VOCABULARY = 10, 24, 131
 # Half of the rows, out of order, with padding in between.
-HALF = [3, 12, 4, -1, 0, -1, 7, 9, -1]
+HALF = [3, 9, -1, 0, -1, 6, 7, -1]
 ROWS = {"0 % excluded": [*range(TOKENS)], "50 %": HALF, "100 %": [-1] * 4, "no list": []}
 WAYS = ("keep", "recompute", "chunks", "known", "known, chunks")
 
@@ -129,8 +129,10 @@ def test_equals_autograd_in_float64(way, rows, device):
     torch.testing.assert_close(tuple(ours), theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("vocabulary", "tokens"), [(1031, 7), (120_065, 3)])
+@pytest.mark.parametrize(
+    ("vocabulary", "tokens", "way"),
+    [*((1031, 7, way) for way in WAYS), *((120_065, 3, way) for way in ("keep", "recompute", "known"))],
+)
 def test_vocabularies_that_no_block_divides(vocabulary, tokens, way, device):
     hidden, weight, target, chosen, grad = _inputs(torch.float32, device=device, tokens=tokens, width=8, vocabulary=vocabulary)
     target[0], target[1] = vocabulary - 1, 0
@@ -325,6 +327,7 @@ def test_custom_operators_are_sound(triton_device):
     _check_operators(torch.float32, triton_device)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no part in it")
 def test_custom_operators_are_sound_on_references(device):
     _check_operators(torch.float64, device)
 
@@ -345,7 +348,7 @@ def _check_operators(dtype, device):
     torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, False, 2, False, True))
 
 
-@pytest.mark.parametrize("way", ["keep", "chunks", "known"])
+@pytest.mark.parametrize("way", ["chunks", "known"])
 def test_compiles_in_one_piece(way, device):
     hidden, weight, target, chosen, grad = _inputs(torch.float32, HALF, device=device)
     settings = {"budget_bytes": _bytes_of(5, VOCABULARY, 4)} if way == "chunks" else {}
