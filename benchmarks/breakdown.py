@@ -40,8 +40,9 @@ def _in_ranges() -> Iterator[tuple[Callable, Callable]]:
         for module, name in operators:
             operator = getattr(importlib.import_module(module), name)
             yield operator, _in_range(operator, _PREFIX + category)
-    tiles = importlib.import_module("kernels.attention").attention_tiles
-    yield tiles, _in_range(tiles, _PREFIX + "attention")
+    # Lists of who sees whom, made on the host once a batch.
+    lists = importlib.import_module("kernels.attention_work").attention_work
+    yield lists, _in_range(lists, _PREFIX + "attention")
 
 
 def _in_range(operator: Callable, name: str) -> Callable:

@@ -1,8 +1,8 @@
 """Causal attention with a sliding window over packed documents, with grouped key/value heads.
 
 Place i sees the places j of its own document with i - window < j <= i (Jiang et al. 2023, https://arxiv.org/abs/2310.06825;
-Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Window 4096 means 4096 places, itself included. Several answers may share
-one prompt: `kernels.attention_work` says who sees whom then.
+Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Window 4096 means 4096 places, itself included. Several answers may
+share one prompt: `kernels.attention_work` says who sees whom then.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size, Q queries of a tile, J keys of a tile.
 """
@@ -29,9 +29,9 @@ def sliding_window_attention(
     """softmax(query key^T / sqrt(E)) value over the visible places.
 
     Args: query_THE [T, H, E]; key_TKE and value_TKE [T, K, E] with H a multiple of K, query head h reading key/value head
-        h // (H / K); all may be strided views of one packed row. work: who sees whom, from `attention_work`, made once a batch for
-        all layers, on the tensors' device; or else cu_docs [documents + 1] on the CPU, 0 = cu_docs[0] <= ... <= T, and window in
-        places, None for unbounded.
+        h // (H / K); all may be strided views of one packed row. work: who sees whom, from `attention_work`, made once a batch
+        for all layers, on the tensors' device; or else cu_docs [documents + 1] on the CPU, 0 = cu_docs[0] <= ... <= T, and
+        window in places, None for unbounded.
     Returns: [T, H, E] in the dtype of `query_THE`; scores and softmax in float32. Places that see nothing (padding) give 0.
     Raises: ValueError where neither a list nor bounds on the CPU are given.
     """

@@ -1,11 +1,13 @@
 """Attention by ranges, backward, in a fixed order without atomics: one pass by tiles of queries, one by tiles of keys.
 
-With P the weights, D = rowsum(dO * O), dP = dO V^T and dS = P * (dP - D):  dQ = s dS K,  dK = s dS^T Q,  dV = P^T dO, s the scale of
-the scores (Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2). Weights are computed again from the log-sum-exp in both
-passes. The query heads of a key/value head are added up inside of one program.
+With P the weights, D = rowsum(dO * O), dP = dO V^T and dS = P * (dP - D):  dQ = s dS K,  dK = s dS^T Q,  dV = P^T dO, s the
+scale of the scores (Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2). Weights are computed again from the log-sum-exp in
+both passes. The query heads of a key/value head are added up inside of one program.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +31,7 @@ def attention_backward(
     delta_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
     scale = size**-0.5
     strides = [stride for tensor in (query_THE, key_TKE, value_TKE, grad_THE) for stride in tensor.stride()[:2]]
-    shape = {
+    shape: dict[str, Any] = {
         "HEADS": heads, "GROUP": heads // kv_heads, "SIZE": size, "COLUMNS": columns(size), "TILE": tile_rows(tile),
     }  # fmt: skip
     ranges = query_tiles + key_tiles
@@ -165,7 +167,7 @@ def _key_kernel(
             found = work + (ranges + listed) * 4
             query_start, query_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
             blocks = tl.cdiv(query_end - query_start, BLOCK)
-            # The diagonal cuts a block that has a query before the last key, the window's edge one with a query beyond the first.
+            # The diagonal cuts a block with a query before the last key, the window's edge one with a query beyond the first.
             left = tl.minimum(tl.cdiv(tl.maximum(end - 1 + shift - query_start, 0), BLOCK), blocks)
             whole = tl.maximum(left, tl.maximum(tl.minimum(start + shift + window, query_end) - query_start, 0) // BLOCK)
             for block in range(left):

@@ -1,16 +1,18 @@
 """Who attends to whom in a packed row, as lists of work for the attention kernels, made on the CPU once a batch for all layers.
 
-A row is cut into segments: documents, or parts of one that several share. A segment with a prefix continues the segment that it
-names: its places see the prefix's as if it stood right before them, whatever lies between. So a preference pair is three
+A row is cut into segments: documents, or parts of one that several share. A segment with a prefix continues the segment that
+it names: its places see the prefix's as if it stood right before them, whatever lies between. So a preference pair is three
 segments, [prompt | chosen | rejected], of which the last two have the first as their prefix, and the prompt is computed once.
 
-A tile is up to `tile` neighbouring places of one segment. To each tile of queries belong the ranges of keys that any of its places
-sees, and to each tile of keys the ranges of queries that see any of its places. A range is (start, end, shift): the distance of
-place i to place j of the row is i - j - shift, and i sees j where 0 <= distance < window. Nothing outside of a range is visited.
+A tile is up to `tile` neighbouring places of one segment. To each tile of queries belong the ranges of keys that any of its
+places sees, and to each tile of keys the ranges of queries that see any of its places. A range is (start, end, shift): the
+distance of place i to place j of the row is i - j - shift, and i sees j where 0 <= distance < window. Nothing outside of a
+range is visited.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ class AttentionWork:
     """The lists, in one tensor, so that one copy takes them to a device.
 
     work: int32 [rows, 4]: `query_tiles` rows (start, end, first range, end of its ranges), `key_tiles` such rows, then ranges
-    (start, end, shift, 0). Tiles with much work come first; those of padding have start = end. segments: (start, end, index of
-    the prefix or -1) of each segment. host: the lists where they were made. tokens: places of the row; window: places that see each other, `UNBOUNDED` for all.
+    (start, end, shift, 0). Tiles with much work come first; those of padding have start = end. host: the lists where they were
+    made. segments: (start, end, index of the prefix or -1) of each segment. tokens: places of the row. window: places that see
+    each other, `UNBOUNDED` for all.
     """
 
     work: Tensor
@@ -104,7 +107,7 @@ def attention_work(
     if window is not None and window < 1:
         raise ValueError(f"attention window {window}: must be at least 1, a place sees itself")
     bounds = [int(bound) for bound in cu_segments]
-    if not bounds or bounds[0] != 0 or any(start > end for start, end in zip(bounds, bounds[1:], strict=False)):
+    if not bounds or bounds[0] != 0 or any(start > end for start, end in pairwise(bounds)):
         raise ValueError(f"bounds of segments {bounds[:10]}: must rise from 0")
     tokens = bounds[-1] if tokens is None else tokens
     if tokens < bounds[-1]:
@@ -116,7 +119,7 @@ def attention_work(
     for segment, prefix in enumerate(parents):
         if prefix >= segment or prefix < -1 or (prefix >= 0 and parents[prefix] >= 0):
             raise ValueError(f"segment {segment} has prefix {prefix}: must be an earlier segment without a prefix, or -1")
-    segments = tuple(zip(bounds, bounds[1:], parents, strict=False))
+    segments = tuple((*ends, prefix) for ends, prefix in zip(pairwise(bounds), parents, strict=True))
     reach = UNBOUNDED if window is None else window
     children: dict[int, list[int]] = {}
     for segment, prefix in enumerate(parents):
