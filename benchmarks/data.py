@@ -43,6 +43,8 @@ Row = dict[str, Any]
 KINDS = ("text", "conversations", "preferences")
 # Documents that steps are filled from.
 _DRAWN = 200_000
+# Places that see each other, as in Mistral 7B.
+_WINDOW = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +298,7 @@ def load(settings: DataSettings, folder: Path, device: torch.device) -> Iterator
         seconds, tokens = [], 0
         for step in range(made.steps):
             start = time.perf_counter()
-            tokens += make_step(made, step, pack_tokens=pack_tokens).tokens
+            tokens += make_step(made, step, window=_WINDOW, pack_tokens=pack_tokens).tokens
             seconds.append(time.perf_counter() - start)
         yield {"what": "make_step", **fixed, **rates(seconds, tokens=tokens // made.steps)}
         for step_seconds in settings.step_seconds:
@@ -335,7 +337,7 @@ def _copy(step: Step, device: torch.device) -> list[Batch]:
 def waiting(made: Plan, pack_tokens: int, step_seconds: float, device: torch.device) -> Row:
     """What the loop waits for its next step where a step takes `step_seconds` without the processor."""
     waits, copies = [], []
-    stream = step_stream(made, 0, pack_tokens=pack_tokens)
+    stream = step_stream(made, 0, window=_WINDOW, pack_tokens=pack_tokens)
     start = time.perf_counter()
     for step in stream:
         waits.append(time.perf_counter() - start)

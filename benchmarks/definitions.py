@@ -1,8 +1,9 @@
 """What the figures of a training step mean.
 
-tokens: places that go through the blocks; padding never counts. A document of L tokens has L - 1 of them, as its last token is
-only predicted. MFU: operations that the step needs (attended pairs exactly, the head only where something is predicted, no
-look-up) over the device's published peak. HFU: the same with what is computed again in the backward pass. of_ceiling: the
+tokens: places of the documents; padding never counts. A document of L tokens has L - 1 of them, as its last token is only
+predicted. A prompt that a pair shares counts on both sides though we compute it once, so that all figures are of the same data.
+MFU: operations that the step needs (attended pairs exactly, a shared prompt once, the head only where something is predicted,
+no look-up) over the device's published peak. HFU: the same with what is computed again in the backward pass. of_ceiling: the
 needed operations over what a large matrix product reached in the same process.
 """
 
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.measure import spread
 from engine.data.batches import Batch, Step
-from engine.flops import attended_pairs, recomputed_flops
+from engine.flops import pairs_of, recomputed_flops
 from engine.loop import step_flops
 from kernels.linear_log_prob import default_budget, plan
 from model.config import MistralConfig
@@ -42,9 +43,9 @@ def work_of(
     documents = sum(len(batch.document_D) for batch in step.batches)
     again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
     for batch in step.batches if recompute else []:
-        pairs = attended_pairs(batch.cu_docs.diff().tolist(), config.sliding_window)
+        pairs = pairs_of(batch.attention)
         again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
-    return Work(step.tokens, documents, trained, flops, again)
+    return Work(step.tokens + step.tokens_saved, documents, trained, flops, again)
 
 
 def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int) -> int:

@@ -22,11 +22,10 @@ from benchmarks import measure, rivals
 from benchmarks.command import benchmark
 from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
-from benchmarks.own import KINDS, give_weights, new_job, open_job
+from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import export_steps, write_synthetic
 from benchmarks.train import default_dtype, memory_text
 from engine.config import to_table
-from engine.data.batches import make_step
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.prepare import prepare
 from engine.environment import choose_device
@@ -147,10 +146,8 @@ def measure_stage(
     )  # fmt: skip
     give_weights(job, folder)
     job["steps_file"] = str(folder / "steps.safetensors")
-    plan, packs = open_job(job).plan, job["settings"]["pack_tokens"]
-    steps = [make_step(plan, index, pack_tokens=packs) for index in range(settings.needed_steps)]
-    export_steps(steps, Path(job["steps_file"]))
-    works = [work_of(settings.config, step) for step in steps]
+    export_steps(steps_of(open_job(job, whole_documents=True), settings.needed_steps), Path(job["steps_file"]))
+    works = [work_of(settings.config, step) for step in steps_of(open_job(job), settings.needed_steps)]
     orders = ("ceilings", *(["breakdown"] if settings.breakdown else []))
     entrants = [
         Candidate(NAME, ("-m", "benchmarks.own"), job, of_ours=True, orders=orders),

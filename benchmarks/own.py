@@ -17,7 +17,7 @@ from benchmarks.measure import ceilings
 from benchmarks.parts import planned_gib, references, replaced
 from benchmarks.peers.worker import Worker, cpu_seconds
 from engine.config import from_table, to_table
-from engine.data.batches import Step, evaluation_batches, step_stream
+from engine.data.batches import Step, make_step, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import use_deterministic_algorithms
@@ -31,7 +31,7 @@ from engine.settings import TrainSettings
 from model.config import MistralConfig
 from model.mistral import Mistral
 from model.weights import save_model
-from recipes.dpo import DpoSettings
+from recipes.dpo import DpoSettings, training_pairs
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
 
@@ -53,7 +53,7 @@ def measure_steps(worker: Worker) -> None:
     model = run.load_model() if run.settings.model else fresh_model(run)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
-    stream = step_stream(run.plan, 0, pack_tokens=run.pack_tokens)
+    stream = step_stream(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
 
     def step(_: int = 0) -> Tensor:
         return train_step(run, model, optimizer, objective, next(stream))
@@ -93,17 +93,27 @@ def give_weights(job: dict[str, Any], folder: Path) -> None:
     job["weights"] = job["settings"]["model"] = str(weights)
 
 
-def open_job(job: dict[str, Any]) -> Run:
-    """The run of a job, without the tokenizer that synthetic tokens do not have."""
+def open_job(job: dict[str, Any], *, whole_documents: bool = False) -> Run:
+    """The run of a job, without the tokenizer that synthetic tokens do not have.
+
+    whole_documents: share no prompts, for peers that cannot.
+    """
     settings = from_table(SETTINGS[job["objective"]], job["settings"])
     config = MistralConfig(**job["config"])
     datasets = [TokenDataset.open(source.path) for source in settings.sources]
     plan = Plan(
         datasets, list(settings.sources), seed=settings.seed, context_length=settings.context_length,
         step_size=settings.step_size, steps=settings.steps, epochs=settings.epochs,
+        share_prompts=getattr(settings, "share_prompts", False) and not whole_documents,
     )  # fmt: skip
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     return Run(settings, device, dtype, config, None, datasets, {}, plan, None, 0)  # type: ignore[arg-type]
+
+
+def steps_of(run: Run, count: int) -> list[Step]:
+    """The first steps of a run."""
+    window = run.config.sliding_window
+    return [make_step(run.plan, index, window=window, pack_tokens=run.pack_tokens) for index in range(count)]
 
 
 def fresh_model(run: Run) -> Mistral:
@@ -128,7 +138,7 @@ def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
     start = (time.perf_counter(), cpu_seconds())
     tables = []
     for dataset in run.datasets:
-        batches = evaluation_batches(dataset, context_length=settings.context_length, pack_tokens=run.pack_tokens)
+        batches = training_pairs(run, dataset)
         tables.append(reference_log_probs(model, batches, len(dataset) // 2))
     spent = {"seconds": time.perf_counter() - start[0], "cpu_seconds": cpu_seconds() - start[1]}
     spent["tokens"] = float(sum(int(dataset.lengths.sum()) for dataset in run.datasets))

@@ -60,13 +60,14 @@ def write_synthetic(
 
 
 def export_steps(steps: Sequence[Step], path: Path) -> None:
-    """Write the file of these steps (one rank's)."""
+    """Write the file of these steps (one rank's), in which no document may share its prompt with another."""
     batches = [batch for step in steps for batch in step.batches]
 
     def bounds(counts: list[int]) -> torch.Tensor:
         return torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int64)
 
-    lengths = [length for batch in batches for length in batch.cu_docs.diff().tolist()]
+    assert not any(batch.tokens_saved for batch in batches)
+    lengths = [end - start for batch in batches for start, end, _ in batch.attention.segments]
     tensors = {name: torch.cat([getattr(batch, f"{name}_T") for batch in batches]) for name in ("tokens", "labels", "weight")}
     tensors["document_bounds"] = bounds(lengths)
     tensors["batch_bounds"] = bounds([len(batch.document_D) for batch in batches])

@@ -23,12 +23,11 @@ from benchmarks import measure, rivals
 from benchmarks.command import benchmark
 from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
-from benchmarks.own import KINDS, give_weights, new_job, open_job
+from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import Documents, export_steps, write_synthetic
 from benchmarks.parts import LADDER, OPERATORS, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
 from engine.config import to_table
-from engine.data.batches import make_step
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.flops import peak_flops
@@ -199,13 +198,12 @@ def measure_point(
     """Add the rows of one point: ours and the peers', or the rungs of the ladder."""
     folder.mkdir()
     job = make_job(point, device, folder)
-    plan, pack_tokens = open_job(job).plan, job["settings"]["pack_tokens"]
-    steps = [make_step(plan, index, pack_tokens=pack_tokens) for index in range(point.needed_steps)]
+    steps = steps_of(open_job(job), point.needed_steps)
     dtype = getattr(torch, point.dtype)
     works = [work_of(point.config, step, point.recompute, device=device, dtype=dtype) for step in steps]
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
-        export_steps(steps, Path(job["steps_file"]))
+        export_steps(steps_of(open_job(job, whole_documents=True), point.needed_steps), Path(job["steps_file"]))
     entrants, absent = ladder(job, point) if point.ladder else ([own(job, point), *peers(job, point)], {})
     outcomes: dict[str, Outcome] = {}
 

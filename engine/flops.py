@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from kernels.attention_work import AttentionWork
 from model.config import MistralConfig
 from model.mistral import Recompute
 
@@ -33,6 +34,16 @@ def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
         full = length if window is None else min(length, window)
         total += full * (full + 1) // 2 + (length - full) * full
     return total
+
+
+def pairs_of(work: AttentionWork) -> int:
+    """Pairs (query, key) that the segments of a batch attend to, each at the places that follow those of its prefix."""
+    ends, starts = [], []
+    for start, end, prefix in work.segments:
+        before = work.segments[prefix][1] - work.segments[prefix][0] if prefix >= 0 else 0
+        starts.append(before)
+        ends.append(before + end - start)
+    return attended_pairs(ends, work.window) - attended_pairs(starts, work.window)
 
 
 def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.checkpoint import load_optimizer, point_latest_at, save_checkpoint
 from engine.config import to_table, to_toml
 from engine.data.batches import Batch, Step, step_stream
-from engine.flops import attended_pairs, peak_flops, training_flops
+from engine.flops import pairs_of, peak_flops, training_flops
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
 from engine.run import Run
@@ -58,7 +58,8 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
         metrics = stack.enter_context(closing(open_metrics(run)))
         if run.start == 0 and evaluations:
             metrics.evaluation(0, evaluate(model, evaluations))
-        stream = stack.enter_context(closing(step_stream(run.plan, run.start, pack_tokens=run.pack_tokens)))
+        window = run.config.sliding_window
+        stream = stack.enter_context(closing(step_stream(run.plan, run.start, window=window, pack_tokens=run.pack_tokens)))
         waited = time.perf_counter()
         for step in stream:
             done, wait = step.index + 1, time.perf_counter() - waited
@@ -66,7 +67,8 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             values = accumulate(model, objective, step)
             values["gradient_norm"] = optimizer.step(rate)
             flops, trained = step_flops(run.config, step)
-            metrics.step(StepRecord(done, rate, values, step.tokens, trained, flops, wait))
+            saved = step.tokens_saved if run.plan.share_prompts else None
+            metrics.step(StepRecord(done, rate, values, step.tokens, trained, flops, wait, saved))
             if evaluations and (done == steps or _due(done, settings.evaluate_every)):
                 metrics.evaluation(done, evaluate(model, evaluations))
             if done == steps or _due(done, settings.checkpoint_every):
@@ -123,10 +125,8 @@ def step_flops(config: MistralConfig, step: Step) -> tuple[int, int]:
     """(operations of a step, places in it that are trained on)."""
     flops = trained = 0
     for batch in step.batches:
-        lengths = batch.cu_docs.diff().tolist()
         rows = int((batch.rows_N >= 0).sum())
-        pairs = attended_pairs(lengths, config.sliding_window)
-        flops += training_flops(config, tokens=batch.tokens, rows=rows, pairs=pairs)
+        flops += training_flops(config, tokens=batch.tokens, rows=rows, pairs=pairs_of(batch.attention))
         trained += rows
     return flops, trained
 
@@ -135,7 +135,8 @@ def whole_step(batches: Sequence[Batch]) -> Step:
     """A held-out set as one step, so that an objective's values are means over all of it."""
     weight = sum(float(batch.weight_T.sum()) for batch in batches)
     pairs = sum(0 if batch.pair_D is None else len(batch.pair_D) // 2 for batch in batches)
-    return Step(index=0, batches=list(batches), weight=weight, pairs=pairs, tokens=sum(batch.tokens for batch in batches))
+    tokens, saved = (sum(getattr(batch, name) for batch in batches) for name in ("tokens", "tokens_saved"))
+    return Step(0, list(batches), weight, pairs, tokens, saved)
 
 
 def _due(done: int, every: int) -> bool:

@@ -32,7 +32,11 @@ class LogSettings:
 
 @dataclass
 class StepRecord:
-    """One step, its values still on the device: reading them would make the host wait for it."""
+    """One step, its values still on the device: reading them would make the host wait for it.
+
+    tokens: places that were computed, which the speed counts; padding is none. tokens_saved: places more that pairs would have
+    taken without sharing their prompts; None where nothing could be shared, and then it is not written.
+    """
 
     step: int
     learning_rate: float
@@ -41,6 +45,7 @@ class StepRecord:
     trained_tokens: int
     flops: int
     data_wait: float
+    tokens_saved: int | None = None
 
 
 class Metrics:
@@ -156,7 +161,10 @@ def _finite(value: Any) -> Any:
 
 def _step_line(record: StepRecord) -> dict[str, Any]:
     values = {name: float(value) for name, value in record.values.items()}
-    return {"step": record.step, "learning_rate": record.learning_rate, "tokens": record.tokens, **values}
+    tokens = {"tokens": record.tokens}
+    if record.tokens_saved is not None:
+        tokens["tokens_saved"] = record.tokens_saved
+    return {"step": record.step, "learning_rate": record.learning_rate, **tokens, **values}
 
 
 def _memory() -> dict[str, float]:

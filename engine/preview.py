@@ -1,7 +1,5 @@
 """What a run is about to do, before it does it."""
 
-import itertools
-
 import torch
 
 from engine.data.batches import Batch, make_step
@@ -36,7 +34,7 @@ def bytes_of_parameter(dtype: torch.dtype, settings: OptimizerSettings) -> int:
 
 def sample(run: Run) -> list[str]:
     """The first micro-batch's beginning as text: what is trained on stands in brackets."""
-    batch = make_step(run.plan, 0, pack_tokens=run.pack_tokens).batches[0]
+    batch = make_step(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens).batches[0]
     lines = [f"sample     first micro-batch: {batch.tokens} tokens, {int((batch.rows_N >= 0).sum())} trained on"]
     return lines + [f"           {text}" for text in _marked(run, batch)]
 
@@ -44,11 +42,10 @@ def sample(run: Run) -> list[str]:
 def _marked(run: Run, batch: Batch) -> list[str]:
     texts = []
     names = run.tokenizer.pieces()
-    bounds = batch.cu_docs.tolist()
-    for start, end in list(itertools.pairwise(bounds))[:3]:
+    for places in _documents(batch)[:3]:
         pieces: list[str] = []
         trained = False
-        for place in range(start, min(end, start + _SHOWN_TOKENS)):
+        for place in places[:_SHOWN_TOKENS]:
             # The weight of a place is that of the token it predicts.
             weighted = bool(batch.weight_T[place])
             pieces.append("[" if weighted and not trained else "]" if trained and not weighted else "")
@@ -56,3 +53,15 @@ def _marked(run: Run, batch: Batch) -> list[str]:
             trained = weighted
         texts.append("".join(pieces).replace("▁", " ") + ("]" if trained else ""))
     return texts
+
+
+def _documents(batch: Batch) -> list[list[int]]:
+    """The places of each document, a shared prompt's in front of each that continues it."""
+    segments = batch.attention.segments
+    prefixes = {prefix for *_, prefix in segments}
+    found = []
+    for number, (start, end, prefix) in enumerate(segments):
+        if number not in prefixes:
+            prompt = range(*segments[prefix][:2]) if prefix >= 0 else range(0)
+            found.append([*prompt, *range(start, end)])
+    return found

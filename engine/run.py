@@ -71,10 +71,10 @@ class Run:
         return model
 
 
-def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
+def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: bool = False) -> Run:
     """Open model configuration, tokenizer, datasets and plan, and find what is already done.
 
-    Args: kinds: of datasets that the objective can train on.
+    Args: kinds: of datasets that the objective can train on; share_prompts: compute the common prompt of a pair once.
     Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -105,6 +105,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...]) -> Run:
         step_size=settings.step_size,
         steps=settings.steps,
         epochs=settings.epochs,
+        share_prompts=share_prompts,
     )
     run = Run(settings, device, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
     if run.pack_tokens < plan.longest_unit:

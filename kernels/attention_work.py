@@ -10,9 +10,10 @@ distance of place i to place j of the row is i - j - shift, and i sees j where 0
 range is visited.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ UNBOUNDED = 2**30
 # Lists are padded to multiples of this, so that few different shapes are uploaded.
 _PADDING = 64
 Range = tuple[int, int, int]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,11 @@ class AttentionWork:
     tokens: int
     window: int
     tile: int
-    _masked: "dict[torch.device, list[MaskedTile]]" = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[tuple[str, torch.device], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionWork":
-        """The lists on a device."""
-        return replace(self, work=self.work.to(device, non_blocking=non_blocking))
+        """The lists on a device. What backends make of them goes when this copy goes."""
+        return replace(self, work=self.work.to(device, non_blocking=non_blocking), _made={})
 
     def pinned(self) -> "AttentionWork":
         """The lists in memory from which a device may copy while the host goes on."""
@@ -57,11 +59,15 @@ class AttentionWork:
         """What the kernels must know beside the lists: (tiles of queries, tiles of keys, window, places of a tile)."""
         return self.query_tiles, self.key_tiles, self.window, self.tile
 
+    def once(self, name: str, device: torch.device, make: Callable[["AttentionWork", torch.device], Made]) -> Made:
+        """What a backend makes of the lists on a device, under its name: made once for all layers."""
+        if (name, device) not in self._made:
+            self._made[name, device] = make(self, device)
+        return self._made[name, device]
+
     def tiles(self, device: torch.device) -> "list[MaskedTile]":
-        """The tiles of queries with masks, for the reference; made once for all layers."""
-        if device not in self._masked:
-            self._masked[device] = [_masked(*tile, self.window, device) for tile in self.queries()]
-        return self._masked[device]
+        """The tiles of queries with masks, for the reference."""
+        return self.once("reference", device, lambda work, on: [_masked(*tile, work.window, on) for tile in work.queries()])
 
     def queries(self) -> Iterator[tuple[int, int, list[Range]]]:
         """(start, end, ranges of keys) of each tile of queries, in the row's order."""

@@ -28,6 +28,9 @@ class DpoSettings(TrainSettings):
     preference: PreferenceSettings = field(default_factory=PreferenceSettings)
     neftune_alpha: float = 0.0
     """Scale of the NEFTune noise on the policy's embeddings while training; the reference never has any."""
+    share_prompts: bool = True
+    """Compute the prompt that both answers of a pair have in common once, for the same loss and gradients. A run may not change
+    it midway: NEFTune's noise on a shared prompt is one, not two."""
     reference_cache: str = ""
     """Folder of the reference's log-probabilities; default: `reference` in the run folder."""
 
@@ -38,7 +41,7 @@ class DpoSettings(TrainSettings):
 
 def run(settings: DpoSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run)."""
-    opened = open_run(settings, ("preferences",))
+    opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)
     heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):
         return None
@@ -57,7 +60,10 @@ def run(settings: DpoSettings) -> Path | None:
 
 def training_pairs(run: Run, dataset: TokenDataset) -> list[Batch]:
     """Every pair of a source that fits the context."""
-    return evaluation_batches(dataset, context_length=run.settings.context_length, pack_tokens=run.pack_tokens)
+    return evaluation_batches(
+        dataset, window=run.config.sliding_window, context_length=run.settings.context_length, pack_tokens=run.pack_tokens,
+        share_prompts=run.plan.share_prompts,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

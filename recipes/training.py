@@ -33,8 +33,9 @@ def heldout_batches(run: Run, dataset: TokenDataset):
     """A held-out set in micro-batches of the run's size. Raises: ValueError where none of it fits the context."""
     settings = run.settings
     batches = evaluation_batches(
-        dataset, context_length=settings.context_length, pack_tokens=run.pack_tokens, limit=settings.heldout_limit
-    )
+        dataset, window=run.config.sliding_window, context_length=settings.context_length, pack_tokens=run.pack_tokens,
+        limit=settings.heldout_limit, share_prompts=run.plan.share_prompts,
+    )  # fmt: skip
     if not batches:
         raise ValueError(f"{dataset.folder}: nothing to evaluate within context_length = {settings.context_length}; raise it")
     return batches

@@ -1,8 +1,13 @@
 """Micro-batches: a global step of the plan, packed, dealt to ranks and turned into tensors.
 
-T tokens of a pack, D segments of a pack, N places that are trained on (padded).
+A pair whose sides have a prompt in common is laid out as [prompt | chosen | rejected] where the plan shares prompts: the prompt
+is computed once, and both sides continue it. The prompt's last token predicts another token on each side, so it is the first
+place of each side and not the last of the prompt.
+
+T places of a pack, D documents of a pack (or parts of those longer than the context), N places that are trained on (padded).
 """
 
+import itertools
 import queue
 import threading
 import warnings
@@ -16,37 +21,39 @@ from torch import Tensor
 from engine.data.dataset import TokenDataset
 from engine.data.packing import deal, pack_best_fit
 from engine.data.plan import Plan, SegmentTable, Units
+from kernels.attention_work import AttentionWork, attention_work
 
 ROWS = 128
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: a packed row of segments.
+    """One micro-batch: a packed row of documents.
 
     tokens_T: int64, the input tokens. labels_T: int64, the token to predict at each place (already shifted; at the end of
-    a segment of a longer document, the first token of the next). weight_T: float32, 0 where not trained on.
-    positions_T: int32, from 0 in each segment. cu_docs: int32 [D + 1], bounds of the segments, [0, ..., T].
+    a part of a longer document, the first token of the next). weight_T: float32, 0 where not trained on.
+    positions_T: int32, from 0 in each document (part); a side of a pair continues from the prompt that it shares.
+    document_T: int64, which of the D each place belongs to; a shared prompt belongs to the chosen side.
     rows_N: int32, the places of non-zero weight, padded with -1 to a multiple of 128 (at least 128).
-    document_D: int64, an id of each segment's document, unique over the sources of the run. document_start_D: int64,
-    the segment's first place in its document. document_length_D: int64, tokens of the whole document. source_D: int64,
-    index of the source. pair_D: int64, preferences only: index of the pair within its source; segments 2i and 2i + 1
-    are the chosen and the rejected side of one pair.
+    attention: who sees whom, for all layers; its `segments` are the bounds of documents (or of a shared prompt and its sides).
+    document_D: int64, the document's id, unique over the sources of the run: they follow one another. document_start_D: int64,
+    the part's first place in its document. document_length_D: int64, tokens of the whole document. pair_D: int64, preferences
+    only: index of the pair within its source; 2i and 2i + 1 of the D are the chosen and the rejected side of one pair.
 
-    A rank for which a step has nothing gets one filler segment (a filler pair for preferences): one token of weight 0,
-    document, source and pair -1.
+    A rank for which a step has nothing gets one filler document (a filler pair for preferences): one token of weight 0,
+    document and pair -1.
     """
 
     tokens_T: Tensor
     labels_T: Tensor
     weight_T: Tensor
     positions_T: Tensor
-    cu_docs: Tensor
+    document_T: Tensor
     rows_N: Tensor
+    attention: AttentionWork
     document_D: Tensor
     document_start_D: Tensor
     document_length_D: Tensor
-    source_D: Tensor
     pair_D: Tensor | None
 
     @property
@@ -54,34 +61,50 @@ class Batch:
         """Places of the micro-batch, a filler's not counted."""
         return len(self.tokens_T) if int(self.document_D[0]) >= 0 else 0
 
+    @property
+    def tokens_saved(self) -> int:
+        """Places more that the same documents would take if they shared none."""
+        segments = self.attention.segments
+        prefixes = [prefix for _, _, prefix in segments if prefix >= 0]
+        lengths = [end - start for start, end, _ in segments]
+        return sum(lengths[prefix] for prefix in prefixes) - sum(lengths[prefix] for prefix in set(prefixes))
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA through pinned memory and without waiting."""
         device = torch.device(device)
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or device.type != "cuda":
-                return None if tensor is None else tensor.to(device)
-            return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+        def move(part: Tensor | AttentionWork | None) -> Tensor | AttentionWork | None:
+            if part is None or device.type != "cuda":
+                return None if part is None else part.to(device)
+            on_device = part.is_cuda if isinstance(part, Tensor) else part.work.is_cuda
+            if on_device:
+                return part.to(device, non_blocking=True)
+            pinned = part.pin_memory() if isinstance(part, Tensor) else part.pinned()
+            return pinned.to(device, non_blocking=True)
 
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's part of a global step: `batches` are its own, `weight`, `pairs` and `tokens` count all ranks."""
+    """One rank's part of a global step: `batches` are its own, the numbers count all ranks.
+
+    weight: the sum of the weights of all places. tokens: places that are computed. tokens_saved: those that sharing saves.
+    """
 
     index: int
     batches: list[Batch]
     weight: float
     pairs: int
     tokens: int
+    tokens_saved: int
 
 
-def make_step(plan: Plan, step: int, *, pack_tokens: int, rank: int = 0, ranks: int = 1) -> Step:
+def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1) -> Step:
     """Pack a global step best-fit into micro-batches of at most `pack_tokens` places, and take this rank's.
 
-    Every rank gets the same number of micro-batches. Raises: ValueError where the plan's longest segment (both sides of
-    its longest pair) exceeds `pack_tokens`.
+    window: the model's attention window in places, None for unbounded. Every rank gets the same number of micro-batches.
+    Raises: ValueError where the plan's longest segment (both sides of its longest pair) exceeds `pack_tokens`.
     """
     assert 0 <= rank < ranks
     if pack_tokens < plan.longest_unit:
@@ -93,13 +116,13 @@ def make_step(plan: Plan, step: int, *, pack_tokens: int, rank: int = 0, ranks: 
     units = plan.units(step)
     sizes = units.sizes.tolist()
     packs = deal(pack_best_fit(sizes, pack_tokens), sizes, ranks)[rank]
-    batches = [_collate(plan.datasets, plan.document_offsets, units, pack) for pack in packs]
+    batches = [_collate(plan.datasets, plan.document_offsets, units, pack, window) for pack in packs]
     weight = _total_weight(plan.datasets, units)
-    return Step(step, batches, weight, len(sizes) if plan.paired else 0, int(units.places.sum()))
+    return Step(step, batches, weight, len(sizes) if plan.paired else 0, sum(sizes), int(units.shared.sum()))
 
 
 def step_stream(
-    plan: Plan, start: int, *, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2
+    plan: Plan, start: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2
 ) -> Generator[Step, None, None]:
     """`make_step` for steps `start` to the plan's last, `prefetch` steps ahead in a background thread.
 
@@ -122,7 +145,7 @@ def step_stream(
             for step in range(start, plan.steps):
                 if closed.is_set():
                     return
-                put(make_step(plan, step, pack_tokens=pack_tokens, rank=rank, ranks=ranks))
+                put(make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks))
             put(None)
         except BaseException as error:
             put(error)
@@ -140,16 +163,23 @@ def step_stream(
 
 
 def evaluation_batches(
-    dataset: TokenDataset, *, context_length: int, pack_tokens: int, limit: int | None = None
+    dataset: TokenDataset,
+    *,
+    window: int | None,
+    context_length: int,
+    pack_tokens: int,
+    limit: int | None = None,
+    share_prompts: bool = False,
 ) -> list[Batch]:
     """Every document (pair) of a dataset, or the first `limit`, in order, once; packed next-fit, so that order holds.
 
-    Long documents are split as in training. Pairs with a side longer than the context are left out with a warning.
+    Long documents are split, and prompts of pairs shared, as in training. Pairs with a side longer than the context are left
+    out with a warning.
     Raises: ValueError where nothing is left, `limit` is below 1, or a segment (pair) exceeds `pack_tokens`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}: must be at least 1")
-    table = SegmentTable(dataset, context_length)
+    table = SegmentTable(dataset, context_length, share_prompts)
     if table.paired and table.skipped:
         warnings.warn(
             f"{dataset.folder}: {table.skipped} of {len(dataset) // 2} pairs are longer than context_length = "
@@ -158,11 +188,13 @@ def evaluation_batches(
         )
     if not len(table):
         raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
-    document, start, places = table.locate(np.arange(len(table)))
+    numbers, unit = np.arange(len(table)), 2 if table.paired else 1
+    document, start, places = table.locate(numbers)
     if limit is not None:
-        keep = document < limit * (2 if table.paired else 1)
+        keep = document < limit * unit
         document, start, places = document[keep], start[keep], places[keep]
-    units = Units(np.zeros_like(document), document, start, places, unit=2 if table.paired else 1)
+    shared = table.shared(numbers[: len(document) // unit])
+    units = Units(np.zeros_like(document), document, start, places, shared, unit)
     packs: list[list[int]] = []
     room = 0
     for unit, size in enumerate(units.sizes.tolist()):
@@ -173,7 +205,7 @@ def evaluation_batches(
             room = pack_tokens
         packs[-1].append(unit)
         room -= size
-    return [_collate([dataset], [0], units, pack) for pack in packs]
+    return [_collate([dataset], [0], units, pack, window) for pack in packs]
 
 
 def _total_weight(datasets: Sequence[TokenDataset], units: Units) -> float:
@@ -190,44 +222,61 @@ def _total_weight(datasets: Sequence[TokenDataset], units: Units) -> float:
     return float(total)
 
 
-def _collate(datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Units, pack: list[int]) -> Batch:
+def _collate(
+    datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Units, pack: list[int], window: int | None
+) -> Batch:
     """The tensors of one pack; of a filler where it is empty."""
-    paired = units.unit == 2
     if not pack:
-        return _filler(units.unit)
-    segments = np.array(pack, dtype=np.int64)
-    if paired:
-        segments = np.stack((2 * segments, 2 * segments + 1), axis=1).reshape(-1)
-    source, document = units.source[segments], units.document[segments]
-    start, places = units.start[segments], units.places[segments]
-    cu_docs = np.zeros(len(segments) + 1, dtype=np.int32)
-    np.cumsum(places, out=cu_docs[1:])
-    total = int(cu_docs[-1])
+        return _filler(units.unit, window)
+    chosen = np.array(pack, dtype=np.int64)
+    documents = (units.unit * chosen[:, None] + np.arange(units.unit)).reshape(-1)
+    source, document = units.source[documents], units.document[documents]
+    start, places = units.start[documents], units.places[documents]
+    segments = _segments(places.tolist(), units.shared[chosen].tolist())
+    bounds = [0, *itertools.accumulate(count for _, _, count, _ in segments)]
+    total = bounds[-1]
     tokens, labels = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
     weight, positions = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int32)
-    lengths = np.empty(len(segments), dtype=np.int64)
-    for i, (s, d, first, count) in enumerate(
-        zip(source.tolist(), document.tolist(), start.tolist(), places.tolist(), strict=True)
-    ):
-        at = slice(int(cu_docs[i]), int(cu_docs[i + 1]))
-        ids = datasets[s].tokens(d)[first : first + count + 1]
+    document_of = np.empty(total, dtype=np.int64)
+    for (index, before, count, _), begin, end in zip(segments, bounds, bounds[1:], strict=False):
+        dataset, number = datasets[source[index]], int(document[index])
+        at, first = slice(begin, end), int(start[index]) + before
+        ids = dataset.tokens(number)[first : first + count + 1]
         tokens[at], labels[at] = ids[:-1], ids[1:]
-        weight[at] = datasets[s].trained(d, first + 1, first + count + 1)
-        positions[at] = np.arange(count)
-        lengths[i] = datasets[s].lengths[d]
+        weight[at] = dataset.trained(number, first + 1, first + count + 1)
+        positions[at] = np.arange(before, before + count)
+        document_of[at] = index
+    lengths = [int(datasets[s].lengths[d]) for s, d in zip(source.tolist(), document.tolist(), strict=True)]
     return Batch(
         tokens_T=torch.from_numpy(tokens),
         labels_T=torch.from_numpy(labels),
         weight_T=torch.from_numpy(weight),
         positions_T=torch.from_numpy(positions),
-        cu_docs=torch.from_numpy(cu_docs),
+        document_T=torch.from_numpy(document_of),
         rows_N=_rows(weight),
+        attention=attention_work(bounds, window, prefixes=[prefix for *_, prefix in segments]),
         document_D=torch.from_numpy(np.asarray(offsets, dtype=np.int64)[source] + document),
         document_start_D=torch.from_numpy(start),
-        document_length_D=torch.from_numpy(lengths),
-        source_D=torch.from_numpy(source),
-        pair_D=torch.from_numpy(document // 2) if paired else None,
+        document_length_D=torch.tensor(lengths),
+        pair_D=torch.from_numpy(document // 2) if units.unit == 2 else None,
     )
+
+
+def _segments(places: Sequence[int], shared: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """(index of its document, places of that before it, places, index of the segment that it continues or -1) of each segment.
+
+    Args: places of each document; shared: places that the documents of each unit begin with, 0 for none.
+    """
+    segments: list[tuple[int, int, int, int]] = []
+    width = len(places) // len(shared)
+    for unit, common in enumerate(shared):
+        prefix = -1
+        if common:
+            prefix = len(segments)
+            segments.append((width * unit, 0, common, -1))
+        for index in range(width * unit, width * (unit + 1)):
+            segments.append((index, common, places[index] - common, prefix))
+    return segments
 
 
 def _rows(weight: np.ndarray) -> Tensor:
@@ -237,18 +286,18 @@ def _rows(weight: np.ndarray) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def _filler(segments: int) -> Batch:
-    zeros, nothing = torch.zeros(segments, dtype=torch.int64), torch.full((segments,), -1, dtype=torch.int64)
+def _filler(documents: int, window: int | None) -> Batch:
+    zeros, nothing = torch.zeros(documents, dtype=torch.int64), torch.full((documents,), -1, dtype=torch.int64)
     return Batch(
         tokens_T=zeros,
         labels_T=zeros,
-        weight_T=torch.zeros(segments),
+        weight_T=torch.zeros(documents),
         positions_T=zeros.int(),
-        cu_docs=torch.arange(segments + 1, dtype=torch.int32),
-        rows_N=_rows(np.zeros(segments)),
+        document_T=torch.arange(documents),
+        rows_N=_rows(np.zeros(documents)),
+        attention=attention_work(range(documents + 1), window),
         document_D=nothing,
         document_start_D=zeros,
         document_length_D=torch.ones_like(zeros),
-        source_D=nothing,
-        pair_D=nothing if segments == 2 else None,
+        pair_D=nothing if documents == 2 else None,
     )

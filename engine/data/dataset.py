@@ -13,6 +13,7 @@ No document crosses a shard. Kinds: "text" (every token but the first is trained
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,6 +130,26 @@ class TokenDataset:
         packed = self._trained[shard][first // 8 : (last + 7) // 8]
         bits = np.unpackbits(packed, bitorder="little")
         return bits[first % 8 : first % 8 + last - first].astype(bool)
+
+    @cached_property
+    def shared_places(self) -> np.ndarray:
+        """Preferences: the places with which both sides of a pair begin and which may be computed once, int64 [pairs].
+
+        They are those of the common prompt without its last token: that one predicts another token on each side. Nor is a
+        place shared that is trained on, as it would have to count twice.
+        """
+        assert self.prompt_lengths is not None
+        shared = np.zeros(len(self) // 2, dtype=np.int64)
+        limits = np.minimum(self.prompt_lengths, self.lengths).reshape(-1, 2).min(axis=1)
+        for pair, limit in enumerate(limits.tolist()):
+            chosen, rejected = 2 * pair, 2 * pair + 1
+            apart = self.tokens(chosen)[:limit] != self.tokens(rejected)[:limit]
+            trained = self.trained(chosen, 0, limit) | self.trained(rejected, 0, limit)
+            # The first token is never predicted, whatever its mask says.
+            trained[:1] = False
+            ends = np.flatnonzero(apart | trained)
+            shared[pair] = max(0, (int(ends[0]) if len(ends) else limit) - 1)
+        return shared
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with dataset.json. Raises: ValueError naming the first that differs."""

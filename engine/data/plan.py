@@ -55,29 +55,35 @@ class Units:
 
     source: index of the source. document: index in its dataset. start: first place of the segment in the document.
     places: length of the segment. All int64 [segments]. unit: segments that never part, 1 (2 for preferences).
+    shared: places at the start of a pair's sides that are computed once for both, int64 [segments / unit].
     """
 
     source: np.ndarray
     document: np.ndarray
     start: np.ndarray
     places: np.ndarray
+    shared: np.ndarray
     unit: int
 
     @property
     def sizes(self) -> np.ndarray:
-        """Places of each unit, int64 [segments / unit]."""
-        return self.places.reshape(-1, self.unit).sum(axis=1)
+        """Places of each unit that are computed, int64 [segments / unit]."""
+        return self.places.reshape(-1, self.unit).sum(axis=1) - self.shared
 
 
 class SegmentTable:
-    """The segments (pairs) of one dataset that a plan may use, numbered; arrays, so that millions cost little."""
+    """The segments (pairs) of one dataset that a plan may use, numbered; arrays, so that millions cost little.
 
-    def __init__(self, dataset: TokenDataset, context_length: int):
+    sizes: places of each that are computed, int64; share_prompts: those that the sides of a pair share count once.
+    """
+
+    def __init__(self, dataset: TokenDataset, context_length: int, share_prompts: bool = False):
         self.dataset = dataset
         self.paired = dataset.kind == "preferences"
         self.context_length = context_length
         self.skipped = 0
         self._used: np.ndarray | None = None
+        self._shared: np.ndarray | None = None
         places = dataset.lengths - 1
         if self.paired:
             sides = places.reshape(-1, 2)
@@ -86,6 +92,9 @@ class SegmentTable:
             if self.skipped:
                 self._used = np.flatnonzero(fits)
             self.sizes = sides.sum(axis=1)[fits]
+            if share_prompts:
+                self._shared = dataset.shared_places[fits]
+                self.sizes -= self._shared
             self._first = np.empty(0, dtype=np.int64)
             return
         counts = -(-places // context_length)
@@ -118,6 +127,10 @@ class SegmentTable:
         document = np.searchsorted(self._first, numbers, side="right") - 1
         return document, (numbers - self._first[document]) * self.context_length, self.sizes[units]
 
+    def shared(self, units: np.ndarray) -> np.ndarray:
+        """Places of each of the given units that both its sides begin with and that are computed once, int64."""
+        return np.zeros(len(units), dtype=np.int64) if self._shared is None else self._shared[units]
+
 
 class Plan:
     """Global steps over a mixture of prepared datasets.
@@ -130,10 +143,11 @@ class Plan:
         step_size: places of a global step; pairs for preferences.
         steps, epochs: how long the run is. Shares need `steps`; otherwise `steps` alone repeats the data as needed,
             `epochs` alone ends with the data, and with both `steps` ends the run early.
+        share_prompts: compute the common prompt of a pair once. The order does not depend on it.
 
     Attributes: steps (int), fingerprint (hex; equal for equal data order, whatever the number of steps), paired (bool),
         skipped (list per source: pairs longer than the context, or segments of conversations without a trained place),
-        longest_unit (places of the longest segment, or of both sides of the longest pair), document_offsets
+        longest_unit (places to compute of the longest segment, or of the longest pair), document_offsets
         (list: first stable document id of each source).
 
     Raises: ValueError naming the setting or the source, and the remedy.
@@ -149,12 +163,14 @@ class Plan:
         step_size: int,
         steps: int | None,
         epochs: float | None,
+        share_prompts: bool = False,
     ):
         _check_mixture(datasets, sources, context_length, step_size, steps, epochs)
         self.datasets, self.sources = datasets, list(sources)
         self.seed, self.context_length, self.step_size = seed, context_length, step_size
         self.paired = datasets[0].kind == "preferences"
-        self.tables = [SegmentTable(dataset, context_length) for dataset in datasets]
+        self.share_prompts = share_prompts and self.paired
+        self.tables = [SegmentTable(dataset, context_length, self.share_prompts) for dataset in datasets]
         self.skipped = [table.skipped for table in self.tables]
         for source, table in zip(self.sources, self.tables, strict=True):
             if not len(table):
@@ -217,14 +233,16 @@ class Plan:
         for source, table in enumerate(self.tables):
             chosen = self._sequences[source][self._cuts[step, source] : self._cuts[step + 1, source]]
             document, start, places = table.locate(chosen)
-            parts.append((np.full(len(document), source, dtype=np.int64), document, start, places))
-        source_of, document, start, places = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Units(source_of, document, start, places, unit=2 if self.paired else 1)
+            parts.append((np.full(len(document), source, dtype=np.int64), document, start, places, table.shared(chosen)))
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        source_of, document, start, places, shared = columns
+        return Units(source_of, document, start, places, shared, unit=2 if self.paired else 1)
 
     def summary(self, pack_tokens: int, *, sample_steps: int = 8) -> dict[str, Any]:
         """What the run will see: per source its documents, tokens of the run, share and passes; steps; utilisation.
 
-        tokens counts places. utilisation: places / (packs * pack_tokens) over up to `sample_steps` evenly spread steps.
+        tokens counts places that are computed; tokens_saved those that sharing prompts saves. utilisation: places /
+        (packs * pack_tokens) over up to `sample_steps` evenly spread steps.
         """
         sources = []
         totals = [int(table.sizes[sequence].sum()) for table, sequence in zip(self.tables, self._sequences, strict=True)]
@@ -242,6 +260,7 @@ class Plan:
                     "seen": measures[index] / available,
                 }
             )
+        saved = sum(int(table.shared(units).sum()) for table, units in zip(self.tables, self._sequences, strict=True))
         places = packs = 0
         for step in sorted({round(at) for at in np.linspace(0, self.steps - 1, min(sample_steps, self.steps)).tolist()}):
             sizes = self.units(step).sizes.tolist()
@@ -252,6 +271,7 @@ class Plan:
             "steps": self.steps,
             "step_size": self.step_size,
             "tokens": sum(totals),
+            "tokens_saved": saved,
             "pack_tokens": pack_tokens,
             "utilisation": places / (packs * pack_tokens),
         }
@@ -274,9 +294,10 @@ class Plan:
                     else "segments without a trained place left out"
                 )
             lines.append(line)
+        saved = f" ({summary['tokens_saved']:,} saved by shared prompts)" if self.share_prompts else ""
         lines.append(
             f"{summary['steps']:,} steps of {self.step_size:,} {'pairs' if self.paired else 'tokens'}, "
-            f"{summary['tokens']:,} tokens; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full"
+            f"{summary['tokens']:,} tokens{saved}; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full"
         )
         return lines
 

@@ -11,7 +11,7 @@ Shapes: P pairs, D = 2P documents: chosen at even places, rejected at odd ones.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -61,14 +61,15 @@ def preference_loss(margin_P: Tensor, settings: PreferenceSettings) -> Tensor:
 class Preference:
     """Mean preference loss over the pairs of a global step.
 
-    reference: for each source of the run, [pairs, 2] float32 log-probabilities of (chosen, rejected) under the frozen
-    reference model, computed once beforehand (`engine.objectives.reference`), so that it is never in memory while training.
+    reference: for each source of the run, [pairs, 2] float32 log-probabilities of (chosen, rejected) of all its pairs under the
+    frozen reference model, computed once beforehand (`engine.reference`), so that it is never in memory while training.
     """
 
     settings: PreferenceSettings
     reference: Sequence[Tensor]
     neftune_alpha: float = 0.0
     seed: int = 0
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:
         """This micro-batch's part of the step's values; parts add up over micro-batches and ranks.
@@ -101,14 +102,14 @@ class Preference:
         }
 
     def _reference_of(self, batch: Batch) -> Tensor:
-        assert batch.pair_D is not None
-        values = torch.zeros(len(batch.pair_D), dtype=torch.float32)
-        side_D = torch.arange(len(batch.pair_D)) % 2
-        source_D, pair_D = batch.source_D.cpu(), batch.pair_D.cpu()
-        for source, table in enumerate(self.reference):
-            here = source_D == source
-            values[here] = table[pair_D[here], side_D[here]]
-        return values.to(batch.weight_T.device)
+        """The reference's log-probability of each document, 0 for a filler's: [D]."""
+        device = batch.document_D.device
+        if device not in self._tables:
+            # On the device once for the whole run: a look-up on the host would wait for the device in every step.
+            self._tables[device] = torch.cat([table.flatten() for table in self.reference]).to(device)
+        # Documents are numbered through the sources as the rows and sides of these tables are.
+        values_D = self._tables[device][batch.document_D.clamp(min=0)]
+        return values_D.masked_fill(batch.document_D < 0, 0.0)
 
 
 def answer_lengths(batch: Batch) -> Tensor:

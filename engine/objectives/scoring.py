@@ -1,15 +1,14 @@
 """Log-probabilities of a packed micro-batch: what every objective starts from.
 
-Shapes: T tokens, D documents (segments) of the batch.
+Shapes: T tokens, D documents of the batch.
 """
 
-import torch
 from torch import Tensor
 
 from engine.data.batches import Batch
 from kernels import accumulation_dtype
 from kernels.embedding import EmbeddingNoise
-from model.mistral import Mistral, packed_attention
+from model.mistral import Mistral, attention_by
 
 
 def token_log_probs(model: Mistral, batch: Batch, noise: EmbeddingNoise | None = None) -> Tensor:
@@ -26,31 +25,26 @@ def mean_nll(model: Mistral, batch: Batch, total_weight: float, noise: Embedding
 
 
 def _hidden(model: Mistral, batch: Batch, noise: EmbeddingNoise | None) -> Tensor:
-    attend = packed_attention(batch.cu_docs, model.config.sliding_window)
-    return model(batch.tokens_T, batch.positions_T, attend, noise)
+    return model(batch.tokens_T, batch.positions_T, attention_by(batch.attention), noise)
 
 
 def document_log_probs(log_prob_T: Tensor, batch: Batch) -> Tensor:
     """Sum over the weighted places of each document: [D]."""
-    lengths_D = batch.cu_docs.diff().long()
-    document_T = torch.repeat_interleave(lengths_D)
-    return log_prob_T.new_zeros(len(lengths_D)).index_add(0, document_T, batch.weight_T * log_prob_T)
+    return log_prob_T.new_zeros(len(batch.document_D)).index_add(0, batch.document_T, batch.weight_T * log_prob_T)
 
 
 def embedding_noise(batch: Batch, *, alpha: float, seed: int, step: int) -> EmbeddingNoise | None:
-    """NEFTune noise of a batch at a step, keyed by each token's document and place in the whole document; None for alpha 0."""
+    """NEFTune noise of a batch at a step, keyed by each token's document and place in the whole document; None for alpha 0.
+
+    A shared prompt has one noise, the chosen side's.
+    """
     if alpha == 0:
         return None
-    lengths_D = batch.cu_docs.diff().long()
-
-    def per_token(values_D: Tensor) -> Tensor:
-        return torch.repeat_interleave(values_D, lengths_D)
-
     return EmbeddingNoise(
         alpha=alpha,
         seed=seed,
         step=step,
-        document_T=per_token(batch.document_D),
-        position_T=per_token(batch.document_start_D) + batch.positions_T,
-        length_T=per_token(batch.document_length_D),
+        document_T=batch.document_D[batch.document_T],
+        position_T=batch.document_start_D[batch.document_T] + batch.positions_T,
+        length_T=batch.document_length_D[batch.document_T],
     )

@@ -22,7 +22,6 @@ from benchmarks.packs import export_steps, write_synthetic
 from benchmarks.peers.steps import Steps
 from benchmarks.peers.worker import peak_memory, peak_resident_bytes
 from benchmarks.train import TrainBenchSettings, points
-from engine.data.batches import make_step
 from engine.data.dataset import TokenDataset
 from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
@@ -157,8 +156,8 @@ def test_padding_counts_nowhere(tmp_path):
     folder = tmp_path / "point"
     folder.mkdir()
     job = train.make_job(point, CPU, folder)
-    plan, data = own.open_job(job).plan, TokenDataset.open(job["settings"]["sources"][0]["path"])
-    step = make_step(plan, 0, pack_tokens=3 * 64)
+    data = TokenDataset.open(job["settings"]["sources"][0]["path"])
+    (step,) = own.steps_of(own.open_job(job), 1)
     documents = [int(number) for batch in step.batches for number in batch.document_D]
     work = work_of(config, step)
     assert work.documents == len(documents) > 1
@@ -216,8 +215,8 @@ def test_peers_read_the_very_documents_of_a_step(tmp_path, objective):
     folder.mkdir()
     point = TrainBenchSettings(objective=objective, sequence=48, micro_batch=2, documents="mixed", dtype="float32", rounds=1)
     job = train.make_job(point, CPU, folder)
-    run = own.open_job(job)
-    made = [make_step(run.plan, index, pack_tokens=run.pack_tokens) for index in range(4)]
+    run = own.open_job(job, whole_documents=True)
+    made = own.steps_of(run, 4)
     export_steps(made, tmp_path / "steps.safetensors")
     read = Steps(tmp_path / "steps.safetensors")
     (data,) = run.datasets
@@ -235,7 +234,7 @@ def test_peers_read_the_very_documents_of_a_step(tmp_path, objective):
         for row, batch in zip(read.rows(index), step.batches, strict=True):
             assert torch.equal(row.tokens_T, batch.tokens_T)
             assert torch.equal(row.positions_T, batch.positions_T.long())
-            assert row.lengths == batch.cu_docs.diff().tolist()
+            assert row.lengths == [end - start for start, end, _ in batch.attention.segments]
             assert torch.equal(row.labels_T, torch.where(batch.weight_T > 0, batch.labels_T, -100))
 
 
@@ -248,7 +247,7 @@ def test_operations_are_told_apart_by_what_called_them_in_both_directions(tmp_pa
     optimizer = own.AdamW(trained.named_parameters(), run.settings.optimizer)
     objective, _ = own.objective_of(run, trained)
     with ranges(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-        own.train_step(run, trained, optimizer, objective, make_step(run.plan, 0, pack_tokens=32))
+        own.train_step(run, trained, optimizer, objective, own.steps_of(run, 1)[0])
     found: dict[str, set[str]] = {}
     for event, category in classified(profiler.events()):
         found.setdefault(event.name, set()).add(category)
@@ -257,7 +256,7 @@ def test_operations_are_told_apart_by_what_called_them_in_both_directions(tmp_pa
     assert set.union(*attention.values()) == {"attention"}
     assert found["aten::mm"] | found.get("aten::addmm", set()) == {"products"}
     assert found["aten::exp_"] == found["aten::rsqrt"] == {"our operators"}  # of the head's and the norm's forward
-    assert found["aten::silu_backward"] == found["aten::embedding_dense_backward"] == {"our operators"}
+    assert found["aten::sigmoid"] == found["aten::embedding_dense_backward"] == {"our operators"}  # of SwiGLU's backward
     assert found["aten::lerp_"] == found[OPTIMIZER] == {"optimizer"}
     assert found["aten::add"] >= {"rest"}  # the residual
     assert set.union(*found.values()) <= set(CATEGORIES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # What a step computed; the rest of a line is speed and memory.
-_COMPUTED = {"step", "loss", "learning_rate", "gradient_norm", "tokens"}
+_COMPUTED = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_saved"}
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,14 @@ from model.mistral import Mistral, initialize, packed_attention
 from model.weights import save_model
 
 SEED = 7
+WINDOW = 5
 CONTEXT = {"text": 16, "conversations": 16, "preferences": 64}
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
     """In float64, with a window shorter than the segments."""
-    model = Mistral(replace(read_config(tiny_model), sliding_window=5)).double()
+    model = Mistral(replace(read_config(tiny_model), sliding_window=WINDOW)).double()
     initialize(model, 3)
     return model
 
@@ -48,7 +49,7 @@ def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1):
     values: dict[str, torch.Tensor] = {}
     batches = 0
     for rank in range(ranks):
-        part = make_step(plan, step, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
+        part = make_step(plan, step, window=WINDOW, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
         batches += len(part.batches)
         for name, value in accumulate(model, objective, part).items():
             values[name] = values.get(name, 0) + value
@@ -161,7 +162,7 @@ def test_a_rank_without_work_adds_nothing(model, plan_of, kind, step_size):
 def test_noise_changes_the_gradient_and_only_while_training(model, plan_of):
     plan = plan_of("conversations", step_size=150)
     quiet, noisy = NextToken(seed=SEED), NextToken(neftune_alpha=5.0, seed=SEED)
-    step = make_step(plan, 0, pack_tokens=1000)
+    step = make_step(plan, 0, window=WINDOW, pack_tokens=1000)
     gradients = [split_gradients(model, objective, plan, 0, pack_tokens=1000)[0] for objective in (quiet, noisy)]
     assert difference(*gradients) > 1e-3
     with torch.no_grad():

@@ -241,7 +241,7 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
 def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
     """Segments, not packs: the same however they are packed; only trained places reach the head."""
     run = open_run(tiny_settings("sft", tmp_path / "run"), ("conversations",))
-    found = {step_flops(run.config, make_step(run.plan, 1, pack_tokens=pack)) for pack in (64, 100, 1000)}
+    found = {step_flops(run.config, make_step(run.plan, 1, window=16, pack_tokens=pack)) for pack in (64, 100, 1000)}
     units = run.plan.units(1)
     trained = sum(
         int(run.datasets[0].trained(document, start + 1, start + places + 1).sum())

@@ -70,7 +70,8 @@ def test_computed_once_for_the_same_weights_and_data(tiny_settings, tiny_model, 
     dpo.run(tiny_settings("dpo", tmp_path / "a", reference_cache=cache))
     assert computed == BOTH
     tables = [load_file(file)["log_probs"] for file in (tmp_path / "cache").iterdir()]
-    batches = evaluation_batches(TokenDataset.open(tiny_data.preferences), context_length=64, pack_tokens=300)
+    pairs = TokenDataset.open(tiny_data.preferences)
+    batches = evaluation_batches(pairs, window=16, context_length=64, pack_tokens=300)
     expected = reference_log_probs(load_model(tiny_model), batches, 32)
     torch.testing.assert_close(next(table for table in tables if len(table) == 32), expected, rtol=1e-5, atol=1e-4)
     # Another seed, another loss, another micro-batch size: the same reference.

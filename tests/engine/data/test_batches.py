@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from engine.data.batches import Batch, evaluation_batches, make_step, step_stream
 from engine.data.plan import Plan, Source
 
+WINDOW = 5
+
 
 def make_plan(datasets, **changes):
     settings = {"seed": 0, "context_length": 16, "step_size": 64, "steps": None, "epochs": 1.0} | changes
@@ -21,42 +23,39 @@ def examples(batches):
     """Every place of real segments as (document id, place, token, label, weight, position), counted."""
     found = Counter()
     for batch in batches:
-        bounds = batch.cu_docs.tolist()
-        for i, document in enumerate(batch.document_D.tolist()):
+        for at, i in enumerate(batch.document_T.tolist()):
+            document, position = int(batch.document_D[i]), int(batch.positions_T[at])
             if document < 0:
                 continue
-            first = int(batch.document_start_D[i])
-            for at in range(bounds[i], bounds[i + 1]):
-                found[
-                    (
-                        document,
-                        first + at - bounds[i],
-                        int(batch.tokens_T[at]),
-                        int(batch.labels_T[at]),
-                        float(batch.weight_T[at]),
-                        int(batch.positions_T[at]),
-                    )
-                ] += 1
+            place = int(batch.document_start_D[i]) + position
+            values = (int(batch.tokens_T[at]), int(batch.labels_T[at]), float(batch.weight_T[at]))
+            found[(document, place, *values, position)] += 1
     return found
 
 
 def check_form(batch, capacity):
-    bounds = batch.cu_docs.tolist()
-    segments = len(batch.document_D)
-    assert bounds[0] == 0
-    assert bounds[-1] == len(batch.tokens_T) <= capacity
-    assert all(a < b for a, b in pairwise(bounds))
-    assert len(bounds) == segments + 1
+    segments, documents = batch.attention.segments, len(batch.document_D)
+    assert segments[0][0] == 0
+    assert segments[-1][1] == len(batch.tokens_T) <= capacity
+    assert all(a[1] == b[0] for a, b in pairwise(segments))
+    # A document's places are in one segment, but for the prompt that it continues; positions count both.
+    places = len(batch.tokens_T)
+    for start, end, prefix in segments:
+        of = set(batch.document_T[start:end].tolist())
+        assert len(of) == 1
+        before = segments[prefix][1] - segments[prefix][0] if prefix >= 0 else 0
+        assert batch.positions_T[start:end].tolist() == list(range(before, before + end - start))
+    assert batch.document_T.unique().tolist() == list(range(documents))
+    assert (batch.attention.tokens, batch.attention.window) == (places, WINDOW)
     for name, dtype, length in (
-        ("tokens_T", torch.int64, bounds[-1]),
-        ("labels_T", torch.int64, bounds[-1]),
-        ("weight_T", torch.float32, bounds[-1]),
-        ("positions_T", torch.int32, bounds[-1]),
-        ("cu_docs", torch.int32, segments + 1),
-        ("document_D", torch.int64, segments),
-        ("document_start_D", torch.int64, segments),
-        ("document_length_D", torch.int64, segments),
-        ("source_D", torch.int64, segments),
+        ("tokens_T", torch.int64, places),
+        ("labels_T", torch.int64, places),
+        ("weight_T", torch.float32, places),
+        ("positions_T", torch.int32, places),
+        ("document_T", torch.int64, places),
+        ("document_D", torch.int64, documents),
+        ("document_start_D", torch.int64, documents),
+        ("document_length_D", torch.int64, documents),
     ):
         tensor = getattr(batch, name)
         assert (tensor.dtype, tensor.shape) == (dtype, (length,)), name
@@ -82,13 +81,13 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
         datasets.append(write_dataset(documents, kind, masks, prompts=[1] * len(documents) if paired else None))
     plan = make_plan(datasets, step_size=3 if paired else 64)
     step = data.draw(st.integers(0, plan.steps - 1))
-    reference = make_step(plan, step, pack_tokens=plan.longest_unit)
+    reference = make_step(plan, step, window=WINDOW, pack_tokens=plan.longest_unit)
     expected = examples(reference.batches)
     assert sum(key[4] * count for key, count in expected.items()) == reference.weight > 0
     assert expected.total() == reference.tokens
     pack_tokens = plan.longest_unit + data.draw(st.integers(0, 100))
     ranks = data.draw(st.integers(1, 4))
-    parts = [make_step(plan, step, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [make_step(plan, step, window=WINDOW, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
     assert {(part.weight, part.pairs, part.tokens) for part in parts} == {(reference.weight, reference.pairs, reference.tokens)}
     assert len({len(part.batches) for part in parts}) == 1
     batches = [batch for part in parts for batch in part.batches]
@@ -109,13 +108,13 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
 def test_labels_continue_over_a_split_and_first_tokens_are_never_predicted(write_dataset):
     long, short = list(range(100, 141)), [7, 8, 9]
     dataset = write_dataset([long, short])
-    batches = make_step(make_plan([dataset]), 0, pack_tokens=64).batches
+    batches = make_step(make_plan([dataset]), 0, window=WINDOW, pack_tokens=64).batches
     found = {key[:4] for key in examples(batches)}
     assert found == {(0, p, 100 + p, 101 + p) for p in range(40)} | {(1, 0, 7, 8), (1, 1, 8, 9)}
     batch = batches[0]
     for i, start in enumerate(batch.document_start_D.tolist()):
-        segment = slice(int(batch.cu_docs[i]), int(batch.cu_docs[i + 1]))
-        assert batch.positions_T[segment].tolist() == list(range(int(batch.cu_docs[i + 1] - batch.cu_docs[i])))
+        segment = batch.document_T == i
+        assert batch.positions_T[segment].tolist() == list(range(int(segment.sum())))
         assert int(batch.document_length_D[i]) == (41 if int(batch.document_D[i]) == 0 else 3)
         assert start % 16 == 0
 
@@ -123,7 +122,7 @@ def test_labels_continue_over_a_split_and_first_tokens_are_never_predicted(write
 def test_weights_are_those_of_the_predicted_token(write_dataset):
     mask = [False, False, True, True, False, True]
     dataset = write_dataset([[10, 11, 12, 13, 14, 15]], "conversations", [mask])
-    batch = make_step(make_plan([dataset]), 0, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([dataset]), 0, window=WINDOW, pack_tokens=16).batches[0]
     assert batch.weight_T.tolist() == [0, 1, 1, 0, 1]
     assert batch.labels_T[batch.weight_T > 0].tolist() == [12, 13, 15]
     assert batch.rows_N[:4].tolist() == [1, 2, 4, -1]
@@ -131,15 +130,17 @@ def test_weights_are_those_of_the_predicted_token(write_dataset):
 
 def test_document_ids_are_unique_over_sources(write_dataset):
     datasets = [write_dataset([[1, 2], [1, 3, 4]]), write_dataset([[1, 5], [1, 6]])]
-    batch = make_step(make_plan(datasets), 0, pack_tokens=64).batches[0]
-    assert dict(zip(batch.document_D.tolist(), batch.source_D.tolist(), strict=True)) == {0: 0, 1: 0, 2: 1, 3: 1}
+    batch = make_step(make_plan(datasets), 0, window=WINDOW, pack_tokens=64).batches[0]
+    firsts = batch.document_D[batch.document_T[batch.labels_T >= 5]]
+    assert sorted(batch.document_D.tolist()) == [0, 1, 2, 3]
+    assert sorted(firsts.tolist()) == [2, 3]
 
 
 def test_a_rank_without_work_gets_a_filler_of_no_weight(write_dataset):
     for kind, segments in (("text", 1), ("preferences", 2)):
         dataset = write_dataset([[1, 2, 3], [1, 2, 4]], kind, prompts=None if kind == "text" else [1, 1])
         plan = make_plan([dataset], step_size=16)
-        parts = [make_step(plan, 0, pack_tokens=64, rank=rank, ranks=4) for rank in range(4)]
+        parts = [make_step(plan, 0, window=WINDOW, pack_tokens=64, rank=rank, ranks=4) for rank in range(4)]
         fillers = [part.batches[0] for part in parts if part.batches[0].tokens == 0]
         assert [len(part.batches) for part in parts] == [1] * 4
         assert len(fillers) == (2 if kind == "text" else 3)
@@ -152,26 +153,26 @@ def test_a_rank_without_work_gets_a_filler_of_no_weight(write_dataset):
 def test_pack_tokens_below_the_longest_unit_is_refused(write_dataset):
     plan = make_plan([write_dataset([list(range(30))])])
     with pytest.raises(ValueError, match="pack_tokens = 15 is below the longest segment"):
-        make_step(plan, 0, pack_tokens=15)
+        make_step(plan, 0, window=WINDOW, pack_tokens=15)
     pairs = make_plan([write_dataset([[1, 2, 3], [1, 2]], "preferences", prompts=[1, 1])])
     with pytest.raises(ValueError, match=r"both sides of the longest pair \(3 places\)"):
-        make_step(pairs, 0, pack_tokens=2)
+        make_step(pairs, 0, window=WINDOW, pack_tokens=2)
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(
-        torch.equal(x, y) if x is not None else y is None for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
-    )
+    values = [{**vars(batch), "attention": batch.attention.work} for batch in (a, b)]
+    tensors = all(torch.equal(x, y) if x is not None else y is None for x, y in zip(*(v.values() for v in values), strict=True))
+    return tensors and a.attention.segments == b.attention.segments
 
 
 def test_the_stream_gives_make_step_from_any_start(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(60, 40))])
     assert plan.steps > 6
     for start, prefetch in ((0, 1), (3, 2), (plan.steps - 1, 10), (plan.steps, 2)):
-        steps = list(step_stream(plan, start, pack_tokens=32, rank=1, ranks=2, prefetch=prefetch))
+        steps = list(step_stream(plan, start, window=WINDOW, pack_tokens=32, rank=1, ranks=2, prefetch=prefetch))
         assert [step.index for step in steps] == list(range(start, plan.steps))
         for step in steps:
-            direct = make_step(plan, step.index, pack_tokens=32, rank=1, ranks=2)
+            direct = make_step(plan, step.index, window=WINDOW, pack_tokens=32, rank=1, ranks=2)
             assert (step.weight, step.tokens) == (direct.weight, direct.tokens)
             assert all(equal(a, b) for a, b in zip(step.batches, direct.batches, strict=True))
 
@@ -182,12 +183,12 @@ def stream_threads():
 
 def test_closing_the_stream_ends_its_thread(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(60, 40))])
-    stream = step_stream(plan, 0, pack_tokens=32, prefetch=1)
+    stream = step_stream(plan, 0, window=WINDOW, pack_tokens=32, prefetch=1)
     next(stream)
     assert len(stream_threads()) == 1
     stream.close()
     assert stream_threads() == []
-    step_stream(plan, 0, pack_tokens=32).close()
+    step_stream(plan, 0, window=WINDOW, pack_tokens=32).close()
     assert stream_threads() == []
 
 
@@ -201,7 +202,7 @@ def test_errors_of_the_thread_reach_the_consumer(write_dataset, random_documents
         return units(step)
 
     monkeypatch.setattr(plan, "units", failing)
-    stream = step_stream(plan, 0, pack_tokens=32)
+    stream = step_stream(plan, 0, window=WINDOW, pack_tokens=32)
     assert [next(stream).index, next(stream).index] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(stream)
@@ -211,7 +212,7 @@ def test_errors_of_the_thread_reach_the_consumer(write_dataset, random_documents
 def test_evaluation_sees_every_document_once_in_order(write_dataset, random_documents):
     documents = random_documents(30, 50)
     dataset = write_dataset(documents)
-    batches = evaluation_batches(dataset, context_length=16, pack_tokens=40)
+    batches = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=40)
     for batch in batches:
         check_form(batch, 40)
     expected = {(d, p, ids[p], ids[p + 1]) for d, ids in enumerate(documents) for p in range(len(ids) - 1)}
@@ -220,31 +221,31 @@ def test_evaluation_sees_every_document_once_in_order(write_dataset, random_docu
     assert found.total() == len(expected)
     order = [document for batch in batches for document in batch.document_D.tolist()]
     assert order == sorted(order)
-    first = evaluation_batches(dataset, context_length=16, pack_tokens=40, limit=4)
+    first = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=40, limit=4)
     assert {key[0] for key in examples(first)} == {0, 1, 2, 3}
 
 
 def test_evaluation_of_pairs(write_dataset):
     dataset = write_dataset([[1] * n for n in (4, 5, 30, 3, 6, 6)], "preferences", prompts=[1] * 6)
     with pytest.warns(UserWarning, match="1 of 3 pairs are longer than context_length = 16"):
-        batches = evaluation_batches(dataset, context_length=16, pack_tokens=16)
+        batches = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=16)
     assert [batch.pair_D.tolist() for batch in batches] == [[0, 0], [2, 2]]
     with pytest.raises(ValueError, match="pack_tokens = 6"):
-        evaluation_batches(dataset, context_length=40, pack_tokens=6)
+        evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=6)
     with pytest.raises(ValueError, match="limit = 0"):
-        evaluation_batches(dataset, context_length=40, pack_tokens=60, limit=0)
+        evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=60, limit=0)
     with pytest.warns(UserWarning, match="3 of 3"), pytest.raises(ValueError, match="nothing to evaluate on"):
-        evaluation_batches(dataset, context_length=2, pack_tokens=60)
+        evaluation_batches(dataset, window=WINDOW, context_length=2, pack_tokens=60)
 
 
 def test_to_keeps_the_content(write_dataset):
-    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, window=WINDOW, pack_tokens=16).batches[0]
     assert equal(batch.to("cpu"), batch)
 
 
 @pytest.mark.gpu
 def test_to_cuda(write_dataset):
-    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, window=WINDOW, pack_tokens=16).batches[0]
     moved = batch.to("cuda")
     assert moved.tokens_T.is_cuda
     assert equal(moved.to("cpu"), batch)
