@@ -7,14 +7,18 @@ share one prompt: `kernels.attention_work` says who sees whom then.
 Shapes: T tokens, H query heads, K key/value heads, E head size, Q queries of a tile, J keys of a tile.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import accumulation_dtype
+from kernels.attention_backends import Backend, chosen, flash_attention, flex_attention
 from kernels.attention_backward import attention_backward
 from kernels.attention_forward import attention_forward
 from kernels.attention_work import AttentionWork, attention_work
-from kernels.launch import runs_triton, unit_stride
+from kernels.launch import unit_stride
 
 
 def sliding_window_attention(
@@ -25,24 +29,49 @@ def sliding_window_attention(
     window: int | None = None,
     *,
     work: AttentionWork | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """softmax(query key^T / sqrt(E)) value over the visible places.
 
     Args: query_THE [T, H, E]; key_TKE and value_TKE [T, K, E] with H a multiple of K, query head h reading key/value head
         h // (H / K); all may be strided views of one packed row. work: who sees whom, from `attention_work`, made once a batch
         for all layers, on the tensors' device; or else cu_docs [documents + 1] on the CPU, 0 = cu_docs[0] <= ... <= T, and
-        window in places, None for unbounded.
+        window in places, None for unbounded. backend: who computes it (`kernels.attention_backends`); the results are the
+        same within rounding.
     Returns: [T, H, E] in the dtype of `query_THE`; scores and softmax in float32. Places that see nothing (padding) give 0.
-    Raises: ValueError where neither a list nor bounds on the CPU are given.
+    Raises: ValueError where neither a list nor bounds on the CPU are given, or for what the backend cannot do.
     """
-    if work is None:
-        if cu_docs is None or cu_docs.is_cuda:
-            raise ValueError("attention needs work from attention_work(...).to(device), or cu_docs on the CPU to make it from")
-        work = attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0]).to(query_THE.device)
-    if runs_triton(query_THE):
-        out_THE, _ = _attention(query_THE, key_TKE, value_TKE, work.work, *work.numbers)
-        return out_THE
-    return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work)
+    work = _given_or_made(query_THE, cu_docs, window, work)
+    if chosen(backend, query_THE, work) == "reference":
+        # Where the log-sum-exp would cost a product more.
+        return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work)
+    return sliding_window_attention_with_lse(query_THE, key_TKE, value_TKE, work=work, backend=backend)[0]
+
+
+def sliding_window_attention_with_lse(
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    cu_docs: Tensor | None = None,
+    window: int | None = None,
+    *,
+    work: AttentionWork | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As `sliding_window_attention`, with the natural logarithm of each softmax's denominator.
+
+    Returns: (output [T, H, E], log-sum-exp of the scaled scores [H, T] in float32 (float64 for float64), without a gradient,
+        -inf where a place sees nothing).
+    """
+    work = _given_or_made(query_THE, cu_docs, window, work)
+    name = chosen(backend, query_THE, work)
+    if name == "triton":
+        return _attention(query_THE, key_TKE, value_TKE, work.work, *work.numbers)
+    if name == "flash":
+        return flash_attention(query_THE, key_TKE, value_TKE, work)
+    if name == "flex":
+        return flex_attention(query_THE, key_TKE, value_TKE, work)
+    return sliding_window_attention_with_lse_reference(query_THE, key_TKE, value_TKE, work=work)
 
 
 def sliding_window_attention_reference(
@@ -54,26 +83,61 @@ def sliding_window_attention_reference(
     *,
     work: AttentionWork | None = None,
 ) -> Tensor:
-    if work is None:
-        assert cu_docs is not None
-        work = attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0])
+    work = _given_or_made(query_THE, cu_docs, window, work)
+    parts = [
+        query_HQE * 0 if mask_QJ is None else masked_attention(query_HQE, key_HJE, value_HJE, mask_QJ)
+        for query_HQE, key_HJE, value_HJE, mask_QJ in _tiles(query_THE, key_TKE, value_TKE, work)
+    ]
+    return torch.cat(parts, dim=1).transpose(0, 1) if parts else query_THE * 0
+
+
+def sliding_window_attention_with_lse_reference(
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    cu_docs: Tensor | None = None,
+    window: int | None = None,
+    *,
+    work: AttentionWork | None = None,
+) -> tuple[Tensor, Tensor]:
+    work = _given_or_made(query_THE, cu_docs, window, work)
+    wide = accumulation_dtype(query_THE.dtype)
+    sums = [query_THE.new_empty((query_THE.shape[1], 0), dtype=wide)]
+    with torch.no_grad():
+        for query_HQE, key_HJE, _, mask_QJ in _tiles(query_THE, key_TKE, value_TKE, work):
+            if mask_QJ is None:
+                sums.append(query_HQE.new_full(query_HQE.shape[:2], float("-inf"), dtype=wide))
+                continue
+            score_HQJ = query_HQE.to(wide) @ key_HJE.to(wide).mT * query_HQE.shape[-1] ** -0.5
+            sums.append(score_HQJ.masked_fill(~mask_QJ, float("-inf")).logsumexp(dim=-1))
+    return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work), torch.cat(sums, dim=1)
+
+
+def _given_or_made(query_THE: Tensor, cu_docs: Tensor | None, window: int | None, work: AttentionWork | None) -> AttentionWork:
+    if work is not None:
+        if work.tokens != query_THE.shape[0]:
+            raise ValueError(f"the lists of work are for a row of {work.tokens} places, query has {query_THE.shape[0]}")
+        return work
+    if cu_docs is None or cu_docs.is_cuda:
+        raise ValueError("attention needs work from attention_work(...).to(device), or cu_docs on the CPU to make it from")
+    return attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0]).to(query_THE.device)
+
+
+def _tiles(
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """(queries [H, Q, E], keys and values [H, J, E] of each, who of them sees whom [Q, J]; None for nobody) of each tile."""
     group = query_THE.shape[1] // key_TKE.shape[1]
     query_HTE = query_THE.transpose(0, 1)
-    key_HTE = key_TKE.repeat_interleave(group, dim=1).transpose(0, 1)
-    value_HTE = value_TKE.repeat_interleave(group, dim=1).transpose(0, 1)
-    parts = []
+    sources = [tensor.repeat_interleave(group, dim=1).transpose(0, 1) for tensor in (key_TKE, value_TKE)]
     for tile in work.tiles(query_THE.device):
-        query_HQE = query_HTE[:, tile.start : tile.end]
-        if not tile.keys:
-            parts.append(query_HQE * 0)
-            continue
-        key_HJE, value_HJE = (
-            torch.cat([source[:, begin:end] for begin, end in tile.keys], dim=1) if len(tile.keys) > 1
-            else source[:, tile.keys[0][0] : tile.keys[0][1]]
-            for source in (key_HTE, value_HTE)
-        )  # fmt: skip
-        parts.append(masked_attention(query_HQE, key_HJE, value_HJE, tile.mask_QJ))
-    return torch.cat(parts, dim=1).transpose(0, 1) if parts else query_THE * 0
+        if len(tile.keys) == 1:
+            key_HJE, value_HJE = (source[:, slice(*tile.keys[0])] for source in sources)
+        else:
+            key_HJE, value_HJE = (
+                torch.cat([source[:, slice(*ends)] for ends in [*tile.keys, (0, 0)]], dim=1) for source in sources
+            )
+        yield query_HTE[:, tile.start : tile.end], key_HJE, value_HJE, tile.mask_QJ if tile.keys else None
 
 
 def masked_attention(query_HQE: Tensor, key_HJE: Tensor, value_HJE: Tensor, mask_QJ: Tensor) -> Tensor:

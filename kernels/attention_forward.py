@@ -1,7 +1,10 @@
 """Attention by ranges of keys, forward: one program a tile of queries and head (Dao 2023, https://arxiv.org/abs/2307.08691).
 
 Each range is walked in three sections, so that only its ends pay for masks: blocks that the window's edge cuts for some query,
-blocks that every query sees whole, blocks that the diagonal or the range's end cuts.
+blocks that every query sees whole, blocks that the diagonal or the range's end cuts. Only blocks of those seen whole lie inside
+of the range for certain: the others' masks also hide what stands behind its end.
+
+From Hopper on rows come by descriptors (TMA), where their layout allows it, else and elsewhere through pointers.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size.
 """
@@ -10,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configurations import configuration
+from kernels.configurations import Configuration, configuration
 from kernels.launch import launch
 
 LOG2_E = 1.4426950408889634
@@ -36,12 +40,13 @@ def attention_forward(
     out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=device)
     log_sum_exp_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
     config = configuration("attention_forward", device)
+    rows = tile_rows(tile)
+    descriptors, (query, key, value) = sources(config, (query_THE, rows), (key_TKE, config.block), (value_TKE, config.block))
     launch(
-        _forward_kernel, (query_tiles * heads,), query_THE, key_TKE, value_TKE, out_THE, log_sum_exp_HT, work,
-        query_tiles + key_tiles, tokens, window, size**-0.5 * LOG2_E, query_THE.stride(0), query_THE.stride(1),
-        key_TKE.stride(0), key_TKE.stride(1), value_TKE.stride(0), value_TKE.stride(1), HEADS=heads,
-        GROUP=heads // key_TKE.shape[1], SIZE=size, COLUMNS=columns(size), TILE=tile_rows(tile), BLOCK=config.block,
-        DESCRIPTORS=describable(query_THE, key_TKE, value_TKE), device=device, warps=config.warps, stages=config.stages,
+        _forward_kernel, (query_tiles * heads,), query, key, value, out_THE, log_sum_exp_HT, work, query_tiles + key_tiles,
+        tokens, window, size**-0.5 * LOG2_E, *strides(query_THE, key_TKE, value_TKE), HEADS=heads,
+        GROUP=heads // key_TKE.shape[1], SIZE=size, COLUMNS=columns(size), TILE=rows, BLOCK=config.block,
+        DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     return out_THE, log_sum_exp_HT
 
@@ -56,37 +61,74 @@ def tile_rows(tile: int) -> int:
     return max(16, triton.next_power_of_2(tile))
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether Hopper's tensor memory accelerator can read [T, heads, E] as a matrix of T rows: heads side by side, rows at
-    multiples of 16 bytes, a head size that is a tile's."""
-    return False
+def strides(*tensors: Tensor) -> list[int]:
+    """(from token to token, from head to head) of each tensor."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def sources(config: Configuration, *parts: tuple[Tensor, int]) -> tuple[bool, list[Tensor | TensorDescriptor]]:
+    """(whether kernels read by descriptors, what they read) of [T, heads, E] tensors, so many rows of each at once.
+
+    All or none: they are described where the configuration asks for it and each can be.
+    """
+    described = config.descriptors and all(_describable(tensor) for tensor, _ in parts)
+    return described, [_described(tensor, rows) if described else tensor for tensor, rows in parts]
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether [T, heads, E] is a matrix of T rows that TMA can read, a head of whose columns is as wide as a kernel's tile."""
+    tokens, heads, size = tensor.shape
+    side_by_side = heads == 1 or tensor.stride(1) == size
+    aligned = tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tokens > 0 and side_by_side and aligned and size == columns(size)
+
+
+def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
+    tokens, heads, size = tensor.shape
+    return TensorDescriptor(tensor, [tokens, heads * size], [tensor.stride(0), 1], [rows, size])
 
 
 @triton.jit
-def load_rows(source, row, stride, column, limit, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of a head, zeros beyond `limit`."""
-    inside = (row < limit)[:, None] & (column < SIZE)[None, :]
-    return tl.load(source + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _step(
-    total, peak, acc, q, key, value, first, row, column, key_stride, value_stride, kv_end, shift, window, scale,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+def load_rows(
+    source, first, limit, stride, head, head_stride, ROWS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    place = first + tl.arange(0, BLOCK)
-    k = load_rows(key, place, key_stride, column, kv_end, SIZE, COLUMNS)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if MASKED:
-        distance = row[:, None] - place[None, :] - shift
-        seen = (distance >= 0) & (distance < window) & (place < kv_end)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-    raised = tl.maximum(peak, tl.max(scores, axis=1))
-    kept = tl.exp2((peak - raised) * scale)
-    weights = tl.exp2(scores * scale - (raised * scale)[:, None])
-    v = load_rows(value, place, value_stride, column, kv_end, SIZE, COLUMNS)
-    acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-    return total * kept + tl.sum(weights, axis=1), raised, acc
+    """ROWS rows of a head; those from `limit` on are zeros, or by descriptor whatever stands there."""
+    if DESCRIPTORS:
+        rows = source.load([first, head * SIZE])
+    else:
+        row = first + tl.arange(0, ROWS)
+        column = tl.arange(0, COLUMNS)
+        inside = (row < limit)[:, None] & (column < SIZE)[None, :]
+        offset = tl.cast(head, tl.int64) * head_stride + row.to(tl.int64)[:, None] * stride + column[None, :]
+        rows = tl.load(source + offset, mask=inside, other=0.0)
+    return rows
+
+
+@triton.jit
+def _blocks(
+    total, peak, acc, q, key, value, begin, stop, kv_start, kv_end, row, shift, window, scale, key_stride, value_stride,
+    kv_head, key_head_stride, value_head_stride, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sum of weights, largest score and weighted values after the blocks [begin, stop) of a range of keys."""
+    for block in range(begin, stop):
+        first = kv_start + block * BLOCK
+        k = load_rows(key, first, kv_end, key_stride, kv_head, key_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            place = first + tl.arange(0, BLOCK)
+            distance = row[:, None] - place[None, :] - shift
+            seen = (distance >= 0) & (distance < window) & (place < kv_end)[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        raised = tl.maximum(peak, tl.max(scores, axis=1))
+        kept = tl.exp2((peak - raised) * scale)
+        weights = tl.exp2(scores * scale - (raised * scale)[:, None])
+        v = load_rows(value, first, kv_end, value_stride, kv_head, value_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
+        acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
+        total = total * kept + tl.sum(weights, axis=1)
+        peak = raised
+    return total, peak, acc
 
 
 @triton.jit
@@ -109,15 +151,13 @@ def _forward_kernel(
     # Heads of one tile are neighbours in time: they read the same keys and values.
     tile = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
+    kv_head = head // GROUP
     start = tl.load(work + tile * 4)
     end = tl.load(work + tile * 4 + 1)
     if start == end:
         return
     row = start + tl.arange(0, TILE)
-    column = tl.arange(0, COLUMNS)
-    q = load_rows(query + head * query_head_stride, row, query_stride, column, end, SIZE, COLUMNS)
-    key += head // GROUP * key_head_stride
-    value += head // GROUP * value_head_stride
+    q = load_rows(query, start, end, query_stride, head, query_head_stride, TILE, SIZE, COLUMNS, DESCRIPTORS)
     total = tl.zeros((TILE,), dtype=tl.float32)
     # Finite, so that a row which sees nothing of a block is left as it was.
     peak = tl.full((TILE,), -1.0e30, dtype=tl.float32)
@@ -126,28 +166,25 @@ def _forward_kernel(
         found = work + (ranges + listed) * 4
         kv_start, kv_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
         left, whole, blocks = sections(start, end, kv_start, kv_end, shift, window, BLOCK)
-        for block in range(left):
-            total, peak, acc = _step(
-                total, peak, acc, q, key, value, kv_start + block * BLOCK, row, column, key_stride, value_stride, kv_end, shift,
-                window, scale, SIZE, COLUMNS, BLOCK, True,
-            )  # fmt: skip
-        for block in range(left, whole):
-            total, peak, acc = _step(
-                total, peak, acc, q, key, value, kv_start + block * BLOCK, row, column, key_stride, value_stride, kv_end, shift,
-                window, scale, SIZE, COLUMNS, BLOCK, False,
-            )  # fmt: skip
-        for block in range(whole, blocks):
-            total, peak, acc = _step(
-                total, peak, acc, q, key, value, kv_start + block * BLOCK, row, column, key_stride, value_stride, kv_end, shift,
-                window, scale, SIZE, COLUMNS, BLOCK, True,
-            )  # fmt: skip
+        total, peak, acc = _blocks(
+            total, peak, acc, q, key, value, 0, left, kv_start, kv_end, row, shift, window, scale, key_stride, value_stride,
+            kv_head, key_head_stride, value_head_stride, SIZE, COLUMNS, BLOCK, DESCRIPTORS, True,
+        )  # fmt: skip
+        total, peak, acc = _blocks(
+            total, peak, acc, q, key, value, left, whole, kv_start, kv_end, row, shift, window, scale, key_stride, value_stride,
+            kv_head, key_head_stride, value_head_stride, SIZE, COLUMNS, BLOCK, DESCRIPTORS, False,
+        )  # fmt: skip
+        total, peak, acc = _blocks(
+            total, peak, acc, q, key, value, whole, blocks, kv_start, kv_end, row, shift, window, scale, key_stride,
+            value_stride, kv_head, key_head_stride, value_head_stride, SIZE, COLUMNS, BLOCK, DESCRIPTORS, True,
+        )  # fmt: skip
     seen = total > 0
     inside = row < end
-    tl.store(
-        log_sum_exp + head.to(tl.int64) * tokens + row,
-        tl.where(seen, peak * scale + tl.log2(total), float("-inf")) * 0.6931471805599453,
-        mask=inside,
-    )
-    result = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
+    divisor = tl.where(seen, total, 1.0)
+    lse = tl.where(seen, (peak * scale + tl.log2(divisor)) * 0.6931471805599453, float("-inf"))
+    tl.store(log_sum_exp + head.to(tl.int64) * tokens + row, lse, mask=inside)
+    result = tl.where(seen[:, None], acc / divisor[:, None], 0.0)
+    column = tl.arange(0, COLUMNS)
+    # A store by descriptor would overwrite the first rows of the tile behind a short one.
     target = out + row.to(tl.int64)[:, None] * (HEADS * SIZE) + head * SIZE + column[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=inside[:, None] & (column < SIZE)[None, :])

@@ -14,7 +14,7 @@ class Configuration:
     block: elements of a row that a program holds at once; 0 for a kernel that holds whole rows. per_thread: elements of a whole
     row that a thread holds, which decides the warps. rows: of a program's tile. warps: where `per_thread` does not decide.
     programs: of a multiprocessor, for kernels whose programs walk through the rows. stages: loads in flight of a loop with
-    products.
+    products. descriptors: whether rows are read by the chip's tensor memory accelerator (TMA).
     """
 
     block: int = 0
@@ -23,6 +23,7 @@ class Configuration:
     warps: int = 4
     programs: int = 0
     stages: int = 1
+    descriptors: bool = False
 
     def whole_row(self, width: int) -> tuple[int, int]:
         """(block, warps) for rows of `width` elements."""
