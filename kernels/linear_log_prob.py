@@ -184,6 +184,9 @@ def _needed(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[bool, bool]:
 
 def _some(rows_N: Tensor, hidden_TD: Tensor) -> Tensor:
     """The list as kernels take it; empty where there are no tokens at all, of which even padding would read the first."""
+    if rows_N.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Nothing waits for a CPU: its products need no padding.
+        rows_N = rows_N[rows_N >= 0]
     rows_N = rows_N.to(torch.int32).contiguous()
     return rows_N if hidden_TD.shape[0] else rows_N[:0]
 

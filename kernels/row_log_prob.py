@@ -144,23 +144,24 @@ def _rows_eager(
         # What belongs to no token adds 0 to the first: choosing by a mask would wait for the device.
         result_T.index_add_(0, row_N, values_N.where(listed_N, 0))
 
+    # In place, as one exponential of a logit must serve both.
+    weight_NV = logits_NV[:, :vocab_size]
+    peak_N = weight_NV.amax(dim=-1)
+    weight_NV.sub_(peak_N[:, None])
+    target_N = weight_NV.gather(1, target_N1)[:, 0]
+    shifted_NV = None if entropy_T is None else weight_NV.clone()
+    total_N = weight_NV.exp_().sum(dim=-1)
     if statistics:
-        real_NV = logits_NV[:, :vocab_size]
-        peak_N = real_NV.amax(dim=-1)
-        shifted_NV = real_NV - peak_N[:, None]
-        target_N = shifted_NV.gather(1, target_N1)[:, 0]
-        weight_NV = shifted_NV.exp()
-        total_N = weight_NV.sum(dim=-1)
         put(log_prob_T, target_N - total_N.log())
         put(log_sum_exp_T, peak_N + total_N.log())
-        if entropy_T is not None:
-            put(entropy_T, total_N.log() - weight_NV.mul_(shifted_NV).sum(dim=-1) / total_N)
-        del shifted_NV, weight_NV
+    if shifted_NV is not None:
+        put(entropy_T, total_N.log() - shifted_NV.mul_(weight_NV).sum(dim=-1) / total_N)
     if gradient_NV is not None:
-        weight_NV = logits_NV.sub_(log_sum_exp_T[row_N].where(listed_N, torch.inf)[:, None]).exp_()
-        weight_NV[:, vocab_size:] = 0
-        weight_NV[torch.arange(len(rows_N), device=rows_N.device), target_N1[:, 0]] -= 1
-        gradient_NV.copy_(weight_NV.mul_(_scale_of(rows_N, scale_T, logits_NV.dtype)[:, None]))
+        scale_N = _scale_of(rows_N, scale_T, logits_NV.dtype)
+        weight_NV.mul_((scale_N / total_N)[:, None])
+        weight_NV[torch.arange(len(rows_N), device=rows_N.device), target_N1[:, 0]] -= scale_N
+        gradient_NV[:, :vocab_size] = weight_NV
+        gradient_NV[:, vocab_size:] = 0
 
 
 def _scale_of(rows_N: Tensor, scale_T: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -149,10 +149,11 @@ def test_logits_that_do_not_fit_are_counted_twice(rows, monkeypatch):
     assert sum(counted) == 3 * 2 * rows * 8 * 40 + head_again(config, batch, 4, budget)
 
 
-def test_padding_counts_nowhere(tmp_path):
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_padding_counts_nowhere(tmp_path, objective):
     """Packs that are not full: tokens are the places of the documents, operations those of the places and rows alone."""
     config = preset("tiny")
-    point = TrainBenchSettings(objective="sft", sequence=64, micro_batch=3, documents="mixed", dtype="float32", rounds=1)
+    point = TrainBenchSettings(objective=objective, sequence=64, micro_batch=3, documents="mixed", dtype="float32", rounds=1)
     folder = tmp_path / "point"
     folder.mkdir()
     job = train.make_job(point, CPU, folder)
@@ -160,6 +161,7 @@ def test_padding_counts_nowhere(tmp_path):
     (step,) = own.steps_of(own.open_job(job), 1)
     documents = [int(number) for batch in step.batches for number in batch.document_D]
     work = work_of(config, step)
+    assert (step.tokens_saved > 0) == (objective == "dpo")
     assert work.documents == len(documents) > 1
     assert work.places == sum(int(data.lengths[number]) - 1 for number in documents)
     assert work.places % (3 * 64) != 0
