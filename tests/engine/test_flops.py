@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.flops import attended_pairs, peak_flops, recomputed_flops, training_flops
+from engine.flops import attended_pairs, pairs_of, peak_flops, recomputed_flops, training_flops
+from kernels.attention_work import attention_work
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, initialize
 
@@ -18,6 +19,20 @@ def test_attended_pairs_by_brute_force(lengths, window):
         for query in range(length):
             expected += sum(key <= query and (window is None or query - window < key) for key in range(length))
     assert attended_pairs(lengths, window) == expected
+
+
+@given(
+    st.integers(0, 12), st.lists(st.integers(0, 12), max_size=3), st.integers(0, 12), st.none() | st.integers(1, 30)
+)  # fmt: skip
+def test_pairs_of_shared_prompts_by_brute_force(prompt, answers, alone, window):
+    """A prompt, answers that continue it, and a document beside them."""
+    expected = attended_pairs([prompt, alone], window)
+    for answer in answers:
+        for query in range(prompt, prompt + answer):
+            expected += sum(key <= query and (window is None or query - window < key) for key in range(prompt + answer))
+    bounds = torch.tensor([0, prompt, *answers, alone]).cumsum(0).tolist()
+    work = attention_work(bounds, window, prefixes=[-1, *[0] * len(answers), -1])
+    assert pairs_of(work) == expected
 
 
 @pytest.mark.parametrize("window", [3, None])

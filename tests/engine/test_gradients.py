@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.data.batches import make_step
-from engine.data.dataset import TokenDataset
+from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.plan import Plan, Source
 from engine.loop import accumulate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings
+from engine.objectives.scoring import token_log_probs
 from kernels.embedding import EmbeddingNoise
 from model.config import read_config
 from model.mistral import Mistral, initialize, packed_attention
@@ -43,13 +44,54 @@ def plan_of(tiny_data):
     return make
 
 
+# Tokens of the prompt, of both answers; places that may be shared. The prompts are none, of one token, within the window and
+# beyond it; answers are shorter and longer than the window; one prompt is trained on midway, one pair's prompts differ midway.
+PAIRS = [(0, 3, 9, 0), (1, 8, 2, 0), (2, 1, 1, 1), (4, 7, 3, 3), (5, 2, 12, 4), (6, 11, 10, 5), (17, 1, 9, 16), (23, 14, 6, 22),
+         (9, 4, 5, 3), (8, 5, 3, 5)]  # fmt: skip
+TRAINED_PROMPT, DIFFERENT_PROMPTS = 8, 9
+
+
+@pytest.fixture(scope="module")
+def shared_plan(tmp_path_factory):
+    """shared_plan(share) -> a plan of one step that holds all of PAIRS."""
+    folder = tmp_path_factory.mktemp("pairs")
+    generator = torch.Generator().manual_seed(5)
+    with DatasetWriter(folder, "preferences", vocab_size=340, tokenizer_fingerprint="t") as writer:
+        for number, (prompt, *answers, shared) in enumerate(PAIRS):
+            common = torch.randint(340, (prompt,), generator=generator)
+            for side, answer in enumerate(answers):
+                ids = torch.cat([common, torch.randint(340, (answer,), generator=generator)])
+                trained = torch.arange(len(ids)) >= prompt
+                # Whichever side's answer begins differs from the other's.
+                ids[prompt] = side
+                if number == TRAINED_PROMPT:
+                    trained[shared + 1] = True
+                if number == DIFFERENT_PROMPTS:
+                    ids[shared + 1] = side
+                # A document of one token has no place.
+                ids, trained = (torch.cat([part, part[:1]]) if len(ids) < 2 else part for part in (ids, trained))
+                writer.add(ids.numpy(), trained.numpy(), prompt)
+        writer.finish()
+    dataset = TokenDataset.open(folder)
+    assert dataset.shared_places.tolist() == [shared for *_, shared in PAIRS]
+
+    def make(share: bool) -> Plan:
+        return Plan(
+            [dataset], [Source("pairs")], seed=SEED, context_length=64, step_size=len(PAIRS), steps=1, epochs=None,
+            share_prompts=share,
+        )  # fmt: skip
+
+    return make
+
+
 def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1):
     """Gradients and values of a global step, summed over the ranks that it was dealt to."""
     model.zero_grad()
     values: dict[str, torch.Tensor] = {}
     batches = 0
     for rank in range(ranks):
-        part = make_step(plan, step, window=WINDOW, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
+        window = model.config.sliding_window
+        part = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
         batches += len(part.batches)
         for name, value in accumulate(model, objective, part).items():
             values[name] = values.get(name, 0) + value
@@ -67,12 +109,16 @@ def segments(plan, step):
         yield plan.document_offsets[source] + document, tokens, torch.from_numpy(dataset.trained(document)), start, places
 
 
-def segment_log_probs(model, document, tokens, start, places, *, alpha, step):
-    """log p of the tokens after each place of one segment, alone in its row, by autograd through all logits."""
+def segment_log_probs(model, document, tokens, start, places, *, alpha, step, prompt=(0, 0, 0)):
+    """log p of the tokens after each place of one segment, alone in its row, by autograd through all logits.
+
+    prompt: places at its start whose noise is another document's, and that document's id and length.
+    """
     inside = torch.arange(places)
+    common, other, length = prompt
     noise = EmbeddingNoise(
-        alpha=alpha, seed=SEED, step=step, document_T=torch.full((places,), document), position_T=start + inside,
-        length_T=torch.full((places,), len(tokens)),
+        alpha=alpha, seed=SEED, step=step, document_T=torch.where(inside < common, other, document), position_T=start + inside,
+        length_T=torch.where(inside < common, length, len(tokens)),
     )  # fmt: skip
     attend = packed_attention(torch.tensor([0, places], dtype=torch.int32), model.config.sliding_window)
     hidden = model(tokens[start : start + places], inside, attend, noise if alpha else None)
@@ -96,7 +142,10 @@ def lone_dpo_gradients(model, plan, step, alpha, reference, beta):
     model.zero_grad()
     sums = []
     for document, tokens, trained, start, places in segments(plan, step):
-        scores = segment_log_probs(model, document, tokens, start, places, alpha=alpha, step=step)
+        dataset, chosen = plan.datasets[0], document - document % 2
+        common = int(dataset.shared_places[document // 2]) if plan.share_prompts else 0
+        prompt = (common, chosen, int(dataset.lengths[chosen]))
+        scores = segment_log_probs(model, document, tokens, start, places, alpha=alpha, step=step, prompt=prompt)
         sums.append((trained[1:].double() * scores).sum() - reference[document // 2, document % 2])
     losses = [
         torch.nn.functional.softplus(-beta * (chosen - rejected))
@@ -143,6 +192,49 @@ def test_dpo_gradients_are_those_of_documents_one_at_a_time(model, plan_of, alph
         counts.append(batches)
     assert counts[2] == 1
     assert len(set(counts)) >= 3
+
+
+@pytest.mark.parametrize("window", [1, 5, 9, None])
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_shared_prompts_give_the_gradients_of_documents_one_at_a_time(model, shared_plan, monkeypatch, alpha, window):
+    monkeypatch.setattr(model, "config", replace(model.config, sliding_window=window))
+    plan, apart = shared_plan(True), shared_plan(False)
+    reference = -30 - 10 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0))
+    expected, loss = lone_dpo_gradients(model, plan, 0, alpha, reference.double(), beta=0.3)
+    objective = Preference(PreferenceSettings(beta=0.3), [reference], neftune_alpha=alpha, seed=SEED)
+    counts = []
+    for pack_tokens, ranks in [(plan.longest_unit, 1), (70, 1), (1000, 1), (70, 2), (1000, 3), (70, 12)]:
+        found, values, batches = split_gradients(model, objective, plan, 0, pack_tokens=pack_tokens, ranks=ranks)
+        assert difference(found, expected) < 1e-12
+        assert float(values["loss"]) == pytest.approx(loss, rel=1e-13)
+        counts.append(batches)
+    assert counts[2] == 1
+    assert counts[-1] == 12 > len(PAIRS), "two ranks without work"
+    whole, values, more = split_gradients(model, objective, apart, 0, pack_tokens=70)
+    assert more > counts[1]
+    if alpha == 0:
+        assert difference(whole, expected) < 1e-12
+        assert float(values["loss"]) == pytest.approx(loss, rel=1e-13)
+    step = make_step(plan, 0, window=window, pack_tokens=70)
+    assert step.tokens_saved == sum(shared for *_, shared in PAIRS)
+    assert step.tokens + step.tokens_saved == make_step(apart, 0, window=window, pack_tokens=70).tokens
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, side):
+    (batch,) = make_step(shared_plan(True), 0, window=WINDOW, pack_tokens=1000).batches
+    own = torch.zeros(len(batch.tokens_T), dtype=torch.bool)
+    for start, end, prefix in batch.attention.segments:
+        own[start:end] = prefix >= 0 and int(batch.document_T[start]) % 2 == side
+    assert 0 < int(own.sum()) < len(own)
+    # Inputs alone, so that labels stay.
+    changed = torch.where(own, (batch.tokens_T + 1) % 340, batch.tokens_T)
+    with torch.no_grad():
+        before, after = (token_log_probs(model, replace(batch, tokens_T=tokens)) for tokens in (batch.tokens_T, changed))
+    trained = batch.weight_T > 0
+    assert (before != after)[own & trained].all()
+    assert torch.equal(before[~own], after[~own])
+    assert before[~own & trained].all()
 
 
 @pytest.mark.parametrize(("kind", "step_size"), [("text", 16), ("preferences", 1)])

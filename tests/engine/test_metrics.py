@@ -100,6 +100,23 @@ def test_a_preference_run_reports_rewards(tiny_settings, tmp_path, capsys):
     assert "rewards/margins" in capsys.readouterr().out
 
 
+def test_a_preference_run_says_what_shared_prompts_save(tiny_settings, tmp_path):
+    """The same run twice, but for the places that it computed."""
+    found = []
+    for share in (True, False):
+        dpo.run(tiny_settings("dpo", tmp_path / str(share), share_prompts=share))
+        found.append(lines_of(tmp_path / str(share)))
+    dataset = open_run(tiny_settings("dpo", tmp_path / "plan"), ("preferences",)).datasets[0]
+    assert dataset.shared_places.all()
+    for shared, whole in zip(*found, strict=True):
+        for name in whole.keys() - SPEED - {"tokens"}:
+            assert shared[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
+        if "loss" in whole:
+            assert shared.keys() - whole.keys() == {"tokens_saved"}
+            assert shared["tokens"] + shared["tokens_saved"] == whole["tokens"]
+            assert shared["tokens_saved"] >= 4 * dataset.shared_places.min()
+
+
 def test_tensorboard_holds_the_same_values(tiny_settings, tmp_path):
     out = tmp_path / "run"
     pretrain.run(tiny_settings("pretrain", out))

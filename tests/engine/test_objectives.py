@@ -48,8 +48,8 @@ def documents(folder):
         yield tokens[None], tokens.masked_fill(~torch.from_numpy(dataset.trained(i)), -100)[None]
 
 
-def batches_of(folder, pack_tokens):
-    return evaluation_batches(TokenDataset.open(folder), window=16, context_length=64, pack_tokens=pack_tokens)
+def batches_of(folder, pack_tokens, **layout):
+    return evaluation_batches(TokenDataset.open(folder), window=16, context_length=64, pack_tokens=pack_tokens, **layout)
 
 
 def their_loss(theirs, folder):
@@ -108,8 +108,10 @@ def test_padding_rows_take_no_probability(tiny_model, tiny_data):
             assert float(found[i]) == pytest.approx(float(scores.sum()), rel=1e-5)
 
 
-def test_answer_log_probs_are_those_of_transformers(model, theirs, tiny_data):
-    batches = batches_of(tiny_data.preferences, 100)
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_answer_log_probs_are_those_of_transformers(model, theirs, tiny_data, share_prompts):
+    batches = batches_of(tiny_data.preferences, 100, share_prompts=share_prompts)
+    assert any(batch.tokens_saved for batch in batches) == share_prompts
     table = reference_log_probs(model, batches, 32)
     assert model.training
     torch.testing.assert_close(table, their_answer_log_probs(theirs, tiny_data.preferences), rtol=1e-5, atol=1e-4)

@@ -74,8 +74,8 @@ def test_computed_once_for_the_same_weights_and_data(tiny_settings, tiny_model, 
     batches = evaluation_batches(pairs, window=16, context_length=64, pack_tokens=300)
     expected = reference_log_probs(load_model(tiny_model), batches, 32)
     torch.testing.assert_close(next(table for table in tables if len(table) == 32), expected, rtol=1e-5, atol=1e-4)
-    # Another seed, another loss, another micro-batch size: the same reference.
-    changes = {"seed": 1, "preference": {"loss": "hinge"}, "pack_tokens": 200}
+    # Another seed, another loss, another micro-batch size, another layout: the same reference.
+    changes = {"seed": 1, "preference": {"loss": "hinge"}, "pack_tokens": 200, "share_prompts": False}
     dpo.run(tiny_settings("dpo", tmp_path / "b", reference_cache=cache, **changes))
     assert computed == BOTH
     assert not (tmp_path / "a" / "reference").exists()

@@ -20,17 +20,34 @@ def make_plan(datasets, **changes):
 
 
 def examples(batches):
-    """Every place of real segments as (document id, place, token, label, weight, position), counted."""
+    """Every place of real documents as (document id, place, token, label, weight, position), counted; a shared prompt's for
+    each side."""
     found = Counter()
     for batch in batches:
-        for at, i in enumerate(batch.document_T.tolist()):
-            document, position = int(batch.document_D[i]), int(batch.positions_T[at])
-            if document < 0:
+        segments = batch.attention.segments
+        prefixes = {prefix for *_, prefix in segments}
+        for number, (start, end, prefix) in enumerate(segments):
+            i = int(batch.document_T[start])
+            document = int(batch.document_D[i])
+            if number in prefixes or document < 0:
                 continue
-            place = int(batch.document_start_D[i]) + position
-            values = (int(batch.tokens_T[at]), int(batch.labels_T[at]), float(batch.weight_T[at]))
-            found[(document, place, *values, position)] += 1
+            for at in [*range(*(segments[prefix][:2] if prefix >= 0 else (0,))), *range(start, end)]:
+                position = int(batch.positions_T[at])
+                place = int(batch.document_start_D[i]) + position
+                values = (int(batch.tokens_T[at]), int(batch.labels_T[at]), float(batch.weight_T[at]))
+                found[(document, place, *values, position)] += 1
     return found
+
+
+def with_common_beginnings(documents, rng):
+    """Pairs of these documents whose sides begin alike, and lengths of prompts: shorter, as long, or longer than that."""
+    made, prompts = [], []
+    for chosen, rejected in zip(documents[::2], documents[1::2], strict=True):
+        shorter = min(len(chosen), len(rejected))
+        common = int(rng.integers(0, shorter))
+        made += [chosen, chosen[:common] + rejected[common:]]
+        prompts += [int(rng.integers(0, shorter))] * 2
+    return made, prompts
 
 
 def check_form(batch, capacity):
@@ -78,21 +95,30 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
         documents = random_documents(2 * data.draw(st.integers(1, 12)), 17 if paired else 60, seed + i)
         rng = np.random.default_rng(seed)
         masks = [np.append(rng.integers(0, 2, len(document) - 1), 1).astype(bool) for document in documents]
-        datasets.append(write_dataset(documents, kind, masks, prompts=[1] * len(documents) if paired else None))
+        prompts = None
+        if paired:
+            documents, prompts = with_common_beginnings(documents, rng)
+            masks = [mask & (np.arange(len(mask)) >= rng.integers(0, len(mask))) for mask in masks]
+        datasets.append(write_dataset(documents, kind, masks, prompts=prompts))
     plan = make_plan(datasets, step_size=3 if paired else 64)
     step = data.draw(st.integers(0, plan.steps - 1))
     reference = make_step(plan, step, window=WINDOW, pack_tokens=plan.longest_unit)
     expected = examples(reference.batches)
     assert sum(key[4] * count for key, count in expected.items()) == reference.weight > 0
     assert expected.total() == reference.tokens
+    assert reference.tokens_saved == 0
+    totals = (reference.weight, reference.pairs, reference.tokens)
+    if data.draw(st.booleans()):
+        plan = make_plan(datasets, step_size=3 if paired else 64, share_prompts=True)
     pack_tokens = plan.longest_unit + data.draw(st.integers(0, 100))
     ranks = data.draw(st.integers(1, 4))
     parts = [make_step(plan, step, window=WINDOW, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
-    assert {(part.weight, part.pairs, part.tokens) for part in parts} == {(reference.weight, reference.pairs, reference.tokens)}
+    assert {(part.weight, part.pairs, part.tokens + part.tokens_saved) for part in parts} == {totals}
     assert len({len(part.batches) for part in parts}) == 1
     batches = [batch for part in parts for batch in part.batches]
     assert examples(batches) == expected
-    assert sum(batch.tokens for batch in batches) == reference.tokens
+    assert sum(batch.tokens for batch in batches) == parts[0].tokens
+    assert sum(batch.tokens_saved for batch in batches) == parts[0].tokens_saved
     for batch in batches:
         check_form(batch, pack_tokens)
         assert (batch.pair_D is not None) == paired
@@ -128,6 +154,38 @@ def test_weights_are_those_of_the_predicted_token(write_dataset):
     assert batch.rows_N[:4].tolist() == [1, 2, 4, -1]
 
 
+SIDES = [[1, 2, 3, 4, 10, 11, 12], [1, 2, 3, 4, 20, 21]]
+ANSWERS = [[False] * 4 + [True] * 3, [False] * 4 + [True] * 2]
+
+
+def test_a_shared_prompt_is_laid_out_once(write_dataset):
+    dataset = write_dataset(SIDES, "preferences", ANSWERS, prompts=[4, 4])
+    step = make_step(make_plan([dataset], step_size=1, share_prompts=True), 0, window=WINDOW, pack_tokens=8)
+    (batch,) = step.batches
+    assert (step.tokens, step.tokens_saved, step.weight) == (8, 3, 5)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 4, 10, 11, 4, 20]
+    assert batch.labels_T.tolist() == [2, 3, 4, 10, 11, 12, 20, 21]
+    assert batch.weight_T.tolist() == [0] * 3 + [1] * 5
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
+    assert batch.document_T.tolist() == [0] * 6 + [1] * 2
+    assert batch.document_D.tolist() == [0, 1]
+    assert batch.document_length_D.tolist() == [7, 6]
+    assert batch.attention.segments == ((0, 3, -1), (3, 6, 0), (6, 8, 0))
+
+
+def test_sharing_fits_more_pairs_into_a_pack_and_changes_no_order(write_dataset):
+    dataset = write_dataset(SIDES * 4, "preferences", ANSWERS * 4, prompts=[4] * 8)
+    plans = [make_plan([dataset], step_size=4, share_prompts=share) for share in (False, True)]
+    assert [plan.longest_unit for plan in plans] == [11, 8]
+    assert [len(make_step(plan, 0, window=WINDOW, pack_tokens=16).batches) for plan in plans] == [4, 2]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    assert [plan.summary(16)["tokens"] for plan in plans] == [44, 32]
+    assert [plan.summary(16)["tokens_saved"] for plan in plans] == [0, 12]
+    assert "32 tokens (12 saved by shared prompts); packs of 16 are 100.0% full" in plans[1].describe(16)[-1]
+    with pytest.raises(ValueError, match=r"both sides of the longest pair \(8 places\)"):
+        make_step(plans[1], 0, window=WINDOW, pack_tokens=7)
+
+
 def test_document_ids_are_unique_over_sources(write_dataset):
     datasets = [write_dataset([[1, 2], [1, 3, 4]]), write_dataset([[1, 5], [1, 6]])]
     batch = make_step(make_plan(datasets), 0, window=WINDOW, pack_tokens=64).batches[0]
@@ -138,8 +196,8 @@ def test_document_ids_are_unique_over_sources(write_dataset):
 
 def test_a_rank_without_work_gets_a_filler_of_no_weight(write_dataset):
     for kind, segments in (("text", 1), ("preferences", 2)):
-        dataset = write_dataset([[1, 2, 3], [1, 2, 4]], kind, prompts=None if kind == "text" else [1, 1])
-        plan = make_plan([dataset], step_size=16)
+        dataset = write_dataset([[1, 2, 3], [1, 2, 4]], kind, prompts=None if kind == "text" else [2, 2])
+        plan = make_plan([dataset], step_size=16, share_prompts=True)
         parts = [make_step(plan, 0, window=WINDOW, pack_tokens=64, rank=rank, ranks=4) for rank in range(4)]
         fillers = [part.batches[0] for part in parts if part.batches[0].tokens == 0]
         assert [len(part.batches) for part in parts] == [1] * 4
@@ -230,6 +288,15 @@ def test_evaluation_of_pairs(write_dataset):
     with pytest.warns(UserWarning, match="1 of 3 pairs are longer than context_length = 16"):
         batches = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=16)
     assert [batch.pair_D.tolist() for batch in batches] == [[0, 0], [2, 2]]
+    dataset = write_dataset(SIDES * 3, "preferences", ANSWERS * 3, prompts=[4] * 6)
+    sizes = {"window": WINDOW, "context_length": 16, "pack_tokens": 16}
+    apart = evaluation_batches(dataset, **sizes)
+    together = evaluation_batches(dataset, **sizes, share_prompts=True)
+    assert [batch.pair_D.tolist() for batch in apart] == [[0, 0], [1, 1], [2, 2]]
+    assert [batch.pair_D.tolist() for batch in together] == [[0, 0, 1, 1], [2, 2]]
+    assert examples(apart) == examples(together)
+    (first,) = evaluation_batches(dataset, **sizes, share_prompts=True, limit=1)
+    assert (first.pair_D.tolist(), first.tokens, first.tokens_saved) == ([0, 0], 8, 3)
     with pytest.raises(ValueError, match="pack_tokens = 6"):
         evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=6)
     with pytest.raises(ValueError, match="limit = 0"):

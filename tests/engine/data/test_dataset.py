@@ -45,6 +45,31 @@ def test_text_is_trained_everywhere_and_preferences_keep_prompt_lengths(write_da
     assert pairs.prompt_lengths.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "trained", "expected"),
+    [
+        ([1, 5, 6, 7, 2], [1, 5, 6, 8, 2], 3, 3, 2),  # the prompt's last token has two successors
+        ([1, 5, 6, 7, 2], [1, 5, 6, 7, 9], 3, 3, 2),  # answers that begin alike
+        ([1, 5, 6, 7, 2], [1, 5, 4, 8, 2], 3, 3, 1),  # prompts that differ
+        ([1, 5, 6, 7, 2], [3, 5, 6, 8, 2], 3, 3, 0),
+        ([1, 5, 6, 7, 2], [1, 5, 6, 8, 2], 1, 3, 0),
+        ([1, 5, 6, 7, 2], [1, 5, 6, 8, 2], 0, 3, 0),
+        ([1, 5, 6, 7, 2], [1, 5, 6, 8, 2], 3, 2, 1),  # trained within the prompt
+        ([1, 5, 6, 7, 2], [1, 5, 6, 8, 2], 3, 0, 0),
+        ([1, 5], [1, 5, 6, 8, 2], 3, 3, 1),
+    ],
+)
+def test_places_that_the_sides_of_a_pair_share(write_dataset, chosen, rejected, prompt, trained, expected):
+    masks = [[place >= trained for place in range(len(side))] for side in (chosen, rejected)]
+    other = [[1, 2, 3], [1, 2, 3]]
+    for sides, order in (([chosen, rejected], masks), ([rejected, chosen], masks[::-1])):
+        dataset = write_dataset([*other, *sides], "preferences", [[False] * 3] * 2 + order, prompts=[2, 2, prompt, prompt])
+        assert dataset.shared_places.tolist() == [1, expected]
+        if prompt:
+            dataset = write_dataset([*other, *sides], "preferences", [[False] * 3] * 2 + order, prompts=[2, 2, prompt, 5])
+            assert dataset.shared_places.tolist() == [1, expected]
+
+
 def test_fingerprint_depends_on_content_masks_and_tokenizer(write_dataset):
     base = write_dataset([[1, 5, 2]], "conversations")
     assert write_dataset([[1, 5, 2]], "conversations").fingerprint == base.fingerprint
