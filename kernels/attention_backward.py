@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_forward import LOG2_E, columns, load_rows, sections, sources, strides, tile_rows
+from kernels.attention_forward import LOG2_E, columns, load_rows, sections, sources, strides, tile_rows, within
 from kernels.configurations import configuration
 from kernels.launch import launch
 
@@ -70,8 +70,8 @@ def _key_blocks(
         weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - log_sum_exp[:, None])
         if MASKED:
             place = first + tl.arange(0, BLOCK)
-            distance = row[:, None] - place[None, :] - shift
-            weights = tl.where((distance >= 0) & (distance < window) & (place < kv_end)[None, :], weights, 0.0)
+            seen = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
+            weights = tl.where(seen, weights, 0.0)
         grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision="ieee")
     return acc
@@ -125,36 +125,6 @@ def _query_kernel(
     tl.store(target, (acc * scale).to(grad_query.dtype.element_ty), mask=inside[:, None] & (column < SIZE)[None, :])
 
 
-@triton.jit
-def _query_blocks(
-    grad_key, grad_value, k, v, query, grad, log_sum_exp, delta, begin, stop, query_start, query_end, place, shift, window,
-    scale, query_stride, grad_stride, head, query_head_stride, grad_head_stride, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """(dS^T Q, P^T dO), with those of the blocks [begin, stop) of a range of queries."""
-    for block in range(begin, stop):
-        first = query_start + block * BLOCK
-        q = load_rows(query, first, query_end, query_stride, head, query_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
-        g = load_rows(grad, first, query_end, grad_stride, head, grad_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
-        row = first + tl.arange(0, BLOCK)
-        if MASKED:
-            inside = row < query_end
-            # Infinity beyond the range: weights are 0 there, whatever the rows hold.
-            lse = tl.load(log_sum_exp + row, mask=inside, other=float("inf"))
-            d = tl.load(delta + row, mask=inside, other=0.0)
-        else:
-            lse = tl.load(log_sum_exp + row)
-            d = tl.load(delta + row)
-        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - (lse * 1.4426950408889634)[None, :])
-        if MASKED:
-            distance = row[None, :] - place[:, None] - shift
-            weights = tl.where((distance >= 0) & (distance < window), weights, 0.0)
-        grad_value = tl.dot(weights.to(g.dtype), g, grad_value, input_precision="ieee")
-        grad_scores = weights * (tl.dot(v, tl.trans(g), input_precision="ieee") - d[None, :])
-        grad_key = tl.dot(grad_scores.to(q.dtype), q, grad_key, input_precision="ieee")
-    return grad_key, grad_value
-
-
 @triton.jit(do_not_specialize=["first_tile", "ranges", "tokens", "window"])
 def _key_kernel(
     query, key, value, grad, log_sum_exp, delta, grad_key, grad_value, work, first_tile, ranges, tokens, window, scale,
@@ -177,27 +147,25 @@ def _key_kernel(
     dv = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        sums, deltas = log_sum_exp + head.to(tl.int64) * tokens, delta + head.to(tl.int64) * tokens
+        base = head.to(tl.int64) * tokens
         for listed in range(tl.load(work + tile * 4 + 2), tl.load(work + tile * 4 + 3)):
             found = work + (ranges + listed) * 4
             query_start, query_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
-            blocks = tl.cdiv(query_end - query_start, BLOCK)
-            # The diagonal cuts a block with a query before the last key, the window's edge one with a query beyond the first.
-            left = tl.minimum(tl.cdiv(tl.maximum(end - 1 + shift - query_start, 0), BLOCK), blocks)
-            whole = tl.maximum(left, tl.maximum(tl.minimum(start + shift + window, query_end) - query_start, 0) // BLOCK)
-            dk, dv = _query_blocks(
-                dk, dv, k, v, query, grad, sums, deltas, 0, left, query_start, query_end, place, shift, window, scale_log2,
-                query_stride, grad_stride, head, query_head_stride, grad_head_stride, SIZE, COLUMNS, BLOCK, DESCRIPTORS, True,
-            )  # fmt: skip
-            dk, dv = _query_blocks(
-                dk, dv, k, v, query, grad, sums, deltas, left, whole, query_start, query_end, place, shift, window, scale_log2,
-                query_stride, grad_stride, head, query_head_stride, grad_head_stride, SIZE, COLUMNS, BLOCK, DESCRIPTORS, False,
-            )  # fmt: skip
-            dk, dv = _query_blocks(
-                dk, dv, k, v, query, grad, sums, deltas, whole, blocks, query_start, query_end, place, shift, window,
-                scale_log2, query_stride, grad_stride, head, query_head_stride, grad_head_stride, SIZE, COLUMNS, BLOCK,
-                DESCRIPTORS, True,
-            )  # fmt: skip
+            for block in range(tl.cdiv(query_end - query_start, BLOCK)):
+                first = query_start + block * BLOCK
+                row = first + tl.arange(0, BLOCK)
+                inside = row < query_end
+                q = load_rows(query, first, query_end, query_stride, head, query_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
+                g = load_rows(grad, first, query_end, grad_stride, head, grad_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
+                # Infinity beyond the range: weights are 0 there, whatever the rows hold.
+                lse = tl.load(log_sum_exp + base + row, mask=inside, other=float("inf")) * 1.4426950408889634
+                d = tl.load(delta + base + row, mask=inside, other=0.0)
+                weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
+                # Masked in every block: sections as in the other passes need more registers than there are.
+                weights = tl.where(within((row - shift)[None, :] - place[:, None], window), weights, 0.0)
+                dv = tl.dot(weights.to(g.dtype), g, dv, input_precision="ieee")
+                grad_scores = weights * (tl.dot(v, tl.trans(g), input_precision="ieee") - d[None, :])
+                dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision="ieee")
     column = tl.arange(0, COLUMNS)
     target = place.to(tl.int64)[:, None] * (KV_HEADS * SIZE) + kv_head * SIZE + column[None, :]
     inside = (place < end)[:, None] & (column < SIZE)[None, :]

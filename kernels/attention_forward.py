@@ -106,6 +106,12 @@ def load_rows(
 
 
 @triton.jit
+def within(distance, window):
+    """0 <= distance < window: below 0 is beyond any window when read without a sign."""
+    return distance.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
+
+
+@triton.jit
 def _blocks(
     total, peak, acc, q, key, value, begin, stop, kv_start, kv_end, row, shift, window, scale, key_stride, value_stride,
     kv_head, key_head_stride, value_head_stride, SIZE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,8 +124,7 @@ def _blocks(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             place = first + tl.arange(0, BLOCK)
-            distance = row[:, None] - place[None, :] - shift
-            seen = (distance >= 0) & (distance < window) & (place < kv_end)[None, :]
+            seen = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
         raised = tl.maximum(peak, tl.max(scores, axis=1))
         kept = tl.exp2((peak - raised) * scale)

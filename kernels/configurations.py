@@ -38,9 +38,9 @@ _HOPPER = {
     "adamw": Configuration(block=1024, warps=4),
     "gradient_norm": Configuration(block=16384, warps=16),
     "gradient_norm_total": Configuration(block=8192, warps=16),
-    "attention_forward": Configuration(block=64, warps=8, stages=2),
-    "attention_queries": Configuration(block=64, warps=8, stages=2),
-    "attention_keys": Configuration(block=64, warps=8, stages=2),
+    "attention_forward": Configuration(block=64, warps=8, stages=3, descriptors=True),
+    "attention_queries": Configuration(block=64, warps=8, stages=2, descriptors=True),
+    "attention_keys": Configuration(block=32, warps=8, stages=2, descriptors=True),
     "swiglu": Configuration(block=2048, warps=4),
     "swiglu_backward": Configuration(block=1024, warps=4),
     "embedding": Configuration(block=1024, warps=4),
@@ -51,7 +51,12 @@ _HOPPER = {
     "scale_in_place": Configuration(block=2048, warps=4, programs=8),
 }
 # By compute capability: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200).
-TABLES: dict[int, dict[str, Configuration]] = {80: {**_HOPPER}, 90: _HOPPER, 100: {**_HOPPER}}
+_AMPERE = _HOPPER | {
+    "attention_forward": Configuration(block=64, warps=8, stages=2),
+    "attention_queries": Configuration(block=64, warps=8, stages=2),
+    "attention_keys": Configuration(block=32, warps=8, stages=2),
+}
+TABLES: dict[int, dict[str, Configuration]] = {80: _AMPERE, 90: _HOPPER, 100: {**_HOPPER}}
 
 
 def configuration(kernel: str, device: torch.device) -> Configuration:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_no_range_reaches_beyond_what_is_seen(row):
             assert seen[:, 0].any()
             assert seen[:, -1].any()
         for _, ranges in tiles:
-            for (_, stop, shift), (begin, _, other) in zip(ranges, ranges[1:], strict=False):
+            for (_, stop, shift), (begin, _, other) in pairwise(ranges):
                 assert stop <= begin
                 assert (stop, shift) != (begin, other)
 
@@ -69,11 +70,7 @@ def test_no_range_reaches_beyond_what_is_seen(row):
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(60))], ids=str)
 def test_tiles_cut_segments_and_padding(row):
     bounds = [*row.bounds, row.tokens]
-    expected = [
-        (first, min(first + row.tile, end))
-        for start, end in zip(bounds, bounds[1:], strict=False)
-        for first in range(start, end, row.tile)
-    ]
+    expected = [(first, min(first + row.tile, end)) for start, end in pairwise(bounds) for first in range(start, end, row.tile)]
     for tiles in listed(row):
         assert len(tiles) % 64 == 0
         assert sorted(tile for tile, _ in tiles if tile[0] < tile[1]) == expected

@@ -1,0 +1,33 @@
+"""Attention, backward: what to compile offline, and mutants."""
+
+import torch
+
+from kernels import attention_backward
+from tests.kernels.cases import empty
+from tests.kernels.cases.attention_forward import HEADS, SIZE, packed, work
+
+
+def backward(dtype, tokens):
+    grad, out = (empty(tokens, HEADS, SIZE, dtype=dtype) for _ in range(2))
+    sums = empty(HEADS, tokens, dtype=torch.float32)
+    attention_backward.attention_backward(grad, *packed(dtype, tokens), out, sums, *work(tokens))
+
+
+LAUNCHES = {"attention backward": backward}
+MUTANTS = [
+    ("within((row - shift)[:, None] - place", "within(row[:, None] - place"),
+    ("within((row - shift)[None, :] - place", "within(row[None, :] - place"),
+    (" & (place < kv_end)[None, :]", ""),
+    ('other=float("inf")) * 1.4426950408889634', "other=0.0) * 1.4426950408889634"),
+    ("weights = tl.where(within((row - shift)[None, :] - place[:, None], window), weights, 0.0)", "pass"),
+    ("d = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)", "d = tl.sum(g.to(tl.float32), axis=1)"),
+    ("tl.store(delta + at, d, mask=inside)", "tl.store(delta + at, d * 0, mask=inside)"),
+    ("head = kv_head * GROUP + member", "head = kv_head * GROUP"),
+    ("for member in range(GROUP):", "for member in range(GROUP - 1):"),
+    ("kv_head = head // GROUP", "kv_head = head % (HEADS // GROUP)"),
+    ("(acc * scale).to(", "acc.to("),
+    ("(dk * scale).to(", "dk.to("),
+    ("- d[None, :])", ")"),
+    ("- delta[:, None])", ")"),
+    ("tile = first_tile + tl.program_id(0) // KV_HEADS", "tile = tl.program_id(0) // KV_HEADS"),
+]

@@ -1,0 +1,44 @@
+"""Attention, forward: what to compile offline, and mutants."""
+
+import torch
+import triton
+
+from kernels import attention_forward
+from tests.kernels.cases import CONFIG, empty
+
+HEADS, KV_HEADS, SIZE = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
+TILE = 128
+
+
+def packed(dtype, tokens):
+    """Query, key and value, views of one packed row."""
+    return empty(tokens, HEADS + 2 * KV_HEADS, SIZE, dtype=dtype).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+
+
+def work(tokens):
+    """Lists without data, and what the kernels must know beside them; as many places as the window takes part in no key."""
+    tiles = triton.cdiv(tokens, TILE)
+    return empty(4 * tiles, 4, dtype=torch.int32), tiles, tiles, 1 + tokens // 2, TILE
+
+
+def forward(dtype, tokens):
+    attention_forward.attention_forward(*packed(dtype, tokens), *work(tokens))
+
+
+LAUNCHES = {"attention": forward}
+MUTANTS = [
+    ("left = tl.cdiv(tl.maximum(end - shift - window - kv_start, 0), BLOCK)", "left = blocks * 0"),
+    ("tl.minimum(start - shift + 1, kv_end)", "tl.minimum(start - shift + BLOCK, kv_end)"),
+    ("distance.to(tl.uint32, bitcast=True) < tl.cast", "distance.to(tl.uint32, bitcast=True) <= tl.cast"),
+    ("distance.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)", "distance < window"),
+    (" & (place < kv_end)[None, :]", ""),
+    ("within((row - shift)[:, None]", "within(row[:, None]"),
+    ("kv_head = head // GROUP", "kv_head = head % (HEADS // GROUP)"),
+    ("total = total * kept + tl.sum", "total = total + tl.sum"),
+    ("v, acc * kept[:, None],", "v, acc,"),
+    ("(peak * scale + tl.log2(divisor)) * 0.6931471805599453", "peak * scale + tl.log2(divisor)"),
+    ("tl.load(work + tile * 4 + 3)):", "tl.load(work + tile * 4 + 2) + 1):"),
+    ("row.to(tl.int64)[:, None] * stride", "row[:, None] * stride"),
+    ("heads == 1 or tensor.stride(1) == size", "True"),
+    ("source.load([first, head * SIZE])", "source.load([first, 0])"),
+]
