@@ -1,7 +1,7 @@
 """Mistral, from scratch.
 
 The model knows nothing of packing, caching or parallelism: it is given tokens, their positions and a function `attend` that
-says who sees whom. Training passes `packed_attention`, generation the `attend` of a key/value cache.
+says who sees whom. Training passes `attention_by` the lists of a batch, generation the `attend` of a key/value cache.
 
 Query, key and value are one matrix and gate and up another, stacked in that order, so that export is slicing.
 
@@ -123,6 +123,35 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
+class Embedding(nn.Module):
+    """The embedding matrix; the arithmetic is in `kernels.embedding`."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, tokens_T: Tensor, noise: EmbeddingNoise | None) -> Tensor:
+        return embedding(tokens_T, self.weight, noise)
+
+
+class Head(nn.Module):
+    """The head's matrix; the arithmetic is in `kernels.linear_log_prob`, called in here, where a sharded head is whole."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.pieces = config.unpadded_vocab_size
+
+    def forward(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor | None = None):
+        """Log-probabilities, or with weights (their weighted sum, negated, and the log-probabilities)."""
+        if weight_T is None:
+            return linear_log_prob(hidden_TD, self.weight, target_T, rows_N, vocab_size=self.pieces)
+        return linear_nll(hidden_TD, self.weight, target_T, rows_N, weight_T, vocab_size=self.pieces)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return wide_product(hidden_ND, self.weight[: self.pieces])
+
+
 class Mistral(nn.Module):
     """The decoder with its untied head. The matrices of head and embedding have vocab_size rows, padding included.
 
@@ -133,12 +162,10 @@ class Mistral(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Recompute = "light"
-        # Given its weight, Embedding draws none: the draw on the meta device would import torch's compiler, seconds of it.
-        rows = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=rows)
+        self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, noise: EmbeddingNoise | None = None) -> Tensor:
         """Final hidden states, normed: [T, D].
@@ -146,7 +173,7 @@ class Mistral(nn.Module):
         Args: tokens_T integer [T]; positions_T integer [T], from 0 at the start of each document; attend: who sees whom;
             noise: NEFTune noise, for training only.
         """
-        hidden_TD = embedding(tokens_T, self.embed_tokens.weight, noise)
+        hidden_TD = self.embed_tokens(tokens_T, noise)
         table = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
         residual_TD, delta_TD = hidden_TD, None
         for layer in self.layers:
@@ -156,19 +183,18 @@ class Mistral(nn.Module):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Scores of the pieces that exist, float32 [N, unpadded_vocab_size]; the padding rows are left out."""
-        return wide_product(hidden_ND, self.lm_head.weight[: self.config.unpadded_vocab_size])
+        return self.lm_head.logits(hidden_ND)
 
     def log_probs(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor) -> Tensor:
         """Log-probability of each listed row's target, float32 [T], 0 outside rows_N (see `linear_log_prob`)."""
-        return linear_log_prob(hidden_TD, self.lm_head.weight, target_T, rows_N, vocab_size=self.config.unpadded_vocab_size)
+        return self.lm_head(hidden_TD, target_T, rows_N)
 
     def nll(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of weight * -log-probability over the listed rows, the log-probabilities [T] without a gradient).
 
         See `linear_nll`, which makes the gradients at once: `log_probs` is for losses that are not such a sum.
         """
-        vocab_size = self.config.unpadded_vocab_size
-        return linear_nll(hidden_TD, self.lm_head.weight, target_T, rows_N, weight_T, vocab_size=vocab_size)
+        return self.lm_head(hidden_TD, target_T, rows_N, weight_T)
 
 
 def initialize(model: Mistral, seed: int) -> None:
