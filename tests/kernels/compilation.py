@@ -24,7 +24,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes of spilled registers that a kernel may have on sm_80.
-SPILLS: dict[str, int] = {}
+SPILLS = {"query_kernel": 128, "key_kernel": 128}
+# The instructions of warpgroups' matrix products, which kernels with products there must have: wgmma and tcgen05.
+PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose data allows no loads of 16 bytes.
 NARROW: set[str] = set()
 CASES = {name: launches for case in cases().values() for name, launches in case.LAUNCHES.items()}
@@ -87,7 +89,10 @@ def test_compiles_without_spills(name, chip, compiled, tmp_path):
         assert spilled <= (SPILLS.get(title, 0) if chip == 80 else 0), f"{title} spills {spilled} B of registers"
         assert binary.metadata.shared <= SHARED[chip], f"{title} needs {binary.metadata.shared} B of shared memory"
         wide = [load for load in loads if load.startswith("ld") and load.endswith(("v4.b32", "v8.b32", "v2.b64", "v4.b64"))]
-        assert wide or title in NARROW, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
+        copied = "cp.async.bulk.tensor" in binary.asm["ptx"] or "cp.async.cg" in binary.asm["ptx"]
+        assert wide or copied or title in NARROW, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
+        if "tt.dot" in binary.asm["ttir"] and chip in PRODUCTS:
+            assert usage[PRODUCTS[chip]], f"{title} has no {PRODUCTS[chip]} instructions"
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -100,7 +105,9 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
     # Every instruction of SASS begins with its offset in a comment of hexadecimal digits.
-    return usage | {"instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", dump("-sass"), re.MULTILINE))}
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/.*", dump("-sass"), re.MULTILINE)
+    products = {name: sum(name in line for line in lines) for name in PRODUCTS.values()}
+    return usage | products | {"instructions": len(lines)}
 
 
 @pytest.mark.parametrize("name", CASES)
