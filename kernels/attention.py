@@ -17,7 +17,7 @@ from kernels import accumulation_dtype
 from kernels.attention_backends import Backend, chosen, flash_attention, flex_attention
 from kernels.attention_backward import attention_backward
 from kernels.attention_forward import attention_forward
-from kernels.attention_work import AttentionWork, attention_work
+from kernels.attention_work import AttentionWork, MaskedTile, attention_work
 from kernels.launch import unit_stride
 
 
@@ -84,11 +84,13 @@ def sliding_window_attention_reference(
     work: AttentionWork | None = None,
 ) -> Tensor:
     work = _given_or_made(query_THE, cu_docs, window, work)
-    parts = [
-        query_HQE * 0 if mask_QJ is None else masked_attention(query_HQE, key_HJE, value_HJE, mask_QJ)
-        for query_HQE, key_HJE, value_HJE, mask_QJ in _tiles(query_THE, key_TKE, value_TKE, work)
-    ]
-    return torch.cat(parts, dim=1).transpose(0, 1) if parts else query_THE * 0
+    parts = []
+    for query_HQE, key_HJE, value_HJE, mask_QJ in _tiles(query_THE, key_TKE, value_TKE, work):
+        # Products over no keys are zeros, with gradients that are.
+        seen = mask_QJ.shape[1] > 0
+        part = masked_attention(query_HQE, key_HJE, value_HJE, mask_QJ) if seen else query_HQE @ key_HJE.mT @ value_HJE
+        parts.append(part)
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 def sliding_window_attention_with_lse_reference(
@@ -102,12 +104,9 @@ def sliding_window_attention_with_lse_reference(
 ) -> tuple[Tensor, Tensor]:
     work = _given_or_made(query_THE, cu_docs, window, work)
     wide = accumulation_dtype(query_THE.dtype)
-    sums = [query_THE.new_empty((query_THE.shape[1], 0), dtype=wide)]
+    sums = []
     with torch.no_grad():
         for query_HQE, key_HJE, _, mask_QJ in _tiles(query_THE, key_TKE, value_TKE, work):
-            if mask_QJ is None:
-                sums.append(query_HQE.new_full(query_HQE.shape[:2], float("-inf"), dtype=wide))
-                continue
             score_HQJ = query_HQE.to(wide) @ key_HJE.to(wide).mT * query_HQE.shape[-1] ** -0.5
             sums.append(score_HQJ.masked_fill(~mask_QJ, float("-inf")).logsumexp(dim=-1))
     return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work), torch.cat(sums, dim=1)
@@ -125,19 +124,20 @@ def _given_or_made(query_THE: Tensor, cu_docs: Tensor | None, window: int | None
 
 def _tiles(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """(queries [H, Q, E], keys and values [H, J, E] of each, who of them sees whom [Q, J]; None for nobody) of each tile."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(queries [H, Q, E], keys and values [H, J, E] that they see, who of them sees whom [Q, J]) of each tile; one at least."""
     group = query_THE.shape[1] // key_TKE.shape[1]
     query_HTE = query_THE.transpose(0, 1)
     sources = [tensor.repeat_interleave(group, dim=1).transpose(0, 1) for tensor in (key_TKE, value_TKE)]
-    for tile in work.tiles(query_THE.device):
+    device = query_THE.device
+    for tile in work.tiles(device) or [MaskedTile(0, 0, [], torch.empty((0, 0), dtype=torch.bool, device=device))]:
         if len(tile.keys) == 1:
             key_HJE, value_HJE = (source[:, slice(*tile.keys[0])] for source in sources)
         else:
             key_HJE, value_HJE = (
                 torch.cat([source[:, slice(*ends)] for ends in [*tile.keys, (0, 0)]], dim=1) for source in sources
             )
-        yield query_HTE[:, tile.start : tile.end], key_HJE, value_HJE, tile.mask_QJ if tile.keys else None
+        yield query_HTE[:, tile.start : tile.end], key_HJE, value_HJE, tile.mask_QJ
 
 
 def masked_attention(query_HQE: Tensor, key_HJE: Tensor, value_HJE: Tensor, mask_QJ: Tensor) -> Tensor:

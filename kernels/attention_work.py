@@ -168,7 +168,8 @@ def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, 
         stop = min(stop, last - 1 + shift + reach)
         if stop <= start:
             continue
-        if shift == 0 and ranges[-1][1] == end:
+        if shift == 0:
+            # Seen from behind the segment, it is seen from all of the segment: one range.
             ranges[-1] = (first, stop, 0)
         else:
             ranges.append((start, stop, shift))

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+import kernels.attention_work
 from kernels import configurations
-from kernels.attention_work import AttentionWork, attention_work
 from kernels.launch import INTERPRETED
 from tests.kernels.conftest import DTYPES
 from tests.kernels.error_rule import random
@@ -34,9 +34,10 @@ class Row:
     def tokens(self) -> int:
         return sum(self.lengths) + self.padding
 
-    def work(self, device="cpu") -> AttentionWork:
+    def work(self, device="cpu"):
+        """The lists, by the module as it is now: mutants take its place."""
         given = {"prefixes": self.prefixes, "tokens": self.tokens, "tile": self.tile}
-        return attention_work(self.bounds, self.window, **given).to(device)
+        return kernels.attention_work.attention_work(self.bounds, self.window, **given).to(device)
 
     def inputs(self, dtype, device, seed=0) -> list[torch.Tensor]:
         """Query, key and value, views of one packed row, and the gradient of the output."""

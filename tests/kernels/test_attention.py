@@ -1,69 +1,245 @@
-"""Windowed, packed, grouped attention against the plain formula in float64."""
+"""Attention as the model calls it, by every backend, against the formula in float64."""
 
-import itertools
+import importlib.util
 
 import pytest
 import torch
 
-from kernels.attention import attention_tiles, sliding_window_attention
+import kernels.attention as module
+from kernels.attention import sliding_window_attention, sliding_window_attention_with_lse
+from kernels.launch import INTERPRETED
+from tests.kernels.attention_rows import ROWS, Row, plain, small_blocks, with_unseen_changed
+from tests.kernels.error_rule import check, compare
+
+# In the interpreter the files of the single kernels go through all rows.
+FEW = ("prompt beyond the window",) if INTERPRETED else tuple(ROWS)
+NAMES = ("query", "key", "value")
 
 
-def _naive(query, key, value, bounds, window):
-    """Place by place, head by head."""
-    out = torch.zeros_like(query)
-    group = query.shape[1] // key.shape[1]
-    for start, end in itertools.pairwise(bounds):
-        for place in range(start, end):
-            first = start if window is None else max(start, place - window + 1)
-            for head in range(query.shape[1]):
-                scores = key[first : place + 1, head // group] @ query[place, head] / query.shape[2] ** 0.5
-                out[place, head] = scores.softmax(0) @ value[first : place + 1, head // group]
-    return out
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    small_blocks(monkeypatch)
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 8, 9, 100, None])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
-@pytest.mark.parametrize("bounds", [[0, 33], [0, 1, 9, 9, 17, 33], [0, 32, 33]])
-def test_equals_the_formula(window, heads, kv_heads, bounds):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, grad = (
-        torch.randn(33, count, 8, generator=generator, dtype=torch.float64).requires_grad_()
-        for count in (heads, kv_heads, kv_heads, heads)
-    )
-    # Tiles of 8 queries: windows and documents begin and end inside, at and beyond a tile.
-    tiles = attention_tiles(torch.tensor(bounds, dtype=torch.int32), window, tile=8)
-    out = sliding_window_attention(query, key, value, tiles)
-    expected = _naive(query, key, value, bounds, window)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(out, (query, key, value), grad)
-    theirs = torch.autograd.grad(expected, (query, key, value), grad)
+def leaves(row, dtype, device, seed=0):
+    *tensors, grad = row.inputs(dtype, device, seed)
+    return [tensor.detach().requires_grad_() for tensor in tensors], grad
+
+
+def results(row, tensors, grad, **given):
+    """(output, gradients of query, key and value)."""
+    out = sliding_window_attention(*tensors, work=row.work(grad.device), **given)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_is_right(name, dtype, device):
+    row = ROWS[name]
+    tensors, grad = leaves(row, dtype, device)
+    work, seen = row.work(device), row.visible()
+    # Of a window of 1 the scores have no gradient: what is left of equal sums has no size to be measured by.
+    given = {
+        name: tensor if row.window != 1 or name == "value" else tensor.detach()
+        for name, tensor in zip(NAMES, tensors, strict=True)
+    }
+    sums = {f"d {name}": row.heads[0] // row.heads[1] for name in NAMES}
+    compare(lambda *inputs: sliding_window_attention(*inputs, work=work), lambda *inputs: plain(*inputs, seen)[0], given,
+            {"out": grad}, sums)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_equals_the_formula_in_float64(name, device):
+    row = ROWS[name]
+    tensors, grad = leaves(row, torch.float64, device)
+    out, lse = sliding_window_attention_with_lse(*tensors, work=row.work(device))
+    expected = plain(*tensors, row.visible())
+    torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(result, tensors, grad) for result in (out, expected[0]))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_what_is_not_seen_changes_no_bit():
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(64, count, 16, generator=generator) for count in (4, 2, 2))
-    tiles = attention_tiles(torch.tensor([0, 20, 64]), 8, tile=16)
-    before = sliding_window_attention(query, key, value, tiles)
-    place = 40
-    unseen = torch.ones(64, dtype=torch.bool)
-    unseen[place - 7 : place + 1] = False
-    key[unseen], value[unseen] = 1e4, -1e4
-    after = sliding_window_attention(query, key, value, tiles)
-    assert torch.equal(before[place], after[place])
-    key[place - 7] += 1
-    assert not torch.equal(before[place], sliding_window_attention(query, key, value, tiles)[place])
+def test_log_sum_exp_has_no_gradient_and_the_output_is_the_same(dtype, device):
+    row = Row((5, 0, 12), 7, 16, (2, 1), padding=2)
+    tensors, _ = leaves(row, dtype, device)
+    out, lse = sliding_window_attention_with_lse(*tensors, work=row.work(device))
+    assert torch.equal(out, sliding_window_attention(*tensors, work=row.work(device)))
+    assert (lse.dtype, lse.shape, lse.requires_grad, out.requires_grad) == (torch.float32, (2, 19), False, True)
+    assert (lse[:, -2:] == float("-inf")).all()
+    assert (out[-2:] == 0).all()
 
 
-def test_no_tile_reaches_beyond_its_window_or_document():
-    tiles = attention_tiles(torch.tensor([0, 1000, 1010, 3000]), 100, tile=64)
-    assert [tile.query_start for tile in tiles] == list(range(0, 3000, 64))
-    for tile in tiles:
-        assert tile.mask_QJ.shape == (tile.query_end - tile.query_start, tile.query_end - tile.key_start)
-        # The first key column is seen by the first query: nothing is computed in vain on the left.
-        assert tile.mask_QJ[0, 0]
+def test_bounds_on_the_cpu_make_the_lists(device):
+    row = Row((5, 0, 12), 7, 128, (2, 1), padding=2)
+    tensors, _ = leaves(row, torch.float32, device)
+    cu_docs = torch.tensor(row.bounds, dtype=torch.int32)
+    found = sliding_window_attention(*tensors, cu_docs, 7)
+    assert torch.equal(found, sliding_window_attention(*tensors, work=row.work(device)))
 
 
-def test_wrong_window_is_refused():
-    with pytest.raises(ValueError, match="window 0"):
-        attention_tiles(torch.tensor([0, 4]), 0)
+def test_lists_must_be_there_and_fit(device):
+    row = Row((9,), 7, 16)
+    tensors, _ = leaves(row, torch.float32, device)
+    with pytest.raises(ValueError, match=r"needs work from attention_work\(...\)"):
+        sliding_window_attention(*tensors)
+    with pytest.raises(ValueError, match="for a row of 9 places, query has 8"):
+        sliding_window_attention(*(tensor[:8] for tensor in tensors), work=row.work(device))
+    if device.type == "cuda":
+        with pytest.raises(ValueError, match="cu_docs on the CPU"):
+            sliding_window_attention(*tensors, torch.tensor([0, 9], device=device), 7)
+
+
+def test_neighbours_change_no_bit(dtype, device):
+    """A document alone, behind a short one and behind a longer one; and beside large values."""
+    alone = Row((21,), 9, 16, (2, 1))
+    tensors, grad = leaves(alone, dtype, device)
+    expected = results(alone, tensors, grad)
+    for before in ((5,),) if INTERPRETED else ((5,), (33,), (1, 16)):
+        row = Row((*before, 21, 4), 9, 16, (2, 1))
+        own = slice(sum(before), sum(before) + 21)
+        others, other_grad = leaves(row, dtype, device, seed=7)
+        large, _ = with_unseen_changed(row, [*others, other_grad], own)
+        for target, source in zip(large, [*tensors, grad], strict=True):
+            target[own] = source.detach()
+        found = results(row, [tensor.detach().requires_grad_() for tensor in large[:3]], large[3])
+        assert all(torch.equal(one, other[own]) for one, other in zip(expected, found, strict=True))
+
+
+def test_the_other_answer_changes_no_bit(device):
+    """Of a shared prompt's answers, neither the contents nor the length of one changes another's output."""
+    one, other = (Row((20, length, 11), 16, 16, (1, 1), (-1, 0, 0)) for length in (3, 18))
+    tensors, grad = leaves(one, torch.float32, device)
+    expected = results(one, tensors, grad)
+    changed, _ = leaves(other, torch.float32, device, seed=5)
+    for number, tensor in enumerate(tensors):
+        changed[number] = torch.cat((tensor[:20], changed[number][20:38], tensor[23:])).detach().requires_grad_()
+    found = results(other, changed, torch.cat((grad[:20], grad[:18], grad[23:])))
+    assert torch.equal(expected[0][:20], found[0][:20])
+    assert torch.equal(expected[0][23:], found[0][38:])
+    assert all(torch.equal(first[23:], second[38:]) for first, second in zip(expected[1:], found[1:], strict=True))
+
+
+def test_what_leaves_the_window_is_seen_no_more(device):
+    """Of a window of n places exactly the last n are seen: the n-th still, the one before no more."""
+    row = Row((30,), 8, 16)
+    tensors, grad = leaves(row, torch.float32, device)
+    before = results(row, tensors, grad)[0]
+    for place, seen in ((20 - 7, True), (20 - 8, False), (20, True), (21, False)):
+        changed = [tensor.detach().clone() for tensor in tensors]
+        changed[2][place] += 1
+        after = sliding_window_attention(*changed, work=row.work(device))
+        assert torch.equal(before[20], after[20]) != seen
+
+
+def test_two_runs_are_equal_to_the_bit(device):
+    row = ROWS["empty prompt"] if INTERPRETED else ROWS["shared prompt"]
+    tensors, grad = leaves(row, torch.float16, device)
+    runs = [results(row, tensors, grad) for _ in range(2)]
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_layouts_do_not_matter(device):
+    """Views of a packed row, contiguous rows, rows apart, elements apart."""
+    row = Row((9,), 5, 16, (2, 1))
+    tensors, grad = leaves(row, torch.float32, device)
+    assert not row.inputs(torch.float32, device)[0].is_contiguous()
+    expected = results(row, tensors, grad)
+    layouts = (
+        torch.Tensor.contiguous,
+        lambda tensor: torch.cat((tensor, tensor), dim=2)[..., :16],
+        lambda tensor: torch.stack((tensor, tensor), dim=3)[..., 0],
+    )
+    for layout in layouts:
+        given = [layout(tensor.detach()).requires_grad_() for tensor in tensors]
+        found = results(row, given, layout(grad))
+        if INTERPRETED or device.type == "cuda":
+            assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+        # The eager products may choose another order of their sums for another layout.
+        torch.testing.assert_close(expected, found)
+
+
+@pytest.mark.parametrize("row", [Row((), 4, 16, (2, 1)), Row((), 4, 16, (2, 1), padding=3), Row((0, 0), 4, 16)], ids=str)
+def test_nothing_to_see(row, dtype, device):
+    tensors, grad = leaves(row, dtype, device)
+    for found, tensor in zip(results(row, tensors, grad), [tensors[0], *tensors], strict=True):
+        assert found.shape == tensor.shape
+        assert (found == 0).all()
+
+
+def test_gradients_of_padding_are_zero(dtype, device):
+    row = Row((5,), 4, 16, (2, 1), padding=3)
+    tensors, grad = leaves(row, dtype, device)
+    assert all((found[5:] == 0).all() for found in results(row, tensors, grad))
+
+
+def test_custom_operators_are_sound(triton_device):
+    row = Row((3,), 2, 16)
+    tensors, grad = leaves(row, torch.float32, triton_device)
+    lists = row.work(triton_device)
+    torch.library.opcheck(module._attention, (*tensors, lists.work, *lists.numbers))
+    made = [result.detach() for result in module._attention(*tensors, lists.work, *lists.numbers)]
+    given = [grad, *(tensor.detach() for tensor in tensors), *made]
+    torch.library.opcheck(module._attention_backward, (*given, lists.work, *lists.numbers))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_flex_is_right(name, device):
+    row = ROWS[name]
+    query, key, value, _ = row.inputs(torch.float32, device)
+    found = sliding_window_attention_with_lse(query, key, value, work=row.work(device), backend="flex")
+    expected = plain(*(tensor.double() for tensor in (query, key, value)), row.visible())
+    torch.testing.assert_close([part.double() for part in found], list(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_backends_say_what_they_cannot_do(device):
+    row = Row((5, 4), 3, 16, (2, 1), (-1, 0))
+    tensors, _ = leaves(row, torch.float32, device)
+    work = row.work(device)
+    with pytest.raises(ValueError, match="backend flash runs in float16 and bfloat16 on CUDA; query is float32 on"):
+        sliding_window_attention(*tensors, work=work, backend="flash")
+    with pytest.raises(ValueError, match=r"backend triton runs in float32, float16 and bfloat16 on CUDA.*float64"):
+        sliding_window_attention(*(tensor.double() for tensor in tensors), work=work, backend="triton")
+    if device.type == "cuda":
+        with pytest.raises(ValueError, match="backend flash knows no shared prefixes"):
+            sliding_window_attention(*(tensor.half() for tensor in tensors), work=work, backend="flash")
+    else:
+        with pytest.raises(ValueError, match="backend flex has no gradients on a CPU"):
+            sliding_window_attention(*tensors, work=work, backend="flex")
+
+
+def test_reference_by_name_is_the_reference(dtype, device):
+    row = Row((9, 4), 3, 16, (2, 1))
+    tensors, _ = leaves(row, dtype, device)
+    work = row.work(device)
+    found = sliding_window_attention(*tensors, work=work, backend="reference")
+    assert torch.equal(found, module.sliding_window_attention_reference(*tensors, work=work))
+    auto = sliding_window_attention(*tensors, work=work)
+    named = "triton" if INTERPRETED or device.type == "cuda" else "reference"
+    assert torch.equal(auto, sliding_window_attention(*tensors, work=work, backend=named))
+
+
+LITERAL = [
+    Row((4095, 4096, 4097, 1), 4096, 128, (4, 1), size=128), Row((4500,), 4095, 128, (2, 2), size=64),
+    Row((300, 4097, 127, 128, 129), 4097, 128, (2, 1), size=64), Row((640,), 1, 128, (8, 1), size=128),
+    Row((1000, 700, 1300), 512, 128, (4, 1), (-1, 0, 0), size=128), Row((700, 5, 300), 128, 128, (2, 2), (-1, 0, 0), size=64),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
+@pytest.mark.parametrize("row", LITERAL, ids=str)
+def test_on_a_gpu_the_models_windows_are_right(row, backend, monkeypatch):
+    monkeypatch.undo()
+    if backend == "flash" and (row.prefixes or importlib.util.find_spec("torch.nn.attention.varlen") is None):
+        pytest.skip("knows no shared prefixes")
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    tensors, grad = leaves(row, dtype, device)
+    found = results(row, tensors, grad, backend=backend)
+    seen, by_type = row.visible().to(device), {}
+    for kind in (torch.float64, dtype):
+        wide = [tensor.detach().to(kind).requires_grad_() for tensor in tensors]
+        out = plain(*wide, seen)[0]
+        by_type[kind] = [out.detach(), *torch.autograd.grad(out, wide, grad.to(kind))]
+    names = ("out", "d query", "d key", "d value")
+    for name, ours, exact, usual in zip(names, found, by_type[torch.float64], by_type[dtype], strict=True):
+        if row.window != 1 or name in ("out", "d value"):
+            check(name, ours, exact, usual, sums=row.heads[0])

@@ -63,8 +63,10 @@ def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
     assert all(torch.equal(one[places], other[places]) for one, other in zip(before, after, strict=True))
 
 
-def test_rows_far_apart(triton_device):
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_rows_far_apart(descriptors, triton_device, monkeypatch):
     """Offsets beyond 2^31 elements."""
+    small_blocks(monkeypatch, descriptors=descriptors)
     row = Row((3,), 2, 16)
     inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)]
     work = row.work(triton_device)

@@ -62,9 +62,11 @@ def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
     assert torch.equal(before[1][:, places], after[1][:, places])
 
 
-def test_rows_far_apart(triton_device):
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_rows_far_apart(descriptors, triton_device, monkeypatch):
     """Offsets beyond 2^31 elements."""
-    row = Row((3,), 2, 16, (2, 2))
+    small_blocks(monkeypatch, descriptors=descriptors)
+    row = Row((3,), 2, 16)
     inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)[:3]]
     near = forward(row, *inputs)
     for number in range(3):

@@ -13,10 +13,9 @@ MUTANTS = [
     ("ranges = [(first, min(end, last - 1 + reach), 0)]", "ranges = [(first, last - 1 + reach, 0)]"),
     ("stop = min(stop, last - 1 + shift + reach)", "stop = min(stop, last - 1 + reach)"),
     ("        if stop <= start:\n            continue\n", ""),
-    ("if shift == 0 and ranges[-1][1] == end:", "if shift == 0:"),
-    ("if shift == 0 and ranges[-1][1] == end:", "if False:"),
+    ("        if shift == 0:\n", "        if False:\n"),
     ("for first in range(start, end, tile):", "for first in range(start - start % tile, end, tile):"),
     ("key=lambda tile: -sum(", "key=lambda tile: sum("),
-    ("(len(ranges) + len(own)))", "(len(ranges) + len(own) + 1))"),
+    ("len(ranges) + len(own)))", "len(ranges) + len(own) - 1))"),
     ("[(0, 0, 0)] * (-len(ranges) % _PADDING)", "[]"),
 ]
