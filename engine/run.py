@@ -68,6 +68,7 @@ class Run:
 
     def _prepared(self, model: Mistral) -> Mistral:
         model.recompute = self.settings.recompute
+        model.attention_backend = self.settings.backend
         return model
 
 

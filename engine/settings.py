@@ -7,6 +7,7 @@ from engine.data.plan import Source
 from engine.metrics import LogSettings
 from engine.optimizer import OptimizerSettings
 from engine.schedule import ScheduleSettings
+from kernels.attention_backends import Backend
 from model.mistral import Recompute
 
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
@@ -51,6 +52,9 @@ class TrainSettings:
     recompute: Recompute = "light"
     """What the backward pass makes again instead of keeping it, from fastest to leanest: none, light (norms and SwiGLU), ffn
     (the product for gate and up too), block (everything but a block's input). The results are to the bit the same."""
+    backend: Backend = "auto"
+    """Who computes attention: triton (our kernels), flash (FlashAttention 2 in torch; no shared prompts), flex (torch's
+    FlexAttention) or reference (eager); auto: triton on CUDA, reference on a CPU. The results differ by roundings."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0

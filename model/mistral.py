@@ -13,13 +13,14 @@ V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import sliding_window_attention
+from kernels.attention_backends import Backend
 from kernels.attention_work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
@@ -44,11 +45,13 @@ def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
     return attention_by(attention_work(cu_docs.tolist(), window).to(cu_docs.device))
 
 
-def attention_by(work: AttentionWork) -> Attend:
-    """Attention of those to those that the lists of a batch say, on the device that they are on."""
+def attention_by(work: AttentionWork, backend: Backend = "auto") -> Attend:
+    """Attention of those to those that the lists of a batch say, on the device that they are on, computed by a backend."""
+    # Named only where it is chosen: benchmarks put the reference, which knows no other, in the operator's place.
+    chosen: dict[str, Any] = {} if backend == "auto" else {"backend": backend}
 
     def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work)
+        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work, **chosen)
 
     return attend
 
@@ -155,13 +158,15 @@ class Head(nn.Module):
 class Mistral(nn.Module):
     """The decoder with its untied head. The matrices of head and embedding have vocab_size rows, padding included.
 
-    recompute: what training makes again in the backward pass, may be set at any time.
+    recompute: what training makes again in the backward pass; attention_backend: who computes attention of packed rows, for
+    those who call `attention_by`. Both may be set at any time.
     """
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute: Recompute = "light"
+        self.attention_backend: Backend = "auto"
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)

@@ -25,7 +25,7 @@ def mean_nll(model: Mistral, batch: Batch, total_weight: float, noise: Embedding
 
 
 def _hidden(model: Mistral, batch: Batch, noise: EmbeddingNoise | None) -> Tensor:
-    return model(batch.tokens_T, batch.positions_T, attention_by(batch.attention), noise)
+    return model(batch.tokens_T, batch.positions_T, attention_by(batch.attention, model.attention_backend), noise)
 
 
 def document_log_probs(log_prob_T: Tensor, batch: Batch) -> Tensor:
