@@ -239,10 +239,14 @@ def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, 
 
 @pytest.mark.parametrize(("kind", "step_size"), [("text", 16), ("preferences", 1)])
 def test_a_rank_without_work_adds_nothing(model, plan_of, kind, step_size):
-    """Steps of one document or pair: the second rank runs a filler."""
-    objective = NextToken() if kind == "text" else Preference(PreferenceSettings(), [torch.full((32, 2), -30.0)])
+    """Steps of one document or pair: the second rank runs a filler, whose reference is nobody's."""
     plan = plan_of(kind, step_size=step_size)
-    step = next(step for step in range(plan.steps) if len(plan.units(step).sizes) == 1)
+    step = next(step for step in range(plan.steps) if len(plan.units(step).sizes) == 1 and plan.units(step).document[0])
+    objective = NextToken()
+    if kind == "preferences":
+        reference = torch.full((32, 2), torch.nan)
+        reference[plan.units(step).document // 2] = -30.0
+        objective = Preference(PreferenceSettings(), [reference])
     alone, values, _ = split_gradients(model, objective, plan, step, pack_tokens=1000)
     shared, shared_values, batches = split_gradients(model, objective, plan, step, pack_tokens=1000, ranks=2)
     assert batches == 2

@@ -174,8 +174,10 @@ def test_a_shared_prompt_is_laid_out_once(write_dataset):
 
 
 def test_sharing_fits_more_pairs_into_a_pack_and_changes_no_order(write_dataset):
-    dataset = write_dataset(SIDES * 4, "preferences", ANSWERS * 4, prompts=[4] * 8)
+    long, masks = [[1] * 30, [1] * 3], [[False] * 29 + [True], [False] * 2 + [True]]
+    dataset = write_dataset(long + SIDES * 4, "preferences", masks + ANSWERS * 4, prompts=[2] * 2 + [4] * 8)
     plans = [make_plan([dataset], step_size=4, share_prompts=share) for share in (False, True)]
+    assert [plan.skipped for plan in plans] == [[1], [1]]
     assert [plan.longest_unit for plan in plans] == [11, 8]
     assert [len(make_step(plan, 0, window=WINDOW, pack_tokens=16).batches) for plan in plans] == [4, 2]
     assert plans[0].fingerprint == plans[1].fingerprint

@@ -70,6 +70,11 @@ def test_places_that_the_sides_of_a_pair_share(write_dataset, chosen, rejected, 
             assert dataset.shared_places.tolist() == [1, expected]
 
 
+def test_the_mask_of_a_first_token_means_nothing(write_dataset):
+    dataset = write_dataset([[1, 5, 6, 7]] * 2, "preferences", [[True, False, False, True]] * 2, prompts=[3, 3])
+    assert dataset.shared_places.tolist() == [2]
+
+
 def test_fingerprint_depends_on_content_masks_and_tokenizer(write_dataset):
     base = write_dataset([[1, 5, 2]], "conversations")
     assert write_dataset([[1, 5, 2]], "conversations").fingerprint == base.fingerprint
