@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
 from engine.flops import attended_pairs
@@ -105,7 +106,7 @@ def _visible(case: Case) -> Tensor:
 
 def _sdpa(case: Case) -> Call:
     sizes = case.sizes
-    if len(sizes.documents) == 1 and (sizes.window is None or sizes.tokens <= sizes.window):
+    if not _bound(sizes):
         return _batched(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     mask, group = _visible(case), sizes.heads // sizes.kv_heads
 
@@ -117,18 +118,48 @@ def _sdpa(case: Case) -> Call:
     return _batched(function)
 
 
+def _cudnn(case: Case) -> Call:
+    """cuDNN's kernels as torch has them, which know neither a window nor packed documents."""
+    if _bound(case.sizes):
+        raise ValueError("the window or the documents bind: torch has that of cuDNN without them only")
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    return _batched(function)
+
+
+def _bound(sizes: Sizes) -> bool:
+    """Whether some place sees less than all places before it."""
+    return len(sizes.documents) > 1 or (sizes.window is not None and sizes.tokens > sizes.window)
+
+
 def _flex(case: Case) -> Call:
+    """The mask is made beforehand, as a batch's would be once for all layers."""
+    attention, make_mask = _flex_parts(case)
+    mask = make_mask()
+    return _batched(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=True))
+
+
+def _flex_with_mask(case: Case) -> Call:
+    """The mask made anew each time: what it costs is the difference to the row without."""
+    attention, make_mask = _flex_parts(case)
+    return _batched(lambda q, k, v: attention(q, k, v, block_mask=make_mask(), enable_gqa=True))
+
+
+def _flex_parts(case: Case) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
+    """(FlexAttention, how its mask is made), both compiled."""
     sizes, device = case.sizes, case.device
-    flex_attention = compiled(peer("torch.nn.attention.flex_attention", "flex_attention"))
-    create_block_mask = peer("torch.nn.attention.flex_attention", "create_block_mask")
+    create_block_mask = compiled(peer("torch.nn.attention.flex_attention", "create_block_mask"))
     document_T = torch.repeat_interleave(case.constants["cu_docs"].diff().long())
     window = sizes.tokens if sizes.window is None else sizes.window
 
     def visible(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query - key < window) & (document_T[query] == document_T[key])
 
-    mask = create_block_mask(visible, None, None, sizes.tokens, sizes.tokens, device=device)
-    return _batched(lambda q, k, v: flex_attention(q, k, v, block_mask=mask, enable_gqa=True))
+    attention = compiled(peer("torch.nn.attention.flex_attention", "flex_attention"))
+    return attention, lambda: create_block_mask(visible, None, None, sizes.tokens, sizes.tokens, device=device)
 
 
 def _varlen(case: Case) -> Call:
@@ -188,7 +219,9 @@ SLIDING_WINDOW_ATTENTION = Operator(
     compiled=False,
     peers=(
         Provider("torch SDPA", _sdpa),
+        Provider("torch cuDNN", _cudnn, cuda=True, dtypes=(torch.float16, torch.bfloat16)),
         Provider("torch FlexAttention", _flex, cuda=True),
+        Provider("torch FlexAttention, mask made", _flex_with_mask, cuda=True, directions=("forward",), rival=False),
         Provider("torch varlen", _varlen, cuda=True),
         Provider("FlashAttention 2", _flash("flash_attn"), package="flash_attn", cuda=True),
         Provider("FlashAttention 3", _flash("flash_attn_interface"), package="flash_attn_interface", cuda=True),
