@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kernels.launch import INTERPRETED
+from tests.kernels.processes import Processes
 
 # The interpreter truncates float32 to bfloat16 instead of rounding, and multiplies bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
@@ -31,3 +32,23 @@ def _poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+_PROCESSES = pytest.StashKey[Processes]()
+
+
+def pytest_collection_finish(session):
+    """Start what runs in processes of its own beside the other tests."""
+    names = [item.callspec.params["job"] for item in session.items if "processes" in getattr(item, "fixturenames", ())]
+    if names and not session.config.option.collectonly:
+        session.config.stash[_PROCESSES] = Processes(names)
+
+
+def pytest_sessionfinish(session):
+    if _PROCESSES in session.config.stash:
+        session.config.stash[_PROCESSES].stop()
+
+
+@pytest.fixture
+def processes(pytestconfig):
+    return pytestconfig.stash[_PROCESSES]

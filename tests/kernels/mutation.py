@@ -1,12 +1,10 @@
-"""Run the tests of one operator on each of its mutants, in Triton's interpreter: python tests/kernels/mutation.py rms_norm.
+"""The tests of one operator, and of each of its mutants, in Triton's interpreter: python tests/kernels/mutation.py rms_norm.
 
 Prints the mutants that the tests let pass, and ends with status 1 where there are any.
 """
 
 import contextlib
-import importlib
 import importlib.util
-import io
 import os
 import signal
 import sys
@@ -51,7 +49,7 @@ def outcome(name: str, source: str, path: Path) -> tuple[int, str]:
             put_in_place(name, source, path)
             for imported in [imported for imported in sys.modules if imported.endswith(f"test_{name}")]:
                 del sys.modules[imported]
-            status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+            status = pytest.main([*ARGUMENTS, "--tb=no", str(FOLDER / f"test_{name}.py")])
         os._exit(int(status))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status, log.read_text(encoding="utf-8")
@@ -61,10 +59,10 @@ def main(name: str) -> int:
     mutants = cases()[name].MUTANTS
     source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
     survivors = 0
-    # What takes seconds to import is imported once, before the forks.
-    with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main(["--collect-only", *ARGUMENTS, str(FOLDER / f"test_{name}.py")])
-    importlib.import_module("torch._dynamo")
+    # In this process, so that what the forks import and prepare is ready.
+    status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+    if status:
+        return int(status)
     with tempfile.TemporaryDirectory() as folder:
         for number, (text, replacement) in enumerate(mutants):
             assert source.count(text) == 1, f"stands {source.count(text)} times in {name}.py: {text}"
