@@ -15,6 +15,7 @@ from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.settings import FREE_ON_RESUME, TrainSettings
+from kernels.attention_backends import cannot
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Mistral, initialize
 from model.vocabulary.tokenizer import Tokenizer
@@ -87,6 +88,9 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if device.type == "cuda":
         use_deterministic_algorithms()
     dtype = _dtype(settings.dtype, device)
+    problem = cannot(settings.backend, device, dtype, gradients=True, prefixes=share_prompts)
+    if problem:
+        raise ValueError(f"backend = {settings.backend!r}: {problem}")
     tokenizer = Tokenizer.load(_tokenizer_folder(settings))
     config = _config(settings, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]

@@ -54,7 +54,7 @@ class TrainSettings:
     (the product for gate and up too), block (everything but a block's input). The results are to the bit the same."""
     backend: Backend = "auto"
     """Who computes attention: triton (our kernels), flash (FlashAttention 2 in torch; no shared prompts), flex (torch's
-    FlexAttention) or reference (eager); auto: triton on CUDA, reference on a CPU. The results differ by roundings."""
+    FlexAttention) or reference (eager); auto: triton on CUDA but for float32, else reference. Results differ by roundings."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0

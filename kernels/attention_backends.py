@@ -1,9 +1,10 @@
 """Who computes attention, by name; the results are the same within rounding, and who cannot do what is asked says so.
 
-triton: our kernels, on CUDA or in Triton's interpreter. flash: FlashAttention 2 as torch has it (Dao 2023,
-https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without shared prefixes. flex: torch's FlexAttention (Dong et
-al. 2024, https://arxiv.org/abs/2412.05496), compiled on CUDA, forward only on a CPU. reference: eager, anywhere. auto: triton
-where it runs, else the reference.
+triton: our kernels, on CUDA or in Triton's interpreter (float32 without tensor cores, which takes long to compile and to run).
+flash: FlashAttention 2 as torch has it (Dao 2023, https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without
+shared prefixes. flex: torch's FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496), compiled on CUDA, on a CPU
+forward only. reference: eager, anywhere. auto: triton in float16 and bfloat16 on CUDA and wherever it is interpreted, else the
+reference.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_work import UNBOUNDED, AttentionWork
-from kernels.launch import runs_triton
+from kernels.launch import INTERPRETED, runs_triton
 
 Backend = Literal["auto", "triton", "flash", "flex", "reference"]
 
@@ -27,21 +28,29 @@ def chosen(backend: Backend, query_THE: Tensor, work: AttentionWork) -> Literal[
     Raises: ValueError where it cannot do what is asked.
     """
     if backend == "auto":
-        return "triton" if runs_triton(query_THE) else "reference"
-    problem = None
-    if backend == "triton" and not runs_triton(query_THE):
-        problem = "runs in float32, float16 and bfloat16 on CUDA, or in Triton's interpreter"
-    if backend == "flash":
-        if not query_THE.is_cuda or query_THE.dtype not in (torch.float16, torch.bfloat16):
-            problem = "runs in float16 and bfloat16 on CUDA"
-        elif any(prefix >= 0 for *_, prefix in work.segments):
-            problem = "knows no shared prefixes"
-    if backend == "flex" and not query_THE.is_cuda and torch.is_grad_enabled() and query_THE.requires_grad:
-        problem = "has no gradients on a CPU"
+        return "triton" if runs_triton(query_THE) and (INTERPRETED or query_THE.itemsize == 2) else "reference"
+    gradients = torch.is_grad_enabled() and query_THE.requires_grad
+    prefixes = any(prefix >= 0 for *_, prefix in work.segments)
+    problem = cannot(backend, query_THE.device, query_THE.dtype, gradients=gradients, prefixes=prefixes)
     if problem:
-        dtype = str(query_THE.dtype).removeprefix("torch.")
-        raise ValueError(f"attention backend {backend} {problem}; query is {dtype} on {query_THE.device.type}: choose another")
+        raise ValueError(problem)
     return backend
+
+
+def cannot(backend: Backend, device: torch.device, dtype: torch.dtype, *, gradients: bool, prefixes: bool) -> str | None:
+    """Why a backend cannot compute attention, with gradients or with shared prefixes where asked for; None where it can."""
+    cuda = device.type == "cuda"
+    problem = None
+    if backend == "triton" and (dtype == torch.float64 or not (cuda or INTERPRETED)):
+        problem = "runs in float32, float16 and bfloat16 on CUDA, or in Triton's interpreter"
+    elif backend == "flash" and not (cuda and dtype in (torch.float16, torch.bfloat16)):
+        problem = "runs in float16 and bfloat16 on CUDA"
+    elif backend == "flash" and prefixes:
+        problem = "knows no shared prefixes"
+    elif backend == "flex" and gradients and not cuda:
+        problem = "has no gradients on a CPU"
+    given = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+    return f"attention backend {backend} {problem}; given {given}: choose another" if problem else None
 
 
 def flash_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork) -> tuple[Tensor, Tensor]:

@@ -230,3 +230,10 @@ def test_default_micro_batch_holds_the_longest_unit(tiny_settings, tmp_path):
         run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=0), kinds)
         assert run.pack_tokens == expected
         assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
+def test_attention_backend_that_needs_a_gpu(backend, tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.attention_backends.INTERPRETED", False)
+    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", device="cpu", backend=backend))
+    assert message.startswith(f"backend = '{backend}': attention backend {backend} ")

@@ -151,7 +151,7 @@ def test_layouts_do_not_matter(device):
     for layout in layouts:
         given = [layout(tensor.detach()).requires_grad_() for tensor in tensors]
         found = results(row, given, layout(grad))
-        if INTERPRETED or device.type == "cuda":
+        if INTERPRETED:
             assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
         # The eager products may choose another order of their sums for another layout.
         torch.testing.assert_close(expected, found)
@@ -194,7 +194,7 @@ def test_backends_say_what_they_cannot_do(device):
     row = Row((5, 4), 3, 16, (2, 1), (-1, 0))
     tensors, _ = leaves(row, torch.float32, device)
     work = row.work(device)
-    with pytest.raises(ValueError, match="backend flash runs in float16 and bfloat16 on CUDA; query is float32 on"):
+    with pytest.raises(ValueError, match="backend flash runs in float16 and bfloat16 on CUDA; given float32 on"):
         sliding_window_attention(*tensors, work=work, backend="flash")
     with pytest.raises(ValueError, match=r"backend triton runs in float32, float16 and bfloat16 on CUDA.*float64"):
         sliding_window_attention(*(tensor.double() for tensor in tensors), work=work, backend="triton")
@@ -213,7 +213,7 @@ def test_reference_by_name_is_the_reference(dtype, device):
     found = sliding_window_attention(*tensors, work=work, backend="reference")
     assert torch.equal(found, module.sliding_window_attention_reference(*tensors, work=work))
     auto = sliding_window_attention(*tensors, work=work)
-    named = "triton" if INTERPRETED or device.type == "cuda" else "reference"
+    named = "triton" if INTERPRETED or (device.type == "cuda" and dtype.itemsize == 2) else "reference"
     assert torch.equal(auto, sliding_window_attention(*tensors, work=work, backend=named))
 
 
