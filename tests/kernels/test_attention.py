@@ -184,6 +184,8 @@ def test_custom_operators_are_sound(triton_device):
 @pytest.mark.parametrize("name", FEW)
 def test_flex_is_right(name, device):
     row = ROWS[name]
+    if device.type == "cuda" and row.size < 16:
+        pytest.skip("compiled, FlexAttention takes heads of 16 elements and more")
     query, key, value, _ = row.inputs(torch.float32, device)
     found = sliding_window_attention_with_lse(query, key, value, work=row.work(device), backend="flex")
     expected = plain(*(tensor.double() for tensor in (query, key, value)), row.visible())
@@ -218,7 +220,7 @@ def test_reference_by_name_is_the_reference(dtype, device):
 
 
 LITERAL = [
-    Row((4095, 4096, 4097, 1), 4096, 128, (4, 1), size=128), Row((4500,), 4095, 128, (2, 2), size=64),
+    Row((4095, 4096, 4097, 1), 4096, 128, (2, 1), size=128), Row((4500,), 4095, 128, (2, 2), size=64),
     Row((300, 4097, 127, 128, 129), 4097, 128, (2, 1), size=64), Row((640,), 1, 128, (8, 1), size=128),
     Row((1000, 700, 1300), 512, 128, (4, 1), (-1, 0, 0), size=128), Row((700, 5, 300), 128, 128, (2, 2), (-1, 0, 0), size=64),
 ]  # fmt: skip

@@ -16,7 +16,7 @@ def packed(dtype, tokens):
 
 
 def work(tokens):
-    """Lists without data, and what the kernels must know beside them; as many places as the window takes part in no key."""
+    """Lists without data, and what the kernels must know beside them: a window that grows with the row."""
     tiles = triton.cdiv(tokens, TILE)
     return empty(4 * tiles, 4, dtype=torch.int32), tiles, tiles, 1 + tokens // 2, TILE
 
