@@ -28,7 +28,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(
-    kernel: Any, grid: Sequence[int], *arguments: Any, device: torch.device, warps: int, stages: int = 1, fusion: bool = True,
+    kernel: Any,
+    grid: Sequence[int],
+    *arguments: Any,
+    device: torch.device,
+    warps: int,
+    stages: int = 1,
+    fusion: bool = True,
     **constants: Any,
 ) -> None:
     """Start a kernel on the current stream of `device`; nothing is waited for.
