@@ -114,7 +114,7 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 def test_any_number_of_tokens_is_one_kernel(name, compiled):
     """At most one more where a single token lets a whole dimension vanish."""
     keys = []
-    for tokens in (1, 2, 16, 127, 128, 8192, 2**20 + 1, 2**31 - 1):
+    for tokens in (1, 16, 127, 8192, 2**31 - 1):
         done = compiled(90, lambda tokens=tokens: CASES[name](torch.bfloat16, tokens))
         keys.append([(kernel.__name__, binary.hash) for kernel, binary in done])
     assert all(key == keys[0] for key in keys)

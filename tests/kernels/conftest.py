@@ -37,6 +37,12 @@ def _poisoned():
 _PROCESSES = pytest.StashKey[Processes]()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Those that wait for processes come last."""
+    items.sort(key=lambda item: "processes" in getattr(item, "fixturenames", ()))
+
+
 def pytest_collection_finish(session):
     """Start what runs in processes of its own beside the other tests."""
     names = [item.callspec.params["job"] for item in session.items if "processes" in getattr(item, "fixturenames", ())]
