@@ -31,7 +31,8 @@ def gradient_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(sums).double().sum().sqrt().float() if sums else torch.zeros(())
 
 
-@torch.library.custom_op("komainu::gradient_norm", mutates_args=())
+# The schema is said: not every torch infers it from every spelling of a sequence.
+@torch.library.custom_op("komainu::gradient_norm", mutates_args=(), schema="(Tensor[] gradients) -> Tensor")
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     device = gradients[0].device
     config, total = configuration("gradient_norm", device), configuration("gradient_norm_total", device)
