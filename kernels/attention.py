@@ -82,6 +82,7 @@ def sliding_window_attention_reference(
     window: int | None = None,
     *,
     work: AttentionWork | None = None,
+    backend: Backend = "reference",
 ) -> Tensor:
     work = _given_or_made(query_THE, cu_docs, window, work)
     parts = []

@@ -13,7 +13,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,9 @@ def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
 
 def attention_by(work: AttentionWork, backend: Backend = "auto") -> Attend:
     """Attention of those to those that the lists of a batch say, on the device that they are on, computed by a backend."""
-    # Named only where it is chosen: benchmarks put the reference, which knows no other, in the operator's place.
-    chosen: dict[str, Any] = {} if backend == "auto" else {"backend": backend}
 
     def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work, **chosen)
+        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work, backend=backend)
 
     return attend
 
