@@ -12,7 +12,7 @@ Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H 
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -201,16 +201,22 @@ class Mistral(nn.Module):
 
 
 def initialize(model: Mistral, seed: int) -> None:
-    """Fresh weights, a pure function of the seed: normal with `initializer_range`, as `transformers` initialises Mistral, but
-    the two matrices that write to the residual stream are divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3).
-    """
+    """Give a model fresh weights (see `initial_weights`)."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in initial_weights(model, seed):
+            parameters[name].copy_(values)
+
+
+def initial_weights(model: Mistral, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and fresh values in float32 on the CPU, a pure function of the seed: normal with
+    `initializer_range`, as `transformers` initialises Mistral, but the two matrices that write to the residual stream are
+    divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3)."""
     generator = torch.Generator().manual_seed(seed)
     std = model.config.initializer_range
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            nn.init.ones_(parameter)
+            yield name, torch.ones(parameter.shape)
             continue
         scale = (2 * model.config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        values = torch.empty(parameter.shape).normal_(0.0, std * scale, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(values)
+        yield name, torch.empty(parameter.shape).normal_(0.0, std * scale, generator=generator)

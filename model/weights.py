@@ -7,7 +7,7 @@ one tensor at a time for reading and one shard at a time for writing.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -87,6 +87,10 @@ class TensorFolder:
         """One whole tensor, on the CPU, in its stored dtype."""
         return self._slice(name)[:]
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor, on the CPU, in its stored dtype."""
+        return self._slice(name)[start:stop]
+
     def _slice(self, name: str):
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: weight {name} is missing; the folder is incomplete or of another model")
@@ -142,24 +146,35 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device
     with torch.device("meta"):
         model = Mistral(config)
     model = model.to(dtype).to_empty(device=device)
-    parameters, parts = dict(model.named_parameters()), hugging_face_parts(config)
-    with TensorFolder(folder) as tensors, torch.no_grad():
+    load_rows(folder, config, {name: (parameter.detach(), 0) for name, parameter in model.named_parameters()})
+    return model
+
+
+def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Fill runs of rows of a model's parameters from a Hugging Face folder; no more than these rows is read.
+
+    Args: targets: every parameter by our name -> (its rows, the first one's number in the whole parameter).
+    Raises: FileNotFoundError or ValueError as `load_model` does.
+    """
+    parts = hugging_face_parts(config)
+    with TensorFolder(folder) as tensors:
         expected = {name for stack in parts.values() for name, _ in stack}
         surplus = [name for name in tensors.names if name not in expected and not name.endswith("rotary_emb.inv_freq")]
         if surplus:
             raise ValueError(f"{folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such); see config.json")
         for ours, stack in parts.items():
+            target, first = targets[ours]
             start = 0
             for name, rows in stack:
-                target = parameters[ours][start : start + rows]
-                if tensors.shape(name) != tuple(target.shape):
+                shape = (rows, *target.shape[1:])
+                if tensors.shape(name) != shape:
                     raise ValueError(
-                        f"{folder}: weight {name} has shape {list(tensors.shape(name))}, "
-                        f"config.json asks for {list(target.shape)}"
+                        f"{folder}: weight {name} has shape {list(tensors.shape(name))}, config.json asks for {list(shape)}"
                     )
-                target.copy_(tensors.tensor(name))
+                begin, end = max(first, start), min(first + len(target), start + rows)
+                if begin < end:
+                    target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
                 start += rows
-    return model
 
 
 def save_model(
