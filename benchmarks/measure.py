@@ -160,14 +160,14 @@ def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
     return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
-def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 10) -> dict[str, float]:
     """What this device reaches now: operations a second of a large matrix product on random data, bytes a second of a copy."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = statistics.median(kernel_seconds(lambda: left @ right, device, repeats=10))
+    product = statistics.median(kernel_seconds(lambda: left @ right, device, repeats=repeats, warmup=repeats // 2))
     source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
-    copy = statistics.median(kernel_seconds(lambda: target.copy_(source), device, repeats=10))
+    copy = statistics.median(kernel_seconds(lambda: target.copy_(source), device, repeats=repeats, warmup=repeats // 2))
     return {"product_flops": 2 * size**3 / product, "copy_bytes": 2 * source.nbytes / copy}
 
 

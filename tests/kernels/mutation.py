@@ -4,6 +4,7 @@ Prints the mutants that the tests let pass, and ends with status 1 where there a
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -63,6 +64,9 @@ def main(name: str) -> int:
     status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")])
     if status:
         return int(status)
+    # What is there now, the forks need not look through, nor copy for that, whenever they collect.
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         for number, (text, replacement) in enumerate(mutants):
             assert source.count(text) == 1, f"stands {source.count(text)} times in {name}.py: {text}"
