@@ -38,14 +38,13 @@ class Work:
 def work_of(
     config: MistralConfig, step: Step, recompute: str = "", *, device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> Work:
-    """The work of one rank's step on a device, of parameters of a dtype."""
-    flops, trained = step_flops(config, step)
+    """The work of a step of one rank on a device, of parameters of a dtype."""
     documents = sum(len(batch.document_D) for batch in step.batches)
     again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = pairs_of(batch.attention)
         again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
-    return Work(step.tokens + step.tokens_saved, documents, trained, flops, again)
+    return Work(step.tokens + step.tokens_saved, documents, step.trained, step_flops(config, step), again)
 
 
 def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int) -> int:

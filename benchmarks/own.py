@@ -25,6 +25,7 @@ from engine.loop import Objective, accumulate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
 from engine.optimizer import AdamW, OptimizerSettings
+from engine.parallel import Ranks
 from engine.run import Run
 from engine.schedule import learning_rate
 from engine.settings import TrainSettings
@@ -107,7 +108,7 @@ def open_job(job: dict[str, Any], *, whole_documents: bool = False) -> Run:
         share_prompts=getattr(settings, "share_prompts", False) and not whole_documents,
     )  # fmt: skip
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
-    return Run(settings, device, dtype, config, None, datasets, {}, plan, None, 0)  # type: ignore[arg-type]
+    return Run(settings, Ranks(device), dtype, config, None, datasets, {}, plan, None, 0)  # type: ignore[arg-type]
 
 
 def steps_of(run: Run, count: int) -> list[Step]:

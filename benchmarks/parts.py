@@ -57,10 +57,8 @@ def missing_setting(name: str, value: str) -> str | None:
 
 
 def missing_ranks(ranks: int) -> str | None:
-    """Why as many ranks cannot train together; None where they can."""
-    if ranks == 1 or importlib.util.find_spec("engine.parallel"):
-        return None
-    return "the engine trains in one process"
+    """Why as many ranks cannot be measured together; None where they can."""
+    return None if ranks == 1 else "this benchmark starts one process"
 
 
 def planned_gib(run: Any) -> float | dict[str, str]:

@@ -1,7 +1,8 @@
 """The training loop: one for pre-training, supervised fine-tuning and preference tuning.
 
 A step is: its micro-batches forward and backward, clip, AdamW. Which tokens, with which weights, over which denominator is
-decided by the plan and the objective beforehand, so nothing here knows which of the three it trains.
+decided by the plan and the objective beforehand, so nothing here knows which of the three it trains. Every rank runs this loop
+over its own part of each step.
 """
 
 import time
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from engine.checkpoint import load_optimizer, point_latest_at, save_checkpoint
 from engine.config import to_table, to_toml
-from engine.data.batches import Batch, Step, step_stream
+from engine.data.batches import Batch, Step, share_of, step_stream
 from engine.flops import pairs_of, peak_flops, training_flops
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
+from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
 from engine.run import Run
 from engine.schedule import learning_rate
 from model.config import MistralConfig
@@ -40,37 +42,43 @@ class Evaluation:
 
 def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[Evaluation] = ()) -> Path:
     """Train from the run's first step (or where its checkpoint ended) to its last. Returns the last checkpoint's folder."""
-    settings, steps = run.settings, run.plan.steps
+    settings, steps, ranks = run.settings, run.plan.steps, run.ranks
     if run.checkpoint is not None:
         # A kill may have come between the checkpoint's appearance and this.
-        point_latest_at(run.checkpoint)
+        if ranks.main:
+            point_latest_at(run.checkpoint)
         if run.start >= steps:
-            print(f"{run.checkpoint}: all {steps} steps are done already")
+            if ranks.main:
+                print(f"{run.checkpoint}: all {steps} steps are done already")
             return run.checkpoint
     optimizer = AdamW(model.named_parameters(), settings.optimizer, seed=settings.seed)
     if run.checkpoint is not None:
         load_optimizer(run.checkpoint, optimizer)
-    run.out.mkdir(parents=True, exist_ok=True)
     last = run.checkpoint
     with ExitStack() as stack:
-        stack.enter_context(sole_writer(run.out, run.out))
-        write_file(run.out / "config.toml", to_toml(settings))
+        stack.enter_context(lost_ranks_named())
+        if ranks.main:
+            run.out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_writer(run.out, run.out))
+            write_file(run.out / "config.toml", to_toml(settings))
         metrics = stack.enter_context(closing(open_metrics(run)))
         if run.start == 0 and evaluations:
-            metrics.evaluation(0, evaluate(model, evaluations))
-        window = run.config.sliding_window
-        stream = stack.enter_context(closing(step_stream(run.plan, run.start, window=window, pack_tokens=run.pack_tokens)))
+            metrics.evaluation(0, evaluate(model, evaluations, ranks))
+        stream = stack.enter_context(closing(step_stream(
+            run.plan, run.start, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=ranks.rank,
+            ranks=ranks.ranks,
+        )))  # fmt: skip
         waited = time.perf_counter()
         for step in stream:
             done, wait = step.index + 1, time.perf_counter() - waited
             rate = learning_rate(settings.schedule, step.index, steps)
-            values = accumulate(model, objective, step)
-            values["gradient_norm"] = optimizer.step(rate)
-            flops, trained = step_flops(run.config, step)
+            values = ranks.sum(accumulate(model, objective, step))
+            values["gradient_norm"], values["skipped"] = optimizer.step(rate, values["loss"])
             saved = step.tokens_saved if run.plan.share_prompts else None
-            metrics.step(StepRecord(done, rate, values, step.tokens, trained, flops, wait, saved))
+            flops = step_flops(run.config, step)
+            metrics.step(StepRecord(done, rate, values, step.tokens, step.trained, flops, wait, saved))
             if evaluations and (done == steps or _due(done, settings.evaluate_every)):
-                metrics.evaluation(done, evaluate(model, evaluations))
+                metrics.evaluation(done, evaluate(model, evaluations, ranks))
             if done == steps or _due(done, settings.checkpoint_every):
                 metrics.flush()
                 last = save_checkpoint(
@@ -85,19 +93,23 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
 def open_metrics(run: Run) -> Metrics:
     """The sinks of a run, cut back to where it starts."""
     settings = run.settings
-    peak = peak_flops(run.device)
-    return Metrics(run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak, config=to_table(settings))
+    return Metrics(
+        run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak_flops(run.device),
+        config=to_table(settings), ranks=run.ranks,
+        skip_limit=settings.optimizer.skip_limit if settings.optimizer.nonfinite == "skip" else 1,
+    )  # fmt: skip
 
 
 def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Tensor]:
-    """Forward and backward of every micro-batch of a step; the gradients add up in the parameters.
+    """Forward and backward of every micro-batch of a rank's step; the gradients add up in the parameters, over all ranks.
 
-    Returns: the step's values, summed over its micro-batches and detached, still on the device.
+    Returns: the step's values, summed over this rank's micro-batches and detached, still on the device.
     """
     model.train()
     device = model.lm_head.weight.device
     totals: dict[str, Tensor] = {}
-    for batch in step.batches:
+    for number, batch in enumerate(step.batches, start=1):
+        reduce_after(model, last=number == len(step.batches))
         values = objective(model, batch.to(device), step)
         values["loss"].backward()
         for name, value in values.items():
@@ -106,29 +118,27 @@ def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Te
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """Values of the held-out sets without noise: {"eval/<name>/<value>": ...}."""
+def evaluate(model: Mistral, evaluations: Sequence[Evaluation], ranks: Ranks | None = None) -> dict[str, float]:
+    """Values of the held-out sets without noise, over all ranks: {"eval/<name>/<value>": ...}."""
     model.eval()
     device = model.lm_head.weight.device
     results: dict[str, float] = {}
     for evaluation in evaluations:
-        totals: dict[str, float] = {}
-        for batch in evaluation.step.batches:
+        totals: dict[str, Tensor] = {}
+        batches = evaluation.step.batches
+        for batch in share_of(batches, ranks.rank, ranks.ranks) if ranks else batches:
             for name, value in evaluation.objective(model, batch.to(device), evaluation.step).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        results.update({f"eval/{evaluation.name}/{name}": value for name, value in totals.items()})
+                totals[name] = totals.get(name, 0) + value.double()
+        summed = ranks.sum(totals) if ranks else totals
+        results.update({f"eval/{evaluation.name}/{name}": float(value) for name, value in summed.items()})
+    reshard(model)
     model.train()
     return results
 
 
-def step_flops(config: MistralConfig, step: Step) -> tuple[int, int]:
-    """(operations of a step, places in it that are trained on)."""
-    flops = trained = 0
-    for batch in step.batches:
-        rows = int((batch.rows_N >= 0).sum())
-        flops += training_flops(config, tokens=batch.tokens, rows=rows, pairs=pairs_of(batch.attention))
-        trained += rows
-    return flops, trained
+def step_flops(config: MistralConfig, step: Step) -> int:
+    """Operations of a step, of all ranks."""
+    return training_flops(config, tokens=step.tokens, rows=step.trained, pairs=step.attended)
 
 
 def whole_step(batches: Sequence[Batch]) -> Step:
@@ -136,7 +146,8 @@ def whole_step(batches: Sequence[Batch]) -> Step:
     weight = sum(float(batch.weight_T.sum()) for batch in batches)
     pairs = sum(0 if batch.pair_D is None else len(batch.pair_D) // 2 for batch in batches)
     tokens, saved = (sum(getattr(batch, name) for batch in batches) for name in ("tokens", "tokens_saved"))
-    return Step(0, list(batches), weight, pairs, tokens, saved)
+    attended = sum(pairs_of(batch.attention) for batch in batches)
+    return Step(0, list(batches), weight, pairs, tokens, saved, int(weight), attended)
 
 
 def _due(done: int, every: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from engine.parallel import Ranks
 from model.folder import write_file
 
 
@@ -52,19 +53,26 @@ class Metrics:
     """Writes what a run reports. Steps are numbered from 1 by updates done; evaluation before the first step is step 0."""
 
     def __init__(
-        self, out: Path, settings: LogSettings, *, steps: int, start: int, peak_flops: float | None, config: dict[str, Any]
-    ) -> None:
+        self, out: Path, settings: LogSettings, *, steps: int, start: int, peak_flops: float | None, config: dict[str, Any],
+        ranks: Ranks, skip_limit: int = 1,
+    ) -> None:  # fmt: skip
         self.settings, self.steps, self.peak_flops = settings, steps, peak_flops
+        self._ranks, self._skip_limit, self._skipped_in_a_row = ranks, skip_limit, 0
         self._file = out / "metrics.jsonl"
-        # A fresh run evaluates before its first step, so nothing that an earlier attempt left counts, not even step 0.
-        kept = start if start else -1
-        _drop_lines_after(self._file, kept)
-        if settings.tensorboard:
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=kept + 1)
-        self._wandb = _start_wandb(settings.wandb, out, config) if settings.wandb else None
+        self._writer = self._wandb = None
+        if ranks.main:
+            # A fresh run evaluates before its first step, so nothing that an earlier attempt left counts, not even step 0.
+            kept = start if start else -1
+            _drop_lines_after(self._file, kept)
+            if settings.tensorboard:
+                self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=kept + 1)
+            if settings.wandb:
+                self._wandb = _start_wandb(settings.wandb, out, config)
         self._pending: list[StepRecord] = []
         self._interval_start = time.perf_counter()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05)
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True, smoothing=0.05
+        )
 
     def step(self, record: StepRecord) -> None:
         """Take a step's values; written every `log.every` steps and at the last."""
@@ -76,7 +84,10 @@ class Metrics:
     def flush(self) -> None:
         """Write the pending steps.
 
-        Raises: FloatingPointError naming the first step whose loss or gradient norm is not finite; that step is written too.
+        Every rank comes here after the same step, and all of them leave by the same error.
+
+        Raises: FloatingPointError naming the first step whose loss or gradient norm is not finite, or with skipping allowed the
+            last of `skip_limit` such steps in a row; that step is written too.
         """
         if not self._pending:
             return
@@ -88,11 +99,17 @@ class Metrics:
         self._pending = []
         self.restart_clock()
         for line in lines:
-            if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if "skipped" in line else 0
+            if "skipped" in line:
+                self.message(
+                    f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: not finite, no update"
+                )
+            if self._skipped_in_a_row == self._skip_limit:
                 raise FloatingPointError(
                     f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: training stopped, "
-                    "and no checkpoint holds this step. Resuming would repeat it: look at the data, or start a run in another "
-                    "out with a lower learning rate (schedule.peak), from an earlier checkpoint if there is one"
+                    "the weights are those from before it, and no checkpoint holds this step. Resuming would repeat it: look "
+                    "at the data, or start a run in another out with a lower learning rate (schedule.peak), from an earlier "
+                    "checkpoint if there is one"
                 )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -104,8 +121,9 @@ class Metrics:
         self.restart_clock()
 
     def message(self, text: str) -> None:
-        """A line on the console that does not tear the progress bar."""
-        self.bar.write(text, file=sys.stdout)
+        """A line on the console, of rank 0, that does not tear the progress bar."""
+        if self._ranks.main:
+            self.bar.write(text, file=sys.stdout)
 
     def restart_clock(self) -> None:
         """Do not count the time since the last log line: evaluation and checkpoints are no training."""
@@ -113,13 +131,13 @@ class Metrics:
 
     def close(self) -> None:
         self.bar.close()
-        if self.settings.tensorboard:
+        if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _speed(self, seconds: float) -> dict[str, Any]:
-        ranks = 1
+        ranks = self._ranks.ranks
         flops = sum(record.flops for record in self._pending)
         tokens = sum(record.tokens for record in self._pending) / seconds
         return {
@@ -143,12 +161,14 @@ class Metrics:
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
+        if not self._ranks.main:
+            return
         with self._file.open("a", encoding="utf-8") as file:
             # JSON has no NaN; a value that is not finite is null there.
             file.writelines(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n" for line in lines)
         for line in lines:
             values = {name: value for name, value in line.items() if name != "step" and value is not None}
-            if self.settings.tensorboard:
+            if self._writer is not None:
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, line["step"])
             if self._wandb is not None:
@@ -161,6 +181,8 @@ def _finite(value: Any) -> Any:
 
 def _step_line(record: StepRecord) -> dict[str, Any]:
     values = {name: float(value) for name, value in record.values.items()}
+    if not values.get("skipped"):
+        values.pop("skipped", None)
     tokens = {"tokens": record.tokens}
     if record.tokens_saved is not None:
         tokens["tokens_saved"] = record.tokens_saved

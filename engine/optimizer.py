@@ -1,12 +1,14 @@
 """The optimizer: AdamW with float32 masters over a model's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from engine.parallel import first_row, local, sum_over_shards
 from kernels.adamw import adamw_
 from kernels.gradient_norm import gradient_norm
 
@@ -18,7 +20,12 @@ class OptimizerSettings:
 
     moments: their dtype. With bfloat16, rounded stochastically, a bfloat16 model takes 10 bytes a parameter instead of 14: the
     parameter and the rest of its master, the gradient, two moments. gradients: the dtype in which they add up over a step's
-    micro-batches. With float32 no sum is rounded to bfloat16, and a bfloat16 model takes 2 bytes a parameter more.
+    micro-batches. With float32 no sum is rounded to bfloat16, and a bfloat16 model takes 2 bytes a parameter more. On several
+    ranks sums are always float32, rounded once in the end.
+
+    nonfinite: what to do with a step whose loss or gradient is not finite. Either way the device itself leaves the weights as
+    they are; stop: from then on for good, and the run ends with an error at the next log line; skip: for that step, which is
+    counted, and the run ends only when that happens skip_limit times in a row.
     """
 
     beta1: float = 0.9
@@ -28,6 +35,8 @@ class OptimizerSettings:
     clip_norm: float = 1.0
     moments: Literal["float32", "bfloat16"] = "float32"
     gradients: Literal["parameter", "float32"] = "parameter"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skip_limit: int = 10
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -38,10 +47,15 @@ class OptimizerSettings:
         for name in ("weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be 0 or more")
+        if self.skip_limit < 1:
+            raise ValueError(f"optimizer.skip_limit = {self.skip_limit}: must be at least 1")
 
 
 class AdamW:
     """Moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
+
+    State is sharded as its parameter is. The same numbers come out for any number of shards, but for the order in which the
+    squares of the gradient's norm are added.
 
     Args: parameters: all of the model, by name; their order tells them apart where moments are rounded stochastically.
         seed: of that rounding.
@@ -55,6 +69,7 @@ class AdamW:
         self.parameters = dict(parameters)
         self.state: dict[str, Tensor] = {}
         self.updates = 0
+        self._stopped: Tensor | None = None
         for name, parameter in self.parameters.items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
@@ -62,36 +77,57 @@ class AdamW:
                 self.state[f"{name}.{moment}"] = torch.zeros_like(parameter, dtype=getattr(torch, settings.moments))
             if parameter.dtype == torch.bfloat16:
                 self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
-                if settings.gradients == "float32":
+                if settings.gradients == "float32" and not isinstance(parameter, DTensor):
                     _accumulate_in_float32(parameter)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:
-        """Clip, update and clear the gradients. Returns the gradient's norm before clipping, a float32 scalar on its device."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = gradient_norm(gradients)
-        limit = self.settings.clip_norm
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    def step(self, learning_rate: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip, update and clear the gradients, unless they or the loss (of all ranks) are not finite.
+
+        Returns: the gradient's norm before clipping, and 1 where there was no update, else 0: float32 scalars on its device.
+        """
+        parameters = list(self.parameters.values())
+        norm = self._norm(parameters)
+        scale, skipped = self._scale(norm, loss)
         self.updates += 1
         for number, (name, parameter) in enumerate(self.parameters.items()):
             assert parameter.grad is not None, f"{name} took no part in the step"
-            adamw_(
-                parameter,
-                self.state.get(f"{name}.remainder"),
-                parameter.grad,
-                self.state[f"{name}.exp_avg"],
-                self.state[f"{name}.exp_avg_sq"],
-                learning_rate=learning_rate,
-                betas=(self.settings.beta1, self.settings.beta2),
-                eps=self.settings.eps,
-                weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
-                step=self.updates,
-                gradient_scale=scale,
-                seed=self.seed,
-                parameter_id=number,
-            )
+            mine = local(parameter)
+            if mine.numel():
+                remainder = self.state.get(f"{name}.remainder")
+                adamw_(
+                    mine,
+                    None if remainder is None else local(remainder),
+                    local(parameter.grad),
+                    local(self.state[f"{name}.exp_avg"]),
+                    local(self.state[f"{name}.exp_avg_sq"]),
+                    learning_rate=learning_rate,
+                    betas=(self.settings.beta1, self.settings.beta2),
+                    eps=self.settings.eps,
+                    weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
+                    step=self.updates,
+                    gradient_scale=scale,
+                    seed=self.seed,
+                    parameter_id=number,
+                    first_index=first_row(parameter) * (parameter.numel() // len(parameter)),
+                )
             parameter.grad = None
-        return norm
+        return norm, skipped
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+        if not isinstance(parameters[0], DTensor):
+            return norm
+        return sum_over_shards(norm.double().square(), parameters).sqrt().float()
+
+    def _scale(self, norm: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What multiplies the gradients, -1 where there is to be no update; and whether there is none."""
+        limit = self.settings.clip_norm
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        bad = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
+        if self.settings.nonfinite == "stop":
+            bad = self._stopped = bad if self._stopped is None else bad | self._stopped
+        return torch.where(bad, -1.0, scale), bad.float()
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
         """Take over saved moments and remainders. Raises ValueError naming a tensor that is missing or does not fit."""

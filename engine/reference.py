@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.data.batches import Batch
+from engine.data.batches import Batch, share_of
 from engine.data.dataset import TokenDataset
 from engine.objectives.preference import reference_log_probs
+from engine.parallel import reshard, whole
 from engine.run import Run
 from model.config import read_json
 from model.folder import sync, write_file
@@ -38,28 +39,32 @@ def reference_tables(
         next step: the reference itself for a fresh run, the checkpoint's for a resumed one.
     Raises: ValueError when a resumed run needs the reference's weights and they are not those that it began with.
     """
-    manifest = run.out / MANIFEST
+    manifest, ranks = run.out / MANIFEST, run.ranks
     model: Mistral | None = None
-    if run.checkpoint is not None and manifest.is_file():
-        weights = read_json(manifest).get("weights", "")
-    else:
+    known = read_json(manifest).get("weights", "") if run.checkpoint is not None and manifest.is_file() else None
+    weights = ranks.from_main(known)
+    if weights is None:
         model = run.load_initial_model()
         weights = weights_hash(model)
     tables: dict[str, Tensor] = {}
     for name, (dataset, batches) in sets.items():
         path = cache / f"{_key(run, weights, dataset, batches)}.safetensors"
         table = _read(path, len(dataset) // 2)
-        if table is None:
+        # Each rank reads for itself, but all of them compute as soon as one has to.
+        if ranks.sum_(torch.tensor(float(table is None))) > 0:
             if model is None:
                 model = run.load_initial_model()
                 _check_unchanged(run, weights_hash(model), weights)
-            table = _compute(model, name, dataset, batches)
-            _write(path, table)
+            table = _compute(run, model, name, dataset, batches)
+            if ranks.main:
+                _write(path, table)
+        assert table is not None
         tables[name] = table
     if run.checkpoint is None:
         assert model is not None
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_file(manifest, json.dumps({"weights": weights}) + "\n")
+        if ranks.main:
+            run.out.mkdir(parents=True, exist_ok=True)
+            write_file(manifest, json.dumps({"weights": weights}) + "\n")
         return tables, model
     return tables, run.load_model()
 
@@ -73,11 +78,11 @@ def _check_unchanged(run: Run, weights: str, began_with: str) -> None:
 
 
 def weights_hash(model: Mistral) -> str:
-    """SHA-256 of all parameters with their names, dtypes and shapes."""
+    """SHA-256 of all parameters, whole, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(parameter.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -89,10 +94,15 @@ def _key(run: Run, weights: str, dataset: TokenDataset, batches: list[Batch]) ->
     return digest.hexdigest()[:32]
 
 
-def _compute(model: Mistral, name: str, dataset: TokenDataset, batches: list[Batch]) -> Tensor:
-    tokens = sum(batch.tokens for batch in batches)
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=f"reference log-probs, {name}", disable=None) as bar:
-        return reference_log_probs(model, batches, len(dataset) // 2, bar.update)
+def _compute(run: Run, model: Mistral, name: str, dataset: TokenDataset, batches: list[Batch]) -> Tensor:
+    mine = share_of(batches, run.ranks.rank, run.ranks.ranks)
+    tokens = sum(batch.tokens for batch in mine)
+    disable = None if run.ranks.main else True
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=f"reference log-probs, {name}", disable=disable) as bar:
+        table = reference_log_probs(model, mine, len(dataset) // 2, bar.update)
+    reshard(model)
+    known = run.ranks.sum_((~table.isnan()).float())
+    return run.ranks.sum_(table.nan_to_num()).masked_fill(known == 0, torch.nan)
 
 
 def _read(path: Path, pairs: int) -> Tensor | None:

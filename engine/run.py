@@ -14,12 +14,13 @@ from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import choose_device, use_deterministic_algorithms
+from engine.parallel import Ranks, first_row, join, local, shard
 from engine.settings import FREE_ON_RESUME, TrainSettings
 from kernels.attention_backends import cannot
 from model.config import MistralConfig, preset, read_config
-from model.mistral import Mistral, initialize
+from model.mistral import Mistral, initial_weights
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import load_model
+from model.weights import load_rows
 
 PRESET = "preset:"
 
@@ -29,7 +30,7 @@ class Run:
     """What the loop needs, opened and checked. start: steps already done. checkpoint: where they are, None for a fresh run."""
 
     settings: TrainSettings
-    device: torch.device
+    ranks: Ranks
     dtype: torch.dtype
     config: MistralConfig
     tokenizer: Tokenizer
@@ -38,6 +39,10 @@ class Run:
     plan: Plan
     checkpoint: Path | None
     start: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def out(self) -> Path:
@@ -54,20 +59,32 @@ class Run:
         return TrainingState(step, {**to_table(self.settings), "dtype": dtype}, self.plan.fingerprint)
 
     def load_model(self) -> Mistral:
-        """The model to continue with: the checkpoint's, else the one that the run starts from."""
-        if self.checkpoint is None:
-            return self.load_initial_model()
-        return self._prepared(load_model(self.checkpoint, dtype=self.dtype, device=self.device))
+        """The model to continue with, this rank's shard of it: the checkpoint's, else the one that the run starts from."""
+        return self.load_initial_model() if self.checkpoint is None else self._load(self.checkpoint)
 
     def load_initial_model(self) -> Mistral:
         """The model that the run starts (or started) from; for preference tuning that is the reference."""
         if not self.settings.model.startswith(PRESET):
-            return self._prepared(load_model(model_folder(self.settings.model), dtype=self.dtype, device=self.device))
-        model = Mistral(self.config)
-        initialize(model, self.settings.seed)
-        return self._prepared(model.to(device=self.device, dtype=self.dtype))
+            return self._load(model_folder(self.settings.model))
+        model = self._empty_model()
+        parameters = dict(model.named_parameters())
+        for name, values in initial_weights(model, self.settings.seed):
+            first = first_row(parameters[name])
+            mine = local(parameters[name]).detach()
+            mine.copy_(values[first : first + len(mine)])
+        return model
 
-    def _prepared(self, model: Mistral) -> Mistral:
+    def _load(self, folder: Path) -> Mistral:
+        model = self._empty_model()
+        targets = {name: (local(parameter).detach(), first_row(parameter)) for name, parameter in model.named_parameters()}
+        load_rows(folder, self.config, targets)
+        return model
+
+    def _empty_model(self) -> Mistral:
+        """Sharded before it has memory, so that no rank ever needs that of the whole."""
+        with torch.device("meta"):
+            model = Mistral(self.config)
+        model = shard(model.to(self.dtype), self.ranks, self.settings.parallel).to_empty(device=self.device)
         model.recompute = self.settings.recompute
         model.attention_backend = self.settings.backend
         return model
@@ -79,12 +96,9 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     Args: kinds: of datasets that the objective can train on; share_prompts: compute the common prompt of a pair once.
     Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: training runs in one process; start it with --nproc-per-node 1"
-        )
     _check_writable(Path(settings.out))
-    device = choose_device(settings.device)
+    ranks = join(choose_device(settings.device), settings.parallel)
+    device = ranks.device
     if device.type == "cuda":
         use_deterministic_algorithms()
     dtype = _dtype(settings.dtype, device)
@@ -112,13 +126,15 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         epochs=settings.epochs,
         share_prompts=share_prompts,
     )
-    run = Run(settings, device, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
+    run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
     if run.pack_tokens < plan.longest_unit:
         unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
         raise ValueError(
             f"pack_tokens = {run.pack_tokens} is below {unit} ({plan.longest_unit} tokens); raise it, or leave it out"
         )
-    checkpoint = newest_checkpoint(settings.out)
+    # Rank 0 decides: what lies in a folder may change while others look.
+    name = ranks.from_main(getattr(newest_checkpoint(settings.out), "name", None))
+    checkpoint = Path(settings.out) / name if name else None
     if checkpoint is None:
         return run
     if settings.resume == "never":

@@ -6,6 +6,7 @@ from typing import Literal
 from engine.data.plan import Source
 from engine.metrics import LogSettings
 from engine.optimizer import OptimizerSettings
+from engine.parallel import ParallelSettings
 from engine.schedule import ScheduleSettings
 from kernels.attention_backends import Backend
 from model.mistral import Recompute
@@ -13,7 +14,7 @@ from model.mistral import Recompute
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
     {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "log", "resume", "dry_run", "reference_cache", "recompute"}
+     "log", "resume", "dry_run", "reference_cache", "recompute", "parallel"}
 )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ class TrainSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
         if not self.sources:

@@ -75,7 +75,8 @@ def adamw_(
         exp_avg, exp_avg_sq: moments of the parameter's shape, both float32 or both bfloat16; the latter are rounded
             stochastically, and the update is computed from what they were before that.
         step: of this update, from 1, for the bias corrections. weight_decay: decoupled, times the learning rate.
-        gradient_scale: float32 scalar tensor that multiplies the gradient (the clip factor), read where the data is.
+        gradient_scale: float32 scalar tensor that multiplies the gradient (the clip factor), read where the data is. Below 0 it
+            says that there is to be no update: everything stays as it is, and no host had to know.
         seed, parameter_id: what keys the stochastic rounding together with the step; 32 bits of each are used.
         first_index: of this shard's first element in the unsharded tensor, so that shards are rounded as the whole is.
     Raises: ValueError for other dtypes, for shapes that differ, and for what is updated but not contiguous.
@@ -171,6 +172,8 @@ def adamw_reference_(
     parameter, remainder, gradient, exp_avg, exp_avg_sq, *, learning_rate, betas, eps, weight_decay, step, gradient_scale,
     seed=0, parameter_id=0, first_index=0,
 ) -> None:  # fmt: skip
+    if gradient_scale < 0:
+        return
     factors = _factors(learning_rate, betas, eps, weight_decay, step)
     arrays = [parameter.view(-1), gradient.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1)]
     if remainder is not None:
@@ -219,6 +222,8 @@ def _adamw_kernel(
     second_weight, key: tl.int64, parameter_id: tl.int64, first_group: tl.int64, elements: tl.int64,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if tl.load(gradient_scale) < 0:
+        return
     block = tl.program_id(0).to(tl.int64)
     start = block * BLOCK - SHIFT
     offset = start + tl.arange(0, BLOCK)

@@ -41,6 +41,8 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
     sums = torch.zeros(triton.cdiv(sum(programs), total.block) * total.block, dtype=torch.float32, device=device)
     firsts = itertools.accumulate(programs, initial=0)
     for gradient, count, first in zip(gradients, programs, firsts, strict=False):
+        if not count:
+            continue  # a rank's empty shard
         # Integers, as the kernel converts bfloat16 itself: casts of a backend may round as they like.
         gradient = gradient.contiguous()
         gradient = gradient.view(torch.int16) if gradient.dtype == torch.bfloat16 else gradient

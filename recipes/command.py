@@ -1,11 +1,13 @@
 """How a recipe is called from a shell: settings in, one clear line out when something is wrong."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from engine.config import parse
 from engine.environment import DeviceError
+from engine.parallel import leave
 
 Settings = TypeVar("Settings")
 
@@ -15,11 +17,13 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
     settings = parse(settings_class, argv, prog=prog)
     try:
         run(settings)
+        leave()
     except (ValueError, OSError, FloatingPointError, DeviceError) as error:
         # A library's own error class was not written for our user.
         if type(error).__module__ not in ("builtins", DeviceError.__module__):
             raise
-        raise SystemExit(f"error: {error}") from None
+        rank = os.environ.get("RANK", "0")
+        raise SystemExit(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}") from None
     except KeyboardInterrupt:
         print("stopped; what was complete before is kept", file=sys.stderr)
         raise SystemExit(130) from None

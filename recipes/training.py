@@ -12,10 +12,11 @@ from engine.run import Run
 
 def announce(run: Run) -> bool:
     """Print what the run will do. Returns whether to go on: not for a dry run, which prints a sample as well."""
-    print("\n".join(describe(run)))
-    if run.settings.dry_run:
-        print("\n".join(sample(run)))
-        print("dry run: nothing was trained or written")
+    if run.ranks.main:
+        print("\n".join(describe(run)))
+        if run.settings.dry_run:
+            print("\n".join(sample(run)))
+            print("dry run: nothing was trained or written")
     return not run.settings.dry_run
 
 

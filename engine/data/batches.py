@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.data.dataset import TokenDataset
 from engine.data.packing import deal, pack_best_fit
 from engine.data.plan import Plan, SegmentTable, Units
+from engine.flops import attended_pairs
 from kernels.attention_work import AttentionWork, attention_work
 
 ROWS = 128
@@ -90,6 +91,7 @@ class Step:
     """One rank's part of a global step: `batches` are its own, the numbers count all ranks.
 
     weight: the sum of the weights of all places. tokens: places that are computed. tokens_saved: those that sharing saves.
+    trained: places that reach the head. attended: pairs (query, key) that attention computes.
     """
 
     index: int
@@ -98,6 +100,8 @@ class Step:
     pairs: int
     tokens: int
     tokens_saved: int
+    trained: int
+    attended: int
 
 
 def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1) -> Step:
@@ -117,8 +121,12 @@ def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, ra
     sizes = units.sizes.tolist()
     packs = deal(pack_best_fit(sizes, pack_tokens), sizes, ranks)[rank]
     batches = [_collate(plan.datasets, plan.document_offsets, units, pack, window) for pack in packs]
-    weight = _total_weight(plan.datasets, units)
-    return Step(step, batches, weight, len(sizes) if plan.paired else 0, sum(sizes), int(units.shared.sum()))
+    # Each trained place weighs 1.
+    trained = _trained(plan.datasets, units)
+    return Step(
+        step, batches, float(trained), len(sizes) if plan.paired else 0, sum(sizes), int(units.shared.sum()), trained,
+        _attended(units, window),
+    )  # fmt: skip
 
 
 def step_stream(
@@ -208,8 +216,8 @@ def evaluation_batches(
     return [_collate([dataset], [0], units, pack, window) for pack in packs]
 
 
-def _total_weight(datasets: Sequence[TokenDataset], units: Units) -> float:
-    """The sum of the weights of all places of a step."""
+def _trained(datasets: Sequence[TokenDataset], units: Units) -> int:
+    """Places of a step that are trained on."""
     total = 0
     for source, document, start, places in zip(
         *(column.tolist() for column in (units.source, units.document, units.start, units.places)), strict=True
@@ -219,7 +227,12 @@ def _total_weight(datasets: Sequence[TokenDataset], units: Units) -> float:
             total += places
         else:
             total += int(dataset.trained(document, start + 1, start + places + 1).sum())
-    return float(total)
+    return total
+
+
+def _attended(units: Units, window: int | None) -> int:
+    """Pairs (query, key) of a step; those within a shared prompt are computed for one side only."""
+    return attended_pairs(units.places.tolist(), window) - attended_pairs(units.shared.tolist(), window)
 
 
 def _collate(
@@ -284,6 +297,14 @@ def _rows(weight: np.ndarray) -> Tensor:
     rows = np.full(max(1, -(-len(trained) // ROWS)) * ROWS, -1, dtype=np.int32)
     rows[: len(trained)] = trained
     return torch.from_numpy(rows)
+
+
+def share_of(batches: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
+    """A rank's micro-batches of a list that all ranks have: as many for each rank, with fillers, as collectives must match."""
+    mine = list(batches[rank::ranks])
+    missing = -(-len(batches) // ranks) - len(mine)
+    first = batches[0]
+    return mine + [_filler(1 if first.pair_D is None else 2, first.attention.window)] * missing
 
 
 def _filler(documents: int, window: int | None) -> Batch:

@@ -133,7 +133,9 @@ def reference_log_probs(
             assert batch.pair_D is not None
             on_device = batch.to(device)
             scores_D = document_log_probs(token_log_probs(model, on_device), on_device)
-            table[batch.pair_D[0::2]] = scores_D.float().cpu().view(-1, 2)
+            pair_P, scores_P2 = batch.pair_D[0::2], scores_D.float().cpu().view(-1, 2)
+            # A filler's pair is none.
+            table[pair_P[pair_P >= 0]] = scores_P2[pair_P >= 0]
             progress(batch.tokens)
     model.train(training)
     return table

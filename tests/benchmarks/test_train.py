@@ -325,7 +325,7 @@ def test_ours_and_a_peer_train_alike_and_what_is_not_there_is_named(tmp_path, ca
     assert (ours["name"], eager["name"], liger["name"]) == ("komainu", "transformers eager", "transformers + Liger")
     assert "missing" in liger
     assert two_ranks["ranks"] == 2
-    assert two_ranks["missing"] == "the engine trains in one process"
+    assert two_ranks["missing"] == "this benchmark starts one process"
     assert eager["loss_first"] == pytest.approx(ours["loss_first"], rel=1e-5)
     assert eager["loss_last"] == pytest.approx(ours["loss_last"], rel=1e-5)
     assert eager["loss_first_difference"] == eager["loss_first"] - ours["loss_first"]

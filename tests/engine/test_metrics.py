@@ -16,6 +16,7 @@ from engine.data.batches import make_step
 from engine.flops import training_flops
 from engine.loop import step_flops
 from engine.metrics import LogSettings, Metrics, StepRecord
+from engine.parallel import Ranks
 from engine.run import open_run
 from recipes import dpo, pretrain, sft
 
@@ -213,7 +214,8 @@ def metrics_of(tmp_path):
 
     def make(**changes):
         settings = LogSettings(**{"every": 2, "tensorboard": False, **changes.pop("log", {})})
-        metrics = Metrics(tmp_path, settings, **{"steps": 4, "start": 0, "peak_flops": None, "config": {}, **changes})
+        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu")), **changes}
+        metrics = Metrics(tmp_path, settings, **given)
         made.append(metrics)
         return metrics
 
@@ -258,7 +260,8 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
 def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
     """Segments, not packs: the same however they are packed; only trained places reach the head."""
     run = open_run(tiny_settings("sft", tmp_path / "run"), ("conversations",))
-    found = {step_flops(run.config, make_step(run.plan, 1, window=16, pack_tokens=pack)) for pack in (64, 100, 1000)}
+    steps = [make_step(run.plan, 1, window=16, pack_tokens=pack, rank=rank, ranks=3) for pack in (64, 100) for rank in range(3)]
+    found = {(step_flops(run.config, step), step.trained) for step in steps}
     units = run.plan.units(1)
     trained = sum(
         int(run.datasets[0].trained(document, start + 1, start + places + 1).sum())
@@ -267,6 +270,21 @@ def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
     pairs = sum(min(i + 1, run.config.sliding_window) for places in units.places.tolist() for i in range(places))
     expected = training_flops(run.config, tokens=int(units.places.sum()), rows=trained, pairs=pairs)
     assert found == {(expected, trained)}
+
+
+def test_skipped_steps_are_counted_and_end_the_run_when_too_many(tmp_path, metrics_of, capsys):
+    def bad(step):
+        values = {"loss": torch.tensor(torch.nan), "gradient_norm": torch.tensor(1.0), "skipped": torch.tensor(1.0)}
+        return record(step, values=values)
+
+    metrics = metrics_of(steps=10, skip_limit=2)
+    for step in (1, 2, 4):
+        metrics.step(bad(step) if step != 2 else record(2))
+    with pytest.raises(FloatingPointError, match=r"step 5: loss nan"):
+        metrics.step(bad(5))
+        metrics.flush()
+    assert [line.get("skipped") for line in lines_of(tmp_path)] == [1, None, 1, 1]
+    assert "step 1: loss nan, gradient norm 1.0: not finite, no update" in capsys.readouterr().out
 
 
 def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):

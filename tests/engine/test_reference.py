@@ -22,9 +22,9 @@ def computed(monkeypatch):
     names = []
     compute = engine.reference._compute
 
-    def counted(model, name, dataset, batches):
+    def counted(run, model, name, dataset, batches):
         names.append(name)
-        return compute(model, name, dataset, batches)
+        return compute(run, model, name, dataset, batches)
 
     monkeypatch.setattr(engine.reference, "_compute", counted)
     return names

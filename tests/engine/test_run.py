@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,24 @@ def test_an_out_without_permission(tiny_settings, tmp_path, monkeypatch):
     assert message == f"{tmp_path / 'deep' / 'run'}: cannot be written: no permission for {tmp_path}; choose another out"
 
 
-def test_more_than_one_process(tiny_settings, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run"))
-    assert message == "WORLD_SIZE = 2: training runs in one process; start it with --nproc-per-node 1"
+def test_replicas_that_do_not_divide_the_ranks(tiny_settings, tmp_path, monkeypatch):
+    settings = tiny_settings("pretrain", tmp_path / "run", parallel={"replicas": 2})
+    for ranks in ("1", "3"):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        assert refused(pretrain, settings).startswith(f"parallel.replicas = 2 does not divide the {ranks} ranks of this run; ")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert open_run(tiny_settings("pretrain", tmp_path / "run"), ("text",)).start == 0
+
+
+def test_a_port_in_use(tiny_settings, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        named = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in named.items():
+            monkeypatch.setenv(name, value)
+        message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run"), ConnectionError)
+    assert message.startswith(f"rank 0 of 2 could not join the others at 127.0.0.1:{port}: ")
+    assert "is the port in use" in message
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,9 @@ def test_errors_are_one_line_and_status_one(toml, tmp_path, monkeypatch, stage):
         assert message in ended.value.code
         assert "\n" not in ended.value.code
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(SystemExit, match="error: WORLD_SIZE = 4: training runs in one process"):
-        recipe.main([toml(stage)])
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(SystemExit, match=r"error on rank 2: parallel\.replicas = 3 does not divide the 4 ranks"):
+        recipe.main([toml(stage), "--parallel.replicas", "3"])
 
 
 def test_a_run_that_diverges_ends_with_the_step(toml):

@@ -25,6 +25,7 @@ LAUNCHES = {
     "adamw float32": update(torch.float32, torch.float32, torch.float32),
 }
 MUTANTS = [
+    ("tl.load(gradient_scale) < 0", "tl.load(gradient_scale) < -2"),
     ("block = tl.program_id(0).to(tl.int64)", "block = tl.program_id(0)"),
     ("start = block * BLOCK - SHIFT", "start = block * BLOCK"),
     ("first_group + block * (BLOCK // 4)", "first_group + block * BLOCK"),

@@ -1,0 +1,228 @@
+"""The processes of a run: one rank without any wrapper, several with FSDP2 (`fully_shard`).
+
+Every rank holds a run of rows of each parameter, its gradient and its optimizer state. Whole parameters exist only while a
+block computes. Sums over ranks are sums, never means, and are added in float32 or wider: the denominators of an objective count
+all ranks already.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from model.mistral import Mistral
+
+SHARD, REPLICATE = "shard", "replicate"
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """replicas: copies of the model, each sharded over ranks / replicas (HSDP); 1 shards over all. reshard: blocks give their
+    gathered weights back between forward and backward; without it they are gathered once a micro-batch instead of twice, and
+    every rank holds the whole model's weights meanwhile. timeout: seconds that ranks wait for one another in a collective."""
+
+    replicas: int = 1
+    reshard: bool = True
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"parallel.replicas = {self.replicas}: must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"parallel.timeout = {self.timeout}: must be above 0 seconds")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    mesh: DeviceMesh | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars summed over all ranks, in float64 and one collective. Nothing waits for a CUDA device."""
+        if self.mesh is None:
+            return values
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        dist.all_reduce(stacked)
+        return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), stacked, strict=True)}
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """A tensor, on the CPU or the run's device, summed over all ranks in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has: text, numbers, None, lists of these."""
+        if self.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum_(torch.zeros(()))
+
+
+def join(device: torch.device, settings: ParallelSettings) -> Ranks:
+    """Join the processes that a launcher such as torchrun started; alone where there is none, or only one.
+
+    Raises: ValueError for replicas that do not divide the ranks, or more processes than GPUs on this machine; ConnectionError
+        where the others cannot be reached.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % settings.replicas:
+        raise ValueError(
+            f"parallel.replicas = {settings.replicas} does not divide the {ranks} ranks of this run; start another number of "
+            "processes (torchrun --nproc-per-node), or set it to a divisor"
+        )
+    if ranks == 1:
+        return Ranks(device)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK = {local}: this machine has {torch.cuda.device_count()} GPUs; start as many processes on it "
+                "(torchrun --nproc-per-node)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _connect(device, settings)
+    shards = ranks // settings.replicas
+    shape, names = ((settings.replicas, shards), (REPLICATE, SHARD)) if settings.replicas > 1 else ((shards,), (SHARD,))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return Ranks(device, dist.get_rank(), ranks, mesh)
+
+
+def _connect(device: torch.device, settings: ParallelSettings) -> None:
+    # gloo beside NCCL: what is on the host (names, counts, checkpoints) is agreed on without the device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend, timeout=timedelta(seconds=settings.timeout), device_id=device if device.type == "cuda" else None
+        )
+    except (dist.DistError, ValueError) as error:
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}; is the port in use, or a "
+            "machine unreachable? Start with torchrun --standalone, or choose another --master-port"
+        ) from None
+
+
+def leave() -> None:
+    """Take leave of the other ranks, at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Turn what a collective raises when another rank has died or hangs into one clear error.
+
+    Raises: ConnectionError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        distributed = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+        if not (dist.is_initialized() and distributed):
+            raise
+        raise ConnectionError(
+            f"rank {dist.get_rank()}: another rank stopped or did not answer within parallel.timeout ({_first_line(error)}); "
+            "the first error above, or the stacks of the rank that hangs, say why. The last complete checkpoint is intact: "
+            "start again to continue from it (torchrun --max-restarts does so by itself)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
+    """Shard a model in place: each block, the embedding and the head are units of their own, the rest is the root's.
+
+    Gradients arrive as sums over the ranks, added in float32. While a unit computes, its neighbour's weights are gathered.
+    """
+    if ranks.mesh is None:
+        return model
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    *blocks, last = model.layers
+    for unit in (*blocks, model.embed_tokens):
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
+    # The backward pass begins with these: giving them back would gather them twice in a row.
+    for unit in (last, model.lm_head, model):
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    order: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
+    for unit, following in itertools.pairwise(order):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reduce_after(model: nn.Module, last: bool) -> None:
+    """Say whether the coming backward pass is the step's last, after which alone gradients are summed over the ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the weights that a forward pass without a backward pass has left gathered."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, sharing its memory; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, gathered by all ranks together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of this rank's first row in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh[SHARD]
+    # As torch.chunk cuts: all the same number of rows but the last, which may be fewer or none.
+    rows = -(-len(tensor) // mesh.size())
+    return min(mesh.get_local_rank() * rows, len(tensor))
+
+
+def sum_over_shards(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A number of this rank's shards summed over all of them, each counted once, whatever the replicas."""
+    sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
+        dist.all_reduce(value, group=sharded.device_mesh[SHARD].get_group())
+    return value
