@@ -168,11 +168,11 @@ def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
         return model
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     *blocks, last = model.layers
-    for unit in (*blocks, model.embed_tokens):
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
+    for inner in (*blocks, model.embed_tokens):
+        fully_shard(inner, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
     # The backward pass begins with these: giving them back would gather them twice in a row.
-    for unit in (last, model.lm_head, model):
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    for outer in (last, model.lm_head, model):
+        fully_shard(outer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     order: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
     for unit, following in itertools.pairwise(order):
         unit.set_modules_to_forward_prefetch([following])
