@@ -348,6 +348,8 @@ def _gradients(
         elif needs_weight:
             product_VD = wide_product(gradient_NV.T, hidden_ND[part].T)
             grad_weight = product_VD if number == 0 else grad_weight.add_(product_VD)
+            # Else it is there until the next part's: as much as the sum itself, while logits are.
+            del product_VD
         # Before those of the next part are made: the budget is for one.
         del gradient_NV
     if needs_hidden:
