@@ -40,6 +40,7 @@ class Evaluation:
     step: Step
 
 
+@lost_ranks_named()
 def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[Evaluation] = ()) -> Path:
     """Train from the run's first step (or where its checkpoint ended) to its last. Returns the last checkpoint's folder."""
     settings, steps, ranks = run.settings, run.plan.steps, run.ranks
@@ -56,7 +57,6 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
         load_optimizer(run.checkpoint, optimizer)
     last = run.checkpoint
     with ExitStack() as stack:
-        stack.enter_context(lost_ranks_named())
         if ranks.main:
             run.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_writer(run.out, run.out))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from engine.data.batches import Batch, share_of
 from engine.data.dataset import TokenDataset
 from engine.objectives.preference import reference_log_probs
-from engine.parallel import reshard, whole
+from engine.parallel import lost_ranks_named, reshard, whole
 from engine.run import Run
 from model.config import read_json
 from model.folder import sync, write_file
@@ -29,6 +29,7 @@ from model.weights import save_tensors
 MANIFEST = "reference.json"
 
 
+@lost_ranks_named()
 def reference_tables(
     run: Run, sets: Mapping[str, tuple[TokenDataset, list[Batch]]], cache: Path
 ) -> tuple[dict[str, Tensor], Mistral]:
