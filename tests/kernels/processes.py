@@ -4,11 +4,15 @@ The interpreter is chosen when Triton is imported, and offline compilation needs
 the tests are collected and run beside the others, so that no core idles; `test_processes.py` waits for them.
 """
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from tests.kernels.cases import cases
@@ -18,7 +22,6 @@ ROOT = FOLDER.parents[1]
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Files that say this fixture's name have tests for the interpreter.
 FIXTURE = "triton_device"
-_SECONDS = 1200
 
 
 def _jobs() -> dict[str, tuple[list[str], str]]:
@@ -37,27 +40,36 @@ JOBS = _jobs()
 
 
 class Processes:
-    """Runs named jobs, as many at once as there are cores."""
+    """Runs named jobs: those of the interpreter, and those without it, each in forks of one process."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.running: set[subprocess.Popen] = set()
-        self.pool = ThreadPoolExecutor(os.cpu_count())
-        self.done: dict[str, Future] = {name: self.pool.submit(self._run, *JOBS[name]) for name in names}
+        self.running: list[subprocess.Popen] = []
+        self.done: dict[str, Future] = {name: Future() for name in names}
+        for interpret in ("1", "0"):
+            jobs = {name: JOBS[name][0] for name in self.done if JOBS[name][1] == interpret}
+            if jobs:
+                threading.Thread(target=self._run, args=(jobs, interpret), daemon=True).start()
 
-    def _run(self, arguments: list[str], interpret: str) -> tuple[int, str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": interpret}
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        # The session's own tests have one core to themselves: they take longer than any of these.
-        os.setpriority(os.PRIO_PROCESS, process.pid, 10)
-        self.running.add(process)
-        try:
-            output, _ = process.communicate(timeout=_SECONDS)
-        finally:
-            process.kill()
-            self.running.discard(process)
-        return process.returncode, output
+    def _run(self, jobs: dict[str, list[str]], interpret: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [sys.executable, str(FOLDER / "forks.py"), json.dumps(jobs)], cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=errors, process_group=0,
+            )  # fmt: skip
+            # The session's own tests have one core to themselves: they take longer than any of these.
+            os.setpriority(os.PRIO_PROCESS, process.pid, 10)
+            self.running.append(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                name, *outcome = json.loads(line)
+                self.done[name].set_result(outcome)
+            status = process.wait()
+            errors.seek(0)
+            said = errors.read()
+        for name in jobs:
+            if not self.done[name].done():
+                self.done[name].set_result([status or 1, f"the process of all jobs has ended with status {status}\n{said}"])
 
     def result(self, name: str) -> tuple[int, str]:
         """(status, output) of a job, when it has ended."""
@@ -65,6 +77,6 @@ class Processes:
 
     def stop(self) -> None:
         """End what still runs: the session was cut short."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(self.running):
-            process.kill()
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
