@@ -1,24 +1,25 @@
 """Weights in and out of Hugging Face folders: sharded safetensors with an index, from a local path or a hub name.
 
-Our packed matrices are Hugging Face's stacked: reading concatenates, writing slices, nothing is permuted. All of it streams,
-one tensor at a time for reading and one shard at a time for writing.
+Our packed matrices are Hugging Face's stacked: reading concatenates, writing slices, nothing is permuted. All of it streams, a
+run of rows at a time.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
 from model.mistral import Mistral
+from model.tensor_file import TensorFile, write_tensor_file
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2**30
@@ -55,7 +56,7 @@ class TensorFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._stack = ExitStack()
-        self._open_files: dict[str, safe_open] = {}
+        self._open_files: dict[str, TensorFile] = {}
         index = self.folder / INDEX_NAME
         single = self.folder / "model.safetensors"
         if index.is_file():
@@ -65,7 +66,7 @@ class TensorFolder:
             if not isinstance(self._file_of, dict) or not all(isinstance(file, str) for file in self._file_of.values()):
                 raise ValueError(f"{index}: weight_map must give a file name for each weight; fetch or export the folder again")
         elif single.is_file():
-            self._file_of = dict.fromkeys(self._open(single.name).keys(), single.name)
+            self._file_of = dict.fromkeys(self._open(single.name).names, single.name)
         else:
             raise FileNotFoundError(f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors")
 
@@ -81,35 +82,56 @@ class TensorFolder:
         return sorted(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._file_with(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file_with(name).dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor, on the CPU, in its stored dtype."""
-        return self._slice(name)[:]
+        return self._file_with(name).tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor, on the CPU, in its stored dtype."""
-        return self._slice(name)[start:stop]
+        return self._file_with(name).rows(name, start, stop)
 
-    def _slice(self, name: str):
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in runs of rows that take little memory, on the CPU, in its stored dtype."""
+        return self._file_with(name).blocks(name)
+
+    def check(self, config: MistralConfig) -> list[str]:
+        """Check that the weights are those of a model, all of them, each in its shape; their names in the model's order.
+
+        Stored rotary frequencies, which old folders have, are passed over.
+        Raises: ValueError naming the weight.
+        """
+        shapes = hugging_face_shapes(config)
+        surplus = [name for name in self.names if name not in shapes and not name.endswith("rotary_emb.inv_freq")]
+        if surplus:
+            raise ValueError(
+                f"{self.folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such); see config.json"
+            )
+        for name, shape in shapes.items():
+            if self.shape(name) != shape:
+                raise ValueError(
+                    f"{self.folder}: weight {name} has shape {list(self.shape(name))}, config.json asks for {list(shape)}"
+                )
+        return list(shapes)
+
+    def _file_with(self, name: str) -> TensorFile:
         if name not in self._file_of:
             raise ValueError(f"{self.folder}: weight {name} is missing; the folder is incomplete or of another model")
-        file = self._file_of[name]
-        try:
-            return self._open(file).get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.folder / file}: does not hold {name}, which the index promises: {error}") from None
+        file = self._open(self._file_of[name])
+        if not file.holds(name):
+            raise ValueError(f"{file.path}: does not hold {name}, which the index promises; fetch or export the folder again")
+        return file
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> TensorFile:
         if file not in self._open_files:
             path = self.folder / file
             if path.parent != self.folder or not path.is_file():
                 raise FileNotFoundError(f"{path}: named by the index but not there; fetch or export the folder again")
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: truncated or not a safetensors file ({error}); fetch or export it again") from None
-            self._open_files[file] = self._stack.enter_context(handle)
+            self._open_files[file] = self._stack.enter_context(TensorFile(path))
         return self._open_files[file]
 
 
@@ -137,6 +159,14 @@ def hugging_face_parts(config: MistralConfig) -> dict[str, list[tuple[str, int]]
     return parts
 
 
+def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of a model, in its order, and their shapes."""
+    with torch.device("meta"):
+        parameters = dict(Mistral(config).named_parameters())
+    parts = hugging_face_parts(config)
+    return {name: (rows, *parameters[ours].shape[1:]) for ours, stack in parts.items() for name, rows in stack}
+
+
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
     """A Mistral from a Hugging Face folder.
 
@@ -156,21 +186,12 @@ def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, t
     Args: targets: every parameter by our name -> (its rows, the first one's number in the whole parameter).
     Raises: FileNotFoundError or ValueError as `load_model` does.
     """
-    parts = hugging_face_parts(config)
     with TensorFolder(folder) as tensors:
-        expected = {name for stack in parts.values() for name, _ in stack}
-        surplus = [name for name in tensors.names if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-        if surplus:
-            raise ValueError(f"{folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such); see config.json")
-        for ours, stack in parts.items():
+        tensors.check(config)
+        for ours, stack in hugging_face_parts(config).items():
             target, first = targets[ours]
             start = 0
             for name, rows in stack:
-                shape = (rows, *target.shape[1:])
-                if tensors.shape(name) != shape:
-                    raise ValueError(
-                        f"{folder}: weight {name} has shape {list(tensors.shape(name))}, config.json asks for {list(shape)}"
-                    )
                 begin, end = max(first, start), min(first + len(target), start + rows)
                 if begin < end:
                     target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
@@ -192,40 +213,51 @@ def save_model(
         source.update({name: part for (name, _), part in zip(stack, slices, strict=True)})
     write_config(folder, model.config, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-    write_tensors(folder, shapes, dtype, source.__getitem__, max_shard_bytes=max_shard_bytes)
+    write_tensors(folder, shapes, dtype, lambda name: (source[name],), max_shard_bytes=max_shard_bytes)
+
+
+def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> MistralConfig:
+    """Write a model's configuration and weights into another, existing folder, in a dtype (default: that of its norm).
+
+    As `load_model` and `save_model`, without ever holding the model: a model of any size takes little memory.
+    Raises: FileNotFoundError or ValueError as `load_model` does. Returns: the model's configuration.
+    """
+    config = read_config(source)
+    with TensorFolder(source) as tensors:
+        names = tensors.check(config)
+        dtype = dtype or tensors.dtype("model.norm.weight")
+        write_config(folder, config, dtype)
+        write_tensors(folder, {name: tensors.shape(name) for name in names}, dtype, tensors.blocks)
+    return config
 
 
 def write_tensors(
     folder: str | Path,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
-    tensor_of: Callable[[str], Tensor],
+    parts_of: Callable[[str], Iterable[Tensor]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write `model-*.safetensors` and the index into an existing folder, holding one shard in memory at a time.
+    share: tuple[int, int] = (0, 1),
+) -> list[Path]:
+    """Write `model-*.safetensors` and the index into an existing folder, holding one part of a tensor in memory at a time.
 
-    Args: shapes: every tensor's shape, in the order to write; tensor_of: gives the tensor of a name when its turn comes.
-        A shard holds at most max_shard_bytes, or one tensor that is larger.
-    Raises: ValueError when tensor_of gives another shape than announced.
+    Args: shapes: every tensor's shape, in the order to write; parts_of: gives the tensor of a name as runs of its rows when
+        its turn comes. A shard holds at most max_shard_bytes, or one tensor that is larger. share: (number, of how many) of
+        the processes that write the folder together, each some of its shards; the first writes the index as well.
+    Raises: ValueError when the parts add up to another shape than announced. Returns: the shards written.
     """
-    folder = Path(folder)
-    shards = _plan_shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensor = tensor_of(name).detach().to(device="cpu", dtype=dtype).contiguous()
-            if tuple(tensor.shape) != tuple(shapes[name]):
-                raise ValueError(f"{name}: has shape {list(tensor.shape)}, {list(shapes[name])} was announced")
-            # Slices of one matrix share storage, which safetensors refuses to guess about.
-            tensors[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-            weight_map[name] = file
-        save_tensors(tensors, folder / file)
-    total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    folder, (part, parts) = Path(folder), share
+    shards = plan_shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes)
+    files = [folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in list(zip(files, shards, strict=True))[part::parts]:
+        write_tensor_file(file, {name: shapes[name] for name in names}, dtype, parts_of)
+    if part == 0:
+        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+        weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files[part::parts]
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -238,7 +270,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
 
 
-def _plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in files of at most `limit` bytes, or of one tensor that is larger, in the order given."""
     shards: list[list[str]] = []
     used = limit
     for name, size in sizes.items():

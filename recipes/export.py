@@ -13,7 +13,7 @@ import torch
 from engine.checkpoint import newest_checkpoint, read_state
 from model.folder import complete_folder
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import load_model, save_model
+from model.weights import convert_folder
 from recipes.command import command
 
 
@@ -45,8 +45,7 @@ def run(settings: ExportSettings) -> Path:
         raise FileNotFoundError(f"{source}: holds neither a complete checkpoint (step-...) nor a config.json")
     tokenizer = Tokenizer.load(checkpoint)
     with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
-        model = load_model(checkpoint, dtype=getattr(torch, settings.dtype))
-        save_model(model, folder)
+        convert_folder(checkpoint, folder, getattr(torch, settings.dtype))
         write_tokenizer_folder(folder, tokenizer.model_bytes)
     size = sum(file.stat().st_size for file in Path(settings.out).iterdir())
     print(f"{settings.out}: {size / 2**20:.1f} MiB from {checkpoint}; load it with transformers' AutoModelForCausalLM")

@@ -5,7 +5,7 @@ Shapes: N new pieces, D width, B rows of the base, V rows with padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,14 +16,14 @@ from torch import Tensor
 from model.config import MistralConfig, read_config, write_config
 from model.vocabulary.merge import split_pieces
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import TensorFolder, write_tensors
+from model.weights import TensorFolder, hugging_face_shapes, write_tensors
 
 Method = Literal["weighted", "mean", "random"]
 Side = Literal["input", "head"]
 
 ROW_MULTIPLE = 128  # rows of embedding and head, for the matrix units
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_CHUNK = 1024  # new rows computed at a time
+_RUN, _COLUMNS = 1024, 256  # of a matrix, computed at a time
 
 # Each further sub-piece counts 4/5 of the one before. No polynomial with coefficients -1, 0, 1 has the root 4/5, so two
 # orders of the same sub-pieces never get equal weights; and the sixteenth still counts 3.5 %, more than bf16 rounds off.
@@ -38,8 +38,8 @@ def padded_size(pieces: int) -> int:
 
 def new_rows(
     base_BD: Tensor, subpieces: Sequence[Sequence[int]], side: Side, *, method: Method = "weighted", seed: int = 0
-) -> Tensor:
-    """Rows for new pieces from the base's rows of the sub-pieces that spelled them before.
+) -> Iterator[Tensor]:
+    """Rows for new pieces from the base's rows of the sub-pieces that spelled them before, a run of rows at a time.
 
     `weighted`: a mean weighted by place, as long as the sub-pieces' rows are. In the head the first sub-piece weighs
     most (the new piece must win where that one won), in the input the last (what follows has been predicted from it).
@@ -54,54 +54,57 @@ def new_rows(
         method: see above.
         seed: of noise and random rows; input and head draw apart.
 
-    Returns:
-        float32 [N, D].
+    Yields:
+        float32 [at most 1024, D], all N in their order.
     """
     if method not in get_args(Method):
         raise ValueError(f"method = {method!r}: must be one of {', '.join(get_args(Method))}")
     generator = torch.Generator().manual_seed(2 * seed + (side == "head"))
-    rows_ND = torch.empty(len(subpieces), base_BD.shape[1])
+    runs = [subpieces[start : start + _RUN] for start in range(0, len(subpieces), _RUN)]
     if method == "random":
-        rows_ND.normal_(generator=generator)
-        return rows_ND.mul_(_deviation(base_BD)).add_(_mean(base_BD))
-    noise = _NOISE * torch.linalg.vector_norm(base_BD, dim=1, dtype=torch.float32).median() / base_BD.shape[1] ** 0.5
-    by_length: dict[int, list[int]] = {}
-    for row, ids in enumerate(subpieces):
-        by_length.setdefault(len(ids), []).append(row)
-    for length, members in by_length.items():
-        weights = _weights(length, side) if method == "weighted" else [1 / length] * length
-        for start in range(0, len(members), _CHUNK):
-            chosen = members[start : start + _CHUNK]
-            ids_NL = torch.tensor([list(subpieces[row]) for row in chosen])
-            total_ND = torch.zeros(len(chosen), base_BD.shape[1])
-            norm_N = torch.zeros(len(chosen))
-            for place, weight in enumerate(weights):
-                part_ND = base_BD[ids_NL[:, place]].float()
-                total_ND += weight * part_ND
-                norm_N += weight * torch.linalg.vector_norm(part_ND, dim=1)
-            if method == "weighted":
-                length_N = torch.linalg.vector_norm(total_ND, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-                total_ND *= (norm_N / length_N)[:, None]
-            rows_ND[chosen] = total_ND
-    if method == "weighted":
-        rows_ND += noise * torch.randn(rows_ND.shape, generator=generator)
-    return rows_ND
+        mean_D, deviation_D = _mean(base_BD), _deviation(base_BD)
+        for run in runs:
+            yield torch.randn(len(run), len(mean_D), generator=generator).mul_(deviation_D).add_(mean_D)
+        return
+    norm_B = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in base_BD.split(_RUN)])
+    for run in runs:
+        ids, place, length, row = _flat(run)
+        if method == "mean":
+            weight = 1 / length
+        else:
+            weight = _DECAY ** (place if side == "head" else length - 1 - place)
+            weight /= torch.zeros(len(run)).index_add_(0, row, weight)[row]
+        mean_ND = torch.zeros(len(run), base_BD.shape[1]).index_add_(0, row, weight[:, None] * base_BD[ids].float())
+        if method == "weighted":
+            wanted_N = torch.zeros(len(run)).index_add_(0, row, weight * norm_B[ids])
+            found_N = torch.linalg.vector_norm(mean_ND, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+            mean_ND *= (wanted_N / found_N)[:, None]
+            noise = _NOISE * norm_B.median() / base_BD.shape[1] ** 0.5
+            mean_ND += noise * torch.randn(mean_ND.shape, generator=generator)
+        yield mean_ND
 
 
-def resize_rows(
+def _flat(subpieces: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each sub-piece of all pieces in a row: its id, its place, how many its piece has, and its piece."""
+    lengths = torch.tensor([len(ids) for ids in subpieces])
+    ids = torch.tensor([id for ids in subpieces for id in ids])
+    row = torch.arange(len(subpieces)).repeat_interleave(lengths)
+    place = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths)[row]
+    return ids, place, lengths[row], row
+
+
+def resized_rows(
     base_BD: Tensor, subpieces: Sequence[Sequence[int]], side: Side, *, method: Method = "weighted", seed: int = 0
-) -> Tensor:
-    """The base's rows, bit for bit, then `new_rows`, then padding to a multiple of 128: [V, D] in the base's dtype.
+) -> Iterator[Tensor]:
+    """A resized matrix [V, D], a run of rows at a time: the base's rows, bit for bit, then `new_rows`, then padding.
 
-    Padding rows are the mean of the base's rows: of a middling score beside any hidden state, should a reader forget to
-    exclude them.
+    Padding rows, to a multiple of 128, are the mean of the base's: of a middling score beside any hidden state, should a
+    reader forget to exclude them.
     """
+    yield base_BD
+    yield from new_rows(base_BD, subpieces, side, method=method, seed=seed)
     pieces = len(base_BD) + len(subpieces)
-    rows_VD = base_BD.new_empty(padded_size(pieces), base_BD.shape[1])
-    rows_VD[: len(base_BD)] = base_BD
-    rows_VD[len(base_BD) : pieces] = new_rows(base_BD, subpieces, side, method=method, seed=seed)
-    rows_VD[pieces:] = _mean(base_BD)
-    return rows_VD
+    yield _mean(base_BD).expand(padded_size(pieces) - pieces, -1)
 
 
 def resize_model(
@@ -109,7 +112,7 @@ def resize_model(
 ) -> MistralConfig:
     """Write a Hugging Face model folder with rows for the merged tokenizer, and that tokenizer, into an existing folder.
 
-    Streams: beside one shard, no more than one matrix is in memory. All other weights, and the base's rows, keep their bits.
+    Streams: no more is in memory than the base's rows of one matrix. All other weights, and the base's rows, keep their bits.
     `unpadded_vocab_size` in config.json says where padding begins, and generation_config.json keeps it from being sampled.
 
     Returns:
@@ -125,28 +128,22 @@ def resize_model(
     resized = replace(config, vocab_size=padded_size(merged.vocab_size), unpadded_vocab_size=merged.vocab_size)
     sides: dict[str, Side] = {_EMBEDDING: "input", _HEAD: "head"}
     with TensorFolder(source) as tensors:
-        names = [name for name in tensors.names if not name.endswith("rotary_emb.inv_freq")]
-        dtype = tensors.tensor("model.norm.weight").dtype
-
-        def tensor_of(name: str) -> Tensor:
-            tensor = tensors.tensor(name)
-            if tensor.dtype != dtype:
+        names = tensors.check(config)
+        dtype = tensors.dtype("model.norm.weight")
+        for name in names:
+            if tensors.dtype(name) != dtype:
                 raise ValueError(
-                    f"{source}: {name} is {tensor.dtype} where other weights are {dtype}: export the model in one dtype first"
+                    f"{source}: {name} is {tensors.dtype(name)} where other weights are {dtype}: "
+                    "export the model in one dtype first"
                 )
+
+        def parts_of(name: str) -> Iterator[Tensor]:
             if name not in sides:
-                return tensor
-            return resize_rows(tensor[: base.vocab_size], subpieces, sides[name], method=method, seed=seed)
+                return tensors.blocks(name)
+            base_BD = tensors.rows(name, 0, base.vocab_size)
+            return resized_rows(base_BD, subpieces, sides[name], method=method, seed=seed)
 
-        shapes = {name: tensors.shape(name) for name in names}
-        for name in sides:
-            if shapes.get(name) != (config.vocab_size, config.hidden_size):
-                raise ValueError(
-                    f"{source}: {name} has shape {list(shapes.get(name, ()))}, "
-                    f"config.json asks for {[config.vocab_size, config.hidden_size]}"
-                )
-            shapes[name] = (resized.vocab_size, resized.hidden_size)
-        write_tensors(folder, shapes, dtype, tensor_of)
+        write_tensors(folder, hugging_face_shapes(resized), dtype, parts_of)
     write_config(folder, resized, dtype)
     write_tokenizer_folder(folder, merged.model_bytes)
     return resized
@@ -167,14 +164,9 @@ def check_rows(config: MistralConfig, tokenizer: Tokenizer, source: str | Path) 
         )
 
 
-def _weights(length: int, side: Side) -> list[float]:
-    falling = [_DECAY**place for place in range(length)]
-    return [weight / sum(falling) for weight in (falling if side == "head" else reversed(falling))]
-
-
 def _mean(base_BD: Tensor) -> Tensor:
-    return base_BD.mean(dim=0, dtype=torch.float32)
+    return torch.cat([columns.float().mean(dim=0) for columns in base_BD.split(_COLUMNS, dim=1)])
 
 
 def _deviation(base_BD: Tensor) -> Tensor:
-    return base_BD.float().std(dim=0)
+    return torch.cat([columns.float().std(dim=0) for columns in base_BD.split(_COLUMNS, dim=1)])

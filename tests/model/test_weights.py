@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import model.tensor_file as tensor_file
 import model.weights as weights
 from model.config import read_config
-from model.weights import TensorFolder, load_model, read_tensors, resolve_folder, save_model, write_tensors
+from model.tensor_file import TensorFile, write_tensor_file
+from model.weights import TensorFolder, convert_folder, load_model, read_tensors, resolve_folder, save_model, write_tensors
 
 SINGLE = "model.safetensors"
 
@@ -155,26 +157,107 @@ def test_tensors_are_read_one_at_a_time_under_their_names(exported, small_model)
     assert names == sorted(index_of(exported)["weight_map"])
 
 
-def test_writing_holds_one_shard_at_a_time(tmp_path):
+def test_writing_holds_one_part_at_a_time(tmp_path):
     shapes = {f"tensor-{i}": (4, 8) for i in range(12)}
     alive, most = [], []
 
     def make(name):
-        tensor = torch.full((4, 8), float(name.removeprefix("tensor-")))
-        alive.append(weakref.ref(tensor))
-        most.append(sum(reference() is not None for reference in alive))
-        return tensor
+        for row in range(4):
+            part = torch.full((1, 8), float(name.removeprefix("tensor-")) + row / 4)
+            alive.append(weakref.ref(part))
+            most.append(sum(reference() is not None for reference in alive))
+            yield part
 
     write_tensors(tmp_path, shapes, torch.float32, make, max_shard_bytes=3 * 4 * 8 * 4)
     assert len(shards(tmp_path)) == 4
-    # Those of the shard being filled, and what still holds the one before.
-    assert max(most) <= 4
-    assert [float(tensor[0, 0]) for _, tensor in sorted(read_tensors(tmp_path))] == sorted(range(12), key=str)
+    # The one that is made while the writer's name still holds the one before.
+    assert max(most) <= 2
+    for name, tensor in read_tensors(tmp_path):
+        expected = float(name.removeprefix("tensor-")) + torch.arange(4)[:, None] / 4
+        assert torch.equal(tensor, expected.expand(4, 8))
 
 
-def test_a_tensor_of_another_shape_than_announced_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"a: has shape \[3\], \[2\] was announced"):
-        write_tensors(tmp_path, {"a": (2,)}, torch.float32, lambda _: torch.zeros(3))
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([torch.zeros(1, 3)], r"a: has shape \[1, 3\], \[2, 4\] was announced"),
+        ([torch.zeros(4)], r"a: has shape \[4\], \[2, 4\] was announced"),
+        ([torch.zeros(1, 4)], r"a: has 1 rows, \[2, 4\] was announced"),
+        ([torch.zeros(2, 4)] * 2, r"a: has 4 rows, \[2, 4\] was announced"),
+    ],
+)
+def test_parts_of_another_shape_than_announced_are_refused(tmp_path, parts, message):
+    with pytest.raises(ValueError, match=message):
+        write_tensors(tmp_path, {"a": (2, 4)}, torch.float32, lambda _: parts)
+
+
+def test_files_are_those_of_the_safetensors_package(tmp_path):
+    """Every dtype and rank, theirs read by us and ours by them."""
+    tensors = {
+        str(dtype): (torch.arange(24) % 2 if dtype == torch.bool else torch.arange(24)).to(dtype).reshape(2, 3, 4)
+        for dtype in (
+            torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+            torch.uint8, torch.bool,
+        )
+    } | {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 5), "日本": torch.ones(1)}  # fmt: skip
+    save_file(tensors, tmp_path / "theirs")
+    with TensorFile(tmp_path / "theirs") as file:
+        assert file.names == sorted(tensors)
+        for name, tensor in tensors.items():
+            assert file.dtype(name) == tensor.dtype
+            assert torch.equal(file.tensor(name), tensor)
+            if tensor.ndim:
+                assert torch.equal(torch.cat([file.rows(name, 0, 1), *file.blocks(name)]), torch.cat([tensor[:1], tensor]))
+    for name, tensor in tensors.items():
+        write_tensor_file(tmp_path / "ours", {name: tuple(tensor.shape)}, tensor.dtype, lambda _, tensor=tensor: [tensor])
+        [(read, ours)] = load_file(tmp_path / "ours").items()
+        assert (read, ours.dtype) == (name, tensor.dtype)
+        assert torch.equal(ours, tensor)
+
+
+def test_blocks_are_runs_of_rows_of_a_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 100)
+    wide, tall = torch.randn(3, 200), torch.randn(50, 5)
+    save_file({"wide": wide, "tall": tall}, tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file:
+        assert [len(block) for block in file.blocks("wide")] == [1, 1, 1]
+        assert [len(block) for block in file.blocks("tall")] == [5] * 10
+        assert torch.equal(torch.cat(list(file.blocks("tall"))), tall)
+
+
+def test_a_file_cut_while_it_is_read_is_named(tmp_path):
+    save_file({"a": torch.zeros(1000)}, tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file:
+        cut(tmp_path / "file", 0.5)
+        with pytest.raises(ValueError, match="file: became shorter while it was read"):
+            file.tensor("a")
+
+
+def test_a_full_disk_is_named():
+    with pytest.raises(OSError, match="/dev/full: could not be written: No space left on device; free the disk"):
+        write_tensor_file(Path("/dev/full"), {"a": (4,)}, torch.float32, lambda _: [torch.zeros(4)])
+
+
+def test_a_dtype_that_no_weight_has_is_named(tmp_path):
+    save_file({"a": torch.zeros(4, dtype=torch.float8_e4m3fn)}, tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file, pytest.raises(ValueError, match="file: a is stored as F8_E4M3"):
+        file.tensor("a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_converted_folder_is_what_loading_and_saving_gives(exported, tmp_path, dtype):
+    ours, streamed = tmp_path / "saved", tmp_path / "streamed"
+    for folder in (ours, streamed):
+        folder.mkdir()
+    save_model(load_model(exported, dtype=dtype), ours)
+    assert convert_folder(exported, streamed, dtype) == read_config(exported)
+    assert content(ours) == content(streamed)
+
+
+def test_a_folder_is_converted_only_if_it_is_whole(single, tmp_path):
+    rewrite(single, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        convert_folder(single, tmp_path)
 
 
 def test_a_single_file_without_index_is_read(single, small_model):

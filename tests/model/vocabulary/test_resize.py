@@ -1,8 +1,11 @@
 """New rows against their formula in float64, and resized folders against the model that they came from."""
 
+import gc
 import itertools
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +13,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model.config import read_config
+from model.config import MistralConfig, read_config, write_config
+from model.vocabulary import resize
 from model.vocabulary.merge import extend, split_pieces
-from model.vocabulary.resize import check_rows, new_rows, padded_size, resize_model, resize_rows
+from model.vocabulary.resize import check_rows, padded_size, resize_model
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import load_model, read_tensors, save_model
+from model.weights import (
+    TensorFolder,
+    convert_folder,
+    hugging_face_shapes,
+    load_model,
+    read_tensors,
+    save_model,
+    write_tensors,
+)  # fmt: skip
 
 SIDES = ("input", "head")
 SUBPIECES = [[3, 4], [4, 3], [5], [6, 7, 8, 9], [9, 8, 7, 6], [10] * 16, [11, 12, 13] * 5]
+
+
+def new_rows(base, subpieces, side, **options):
+    return torch.cat(list(resize.new_rows(base, subpieces, side, **options)))
+
+
+def resize_rows(base, subpieces, side, **options):
+    return torch.cat([part.to(base.dtype) for part in resize.resized_rows(base, subpieces, side, **options)])
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +204,42 @@ def test_a_padded_model_can_be_resized_again(base_folder, small_base, small_merg
     assert torch.equal(second["lm_head.weight"][:820], first["lm_head.weight"][:820])
     expected = new_rows(first["lm_head.weight"][:820], split_pieces(small_merged, larger), "head")
     torch.testing.assert_close(second["lm_head.weight"][820:880], expected)
+
+
+def peak_growth(work) -> int:
+    """Bytes by which the process's resident set, mapped files included, was larger during a call than before it."""
+
+    def status(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def test_a_model_passes_through_in_little_memory(small_base, small_merged, tmp_path):
+    config = MistralConfig(
+        vocab_size=small_base.vocab_size, hidden_size=1024, intermediate_size=13000, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+    source, resized, exported = (tmp_path / name for name in ("source", "resized", "exported"))
+    for folder in (source, resized, exported):
+        folder.mkdir()
+    shapes = hugging_face_shapes(config)
+    values = torch.randn(13000 * 1024).bfloat16()
+    write_config(source, config, torch.bfloat16)
+    write_tensors(source, shapes, torch.bfloat16, lambda name: [values[: math.prod(shapes[name])].view(shapes[name])])
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    assert size > 175e6
+    assert peak_growth(lambda: resize_model(source, resized, small_base, small_merged)) < 80e6
+    assert peak_growth(lambda: convert_folder(resized, exported, torch.float16)) < 80e6
+    last = "model.layers.1.mlp.down_proj.weight"
+    with TensorFolder(source) as before, TensorFolder(resized) as after, TensorFolder(exported) as other:
+        assert torch.equal(after.tensor(last), before.tensor(last))
+        assert torch.equal(other.tensor(last), before.tensor(last).half())
 
 
 def test_models_of_another_tokenizer_are_refused(base_folder, small_base, small_merged, tmp_path):
