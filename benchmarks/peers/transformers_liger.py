@@ -8,7 +8,7 @@ from worker import Worker
 
 def main() -> None:
     worker = Worker()
-    transformers, _ = worker.need("transformers", "liger_kernel")
+    _, transformers = worker.need("liger_kernel", "transformers")
     if worker.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         worker.missing("Liger-Kernel needs a GPU")
     (liger,) = worker.need("liger_kernel.transformers")
