@@ -32,10 +32,12 @@ from benchmarks import measure
 from benchmarks.command import benchmark
 from benchmarks.data import synthetic_texts, trained_tokenizer
 from benchmarks.kernels import SMALL
-from engine.checkpoint import TrainingState, load_optimizer, newest_checkpoint, read_state, save_checkpoint
+from engine.checkpoint import TrainingState, load_optimizer, newest_checkpoint, read_state
+from engine.checkpoint_writer import Checkpointer
 from engine.config import to_table
 from engine.environment import choose_device
 from engine.optimizer import AdamW, OptimizerSettings
+from engine.parallel import Ranks
 from model.config import MistralConfig, preset
 from model.folder import sync
 from model.mistral import Mistral
@@ -156,9 +158,22 @@ class Provider:
     load: Callable[[Path, Shape], tuple[Mistral, AdamW]]
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A save that goes on in the background."""
+
+    result: Callable[[], None]
+
+
 def _save_ours(folder: Path, model: Mistral, optimizer: AdamW) -> Any:
     tokenizer = trained_tokenizer(synthetic_texts(50, 1))
-    return partial(save_checkpoint, folder, TrainingState(1, {}, ""), model, optimizer, tokenizer, keep=1)
+    checkpointer = Checkpointer(folder, model, optimizer, tokenizer, Ranks(model.lm_head.weight.device), keep=1)
+
+    def save() -> "Pending":
+        checkpointer.save(TrainingState(1, {}, ""))
+        return Pending(lambda: checkpointer.__exit__(None, None, None))
+
+    return save
 
 
 def _load_ours(folder: Path, shape: Shape) -> tuple[Mistral, AdamW]:
@@ -167,7 +182,7 @@ def _load_ours(folder: Path, shape: Shape) -> tuple[Mistral, AdamW]:
     read_state(checkpoint)
     model = load_model(checkpoint, dtype=shape.dtype, device=shape.device)
     optimizer = AdamW(model.named_parameters(), OptimizerSettings())
-    load_optimizer(checkpoint, optimizer)
+    load_optimizer(checkpoint, optimizer, Ranks(shape.device))
     return model, optimizer
 
 

@@ -1,31 +1,38 @@
 """Checkpoints: a Hugging Face folder that loads as it is, and the training state beside it in `training/`.
 
     step-00000100/config.json, model-*.safetensors, tokenizer files ...
-    step-00000100/training/state.json           step, updates, settings, plan; name and size of every file
-    step-00000100/training/optimizer-*.safetensors  moments and master remainders by parameter name
+    step-00000100/training/state.json               step, updates, settings, plan; size and SHA-256 of every file
+    step-00000100/training/optimizer/*.safetensors  moments and master remainders by parameter name, in the ranks' shards
 
-A checkpoint appears under its name only when complete and on the disk. Order of data and noise are functions of the step, so
-the step number is all that remains to be saved.
+A checkpoint appears under its name only when complete and on the disk; `engine.checkpoint_writer` writes it. It is read by any
+number of ranks, each its own rows. Order of data and noise are functions of the step, so the step number is all that remains to
+be saved.
 """
 
-import json
+import hashlib
 import re
-import shutil
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from engine.optimizer import AdamW
+from engine.parallel import Ranks, local
 from model.config import read_json
-from model.folder import complete_folder, write_file
-from model.mistral import Mistral
-from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import MAX_SHARD_BYTES, resolve_folder, save_model, save_tensors
+from model.folder import write_file
+from model.weights import resolve_folder
 
 STATE = Path("training") / "state.json"
+OPTIMIZER = Path("training") / "optimizer"
+_KEYS = {"step": int, "updates": int, "settings": dict, "plan": str, "files": dict}
+
+# One process without a process group is what most runs are.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @dataclass(frozen=True)
@@ -37,30 +44,17 @@ class TrainingState:
     plan: str
 
 
-def save_checkpoint(
-    out: Path, state: TrainingState, model: Mistral, optimizer: AdamW, tokenizer: Tokenizer, *, keep: int
-) -> Path:
-    """Write `out`/step-N, point `out`/latest at it, and remove all but the newest `keep`. Returns its path."""
-    folder = out / f"step-{state.step:08d}"
-    for debris in out.glob(".step-*"):
-        # What a killed run was writing or removing; nothing else would free its disk space.
-        shutil.rmtree(debris)
-    with complete_folder(folder, overwrite=True) as partial:
-        save_model(model, partial)
-        write_tokenizer_folder(partial, tokenizer.model_bytes)
-        (partial / STATE.parent).mkdir()
-        _save_tensors(partial / STATE.parent, optimizer.state)
-        files = {str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()}
-        table = {
-            "step": state.step, "updates": optimizer.updates, "settings": state.settings, "plan": state.plan, "files": files,
-        }  # fmt: skip
-        (partial / STATE).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    point_latest_at(folder)
-    for old in checkpoints(out)[:-keep]:
-        # Renamed first: a kill in the middle must not leave half a checkpoint under a complete one's name.
-        doomed = old.rename(old.with_name(f".{old.name}.old"))
-        shutil.rmtree(doomed)
-    return folder
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a file of a checkpoint is known by. sha256: in hexadecimal."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Fingerprint":
+        with open(path, "rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def point_latest_at(checkpoint: Path) -> None:
@@ -89,48 +83,90 @@ def read_state(folder: Path) -> TrainingState:
 
     Raises: FileNotFoundError or ValueError naming the file; the remedy is to delete the folder, the one before it then counts.
     """
-    remedy = _remedy(folder)
-    try:
-        table = read_json(folder / STATE)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}; {remedy}") from None
-    try:
-        state = TrainingState(table["step"], table["settings"], table["plan"])
-        files = table["files"]
-    except KeyError as error:
-        raise ValueError(f"{folder / STATE}: key {error} is missing; {remedy}") from None
-    for name, size in files.items():
+    table, files = _read_table(folder), fingerprints(folder)
+    for name, fingerprint in files.items():
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing from the checkpoint; {remedy}")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, {size} were written; {remedy}")
-    return state
+            raise FileNotFoundError(f"{path}: missing from the checkpoint; {_remedy(folder)}")
+        if path.stat().st_size != fingerprint.size:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, {fingerprint.size} were written; {_remedy(folder)}")
+    return TrainingState(table["step"], table["settings"], table["plan"])
+
+
+def fingerprints(folder: Path) -> dict[str, Fingerprint]:
+    """Every file of a checkpoint but its state, by its path in the folder, as written. Raises as `read_state` does."""
+    try:
+        return {name: Fingerprint(file["size"], file["sha256"]) for name, file in _read_table(folder)["files"].items()}
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / STATE}: files must give size and sha256 of each; {_remedy(folder)}") from None
+
+
+def changed(path: Path, written: Fingerprint) -> str | None:
+    """What tells a file from what was written, None for nothing; the whole of it is read."""
+    if not path.is_file():
+        return f"{path}: missing from the checkpoint"
+    found = Fingerprint.of(path)
+    if found.size != written.size:
+        return f"{path}: {found.size} bytes, {written.size} were written"
+    if found != written:
+        return f"{path}: damaged, its bytes are not those that were written (SHA-256 {found.sha256}, was {written.sha256})"
+    return None
+
+
+def _read_table(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    try:
+        table = read_json(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; {_remedy(folder)}") from None
+    for key, kind in _KEYS.items():
+        if not isinstance(table.get(key), kind):
+            raise ValueError(f"{path}: key {key!r} is missing or of another type than {kind.__name__}; {_remedy(folder)}")
+    return table
 
 
 def _remedy(folder: Path) -> str:
     return f"delete {folder} to resume from the checkpoint before it"
 
 
-def load_optimizer(folder: Path, optimizer: AdamW) -> None:
-    """Give a checkpoint's moments and remainders to an optimizer over the same model."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted((folder / STATE.parent).glob("optimizer-*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error}); {_remedy(folder)}") from None
-    optimizer.load(tensors, read_json(folder / STATE)["updates"])
+def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
+    """Give a checkpoint's moments and remainders to an optimizer over the same model, each rank its own rows of them.
+
+    Before that every file of the checkpoint is compared with what was written; the ranks share that work.
+    Raises: ValueError on all ranks, naming the file that changed or the tensor that does not fit.
+    """
+    group = host_group(ranks)
+    files = sorted(fingerprints(folder).items())
+    problems = [changed(folder / name, written) for name, written in files[ranks.rank :: ranks.ranks]]
+    found = next(filter(None, gather(problems, ranks, group)), None)
+    if found:
+        raise ValueError(f"{found}; {_remedy(folder)}")
+    reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    _check_fits(folder, reader, optimizer)
+    mine = {name: tensor for name, tensor in optimizer.state.items() if local(tensor).numel()}
+    dcp.load(mine, storage_reader=reader, process_group=group, no_dist=group is None)
+    optimizer.updates = _read_table(folder)["updates"]
 
 
-def _save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors of mixed dtypes to numbered files near the shard size, one of them in memory at a time."""
-    shard: dict[str, Tensor] = {}
-    number = 1
-    for name, tensor in tensors.items():
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > MAX_SHARD_BYTES:
-            save_tensors(shard, folder / f"optimizer-{number:05d}.safetensors")
-            shard, number = {}, number + 1
-        shard[name] = tensor.detach().cpu().contiguous()
-    save_tensors(shard, folder / f"optimizer-{number:05d}.safetensors")
+def _check_fits(folder: Path, reader: dcp.HuggingFaceStorageReader, optimizer: AdamW) -> None:
+    saved = reader.read_metadata().state_dict_metadata
+    for name, tensor in optimizer.state.items():
+        stored, wanted = saved.get(name), f"{list(tensor.shape)} {tensor.dtype}"
+        found = f"{list(stored.size)} {stored.properties.dtype}" if isinstance(stored, TensorStorageMetadata) else "missing"
+        if found != wanted:
+            raise ValueError(f"{folder / OPTIMIZER}: optimizer state {name}: {found}, the model needs {wanted}")
+
+
+def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
+    return None if ranks.mesh is None else dist.new_group(backend="gloo")
+
+
+def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all ranks, rank by rank, on every rank."""
+    mine = list(values)
+    if group is None:
+        return mine
+    everyone: list[Any] = [None] * ranks.ranks
+    dist.all_gather_object(everyone, mine, group=group)
+    return [value for one in everyone for value in one]

@@ -5,6 +5,7 @@ decided by the plan and the objective beforehand, so nothing here knows which of
 over its own part of each step.
 """
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint import load_optimizer, point_latest_at, save_checkpoint
+from engine.checkpoint import load_optimizer, point_latest_at
+from engine.checkpoint_writer import Checkpointer
 from engine.config import to_table, to_toml
 from engine.data.batches import Batch, Step, share_of, step_stream
 from engine.flops import pairs_of, peak_flops, training_flops
+from engine.interruption import Interruption
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
 from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
@@ -27,6 +30,8 @@ from model.config import MistralConfig
 from model.folder import sole_writer, write_file
 from model.mistral import Mistral
 
+# What a shell calls the end by SIGTERM.
+STOPPED = 128 + signal.SIGTERM
 # (model, micro-batch, its step) -> this micro-batch's part of the step's values, "loss" among them; parts add up.
 Objective = Callable[[Mistral, Batch, Step], dict[str, Tensor]]
 
@@ -54,7 +59,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             return run.checkpoint
     optimizer = AdamW(model.named_parameters(), settings.optimizer, seed=settings.seed)
     if run.checkpoint is not None:
-        load_optimizer(run.checkpoint, optimizer)
+        load_optimizer(run.checkpoint, optimizer, ranks)
     last = run.checkpoint
     with ExitStack() as stack:
         if ranks.main:
@@ -62,6 +67,10 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             stack.enter_context(sole_writer(run.out, run.out))
             write_file(run.out / "config.toml", to_toml(settings))
         metrics = stack.enter_context(closing(open_metrics(run)))
+        interruption = stack.enter_context(Interruption(ranks))
+        checkpointer = stack.enter_context(Checkpointer(
+            run.out, model, optimizer, run.tokenizer, ranks, keep=settings.keep_checkpoints, keep_every=settings.keep_every
+        ))  # fmt: skip
         if run.start == 0 and evaluations:
             metrics.evaluation(0, evaluate(model, evaluations, ranks))
         stream = stack.enter_context(closing(step_stream(
@@ -73,19 +82,25 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             done, wait = step.index + 1, time.perf_counter() - waited
             rate = learning_rate(settings.schedule, step.index, steps)
             values = ranks.sum(accumulate(model, objective, step))
+            checkpointer.before_update()
             values["gradient_norm"], values["skipped"] = optimizer.step(rate, values["loss"])
             saved = step.tokens_saved if run.plan.share_prompts else None
             flops = step_flops(run.config, step)
             metrics.step(StepRecord(done, rate, values, step.tokens, step.trained, flops, wait, saved))
             if evaluations and (done == steps or _due(done, settings.evaluate_every)):
                 metrics.evaluation(done, evaluate(model, evaluations, ranks))
-            if done == steps or _due(done, settings.checkpoint_every):
+            stop = interruption.after_step(checkpointer.failed)
+            if stop or done == steps or _due(done, settings.checkpoint_every):
                 metrics.flush()
-                last = save_checkpoint(
-                    run.out, run.state(done), model, optimizer, run.tokenizer, keep=settings.keep_checkpoints
-                )
+                last = checkpointer.save(run.state(done))
                 metrics.restart_clock()
+            if stop and done < steps:
+                checkpointer.wait()
+                metrics.message(f"stopped by SIGTERM after step {done}; start again to continue from {last}")
+                raise SystemExit(STOPPED)
             waited = time.perf_counter()
+        checkpointer.wait()
+        metrics.message(f"saving checkpoints held training up for {checkpointer.seconds:.1f} s")
     assert last is not None
     return last
 

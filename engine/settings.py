@@ -14,7 +14,7 @@ from model.mistral import Recompute
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
     {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "log", "resume", "dry_run", "reference_cache", "recompute", "parallel"}
+     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel"}
 )  # fmt: skip
 
 
@@ -62,6 +62,8 @@ class TrainSettings:
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: int = 0
+    """Steps between checkpoints that stay on disk for good; 0: none does."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run that is in `out`, if there is one; never: refuse a folder that holds one."""
     dry_run: bool = False
@@ -75,9 +77,14 @@ class TrainSettings:
         if not self.sources:
             raise ValueError("sources: name at least one prepared folder ([[sources]] path = ...)")
         for name, least in (("step_size", 1), ("context_length", 1), ("pack_tokens", 0), ("evaluate_every", 0),
-                            ("checkpoint_every", 0), ("keep_checkpoints", 1)):  # fmt: skip
+                            ("checkpoint_every", 0), ("keep_checkpoints", 1), ("keep_every", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"keep_every = {self.keep_every}: must be a multiple of checkpoint_every = {self.checkpoint_every}, as there "
+                "is no other checkpoint to keep"
+            )
         for name in ("steps", "epochs", "heldout_limit"):
             value = getattr(self, name)
             if value is not None and value <= 0:

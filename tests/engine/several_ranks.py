@@ -1,7 +1,7 @@
 """Whole runs on several ranks, for test_parallel.py: python -m tests.engine.several_ranks JOBS.json
 
 A job is [ranks, [[stage, settings], ...]]: so many processes, forked from this one as imports are dear, do these runs one after
-the other. Each run's folder ends up holding metrics.jsonl and whole.safetensors, the last weights.
+the other.
 """
 
 import json
@@ -12,25 +12,15 @@ import traceback
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-import engine.loop
 from engine.config import from_table
-from engine.parallel import leave, whole
+from engine.parallel import leave
 from recipes import dpo, pretrain, sft
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
 
 RECIPES = {"pretrain": (pretrain, PretrainSettings), "sft": (sft, SftSettings), "dpo": (dpo, DpoSettings)}
-
-
-def save_whole(out: Path, _state, model, *_, **__) -> Path:
-    """In place of a checkpoint, whose writing is tested elsewhere."""
-    tensors = {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
-    if os.environ["RANK"] == "0":
-        save_file(tensors, out / "whole.safetensors")
-    return out
 
 
 def runs(stages: list) -> None:
@@ -57,7 +47,6 @@ def start(rank: int, ranks: int, port: int, stages: list) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    engine.loop.save_checkpoint = save_whole
     for ranks, stages in json.loads(Path(sys.argv[1]).read_text()):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

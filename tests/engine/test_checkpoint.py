@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.checkpoint import checkpoints, load_optimizer, model_folder, newest_checkpoint, read_state
 from engine.optimizer import AdamW, OptimizerSettings
+from engine.parallel import Ranks
 from model.mistral import packed_attention
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
 from recipes import dpo, pretrain
 
 WEIGHTS = "model-00001-of-00001.safetensors"
-OPTIMIZER = "training/optimizer-00001.safetensors"
+OPTIMIZER = "training/optimizer/shard-00001-model-00001-of-00001.safetensors"
+ALONE = Ranks(torch.device("cpu"))
 FILES = {
     "config.json", "generation_config.json", WEIGHTS, "model.safetensors.index.json", "tokenizer.model", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", OPTIMIZER, "training/state.json",
@@ -137,8 +139,7 @@ def test_the_remedy_works(settings, run_folder, metric_lines):
             file.unlink()
     with pytest.raises(FileNotFoundError):
         pretrain.run(settings)
-    (run_folder / "step-00000004" / "training").rmdir()
-    (run_folder / "step-00000004").rmdir()
+    shutil.rmtree(run_folder / "step-00000004")
     pretrain.run(settings)
     assert (run_folder / "step-00000004" / WEIGHTS).read_bytes() == weights
     assert metric_lines(run_folder) == lines
@@ -149,14 +150,14 @@ def test_optimizer_state_of_the_right_size_but_broken(settings, run_folder):
     file = newest / OPTIMIZER
     file.write_bytes(b"\xff" * file.stat().st_size)
     optimizer = AdamW(load_model(newest).named_parameters(), OptimizerSettings())
-    with pytest.raises(ValueError, match=rf"{file}: not a whole safetensors file .*; delete {newest} to resume"):
-        load_optimizer(newest, optimizer)
+    with pytest.raises(ValueError, match=rf"{file}: damaged, .*; delete {newest} to resume"):
+        load_optimizer(newest, optimizer, ALONE)
 
 
 def test_optimizer_state_comes_back(run_folder):
     newest = run_folder / "step-00000004"
     optimizer = AdamW(load_model(newest).named_parameters(), OptimizerSettings())
-    load_optimizer(newest, optimizer)
+    load_optimizer(newest, optimizer, ALONE)
     assert optimizer.updates == 4
     with safe_open(newest / OPTIMIZER, framework="pt") as file:
         assert set(file.keys()) == set(optimizer.state)
@@ -168,15 +169,15 @@ def test_optimizer_state_comes_back(run_folder):
 def test_state_larger_than_a_shard_is_written_in_several_files(tiny_settings, tmp_path, monkeypatch):
     """A file holds what fits the limit, at least one tensor; the state that is read back is the same."""
     whole = pretrain.run(tiny_settings("pretrain", tmp_path / "whole"))
-    monkeypatch.setattr("engine.checkpoint.MAX_SHARD_BYTES", 60_000)
+    monkeypatch.setattr("engine.checkpoint_writer.MAX_SHARD_BYTES", 60_000)
     split = pretrain.run(tiny_settings("pretrain", tmp_path / "split"))
-    files = sorted(path for path in (split / "training").iterdir() if path.suffix == ".safetensors")
-    assert len(files) > 3
+    files = sorted(split.rglob("*.safetensors"))
+    assert len(files) > 6
     assert sum(file.stat().st_size > 60_000 + 4096 for file in files) == 0
     states = []
     for folder in (whole, split):
         optimizer = AdamW(load_model(folder).named_parameters(), OptimizerSettings())
-        load_optimizer(folder, optimizer)
+        load_optimizer(folder, optimizer, ALONE)
         states.append(optimizer.state)
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
@@ -192,6 +193,12 @@ def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
         head = file.read_bytes()[:4]
         assert not head.startswith((b"\x80", b"PK", b"\x1f\x8b")), file
         if file.suffix == ".safetensors":
-            # Tensors and one word of metadata: nothing is stored as bytes to be interpreted.
+            # Tensors and a little text: nothing is stored as bytes to be interpreted.
             with safe_open(file, framework="pt") as opened:
-                assert opened.metadata() == {"format": "pt"}
+                metadata = opened.metadata()
+                assert metadata.pop("format") == "pt"
+                if file.parent.name == "optimizer":
+                    assert metadata.pop("DCP_VERSION") == "1.0"
+                    shards = json.loads(metadata.pop("DCP_SHARDING_INFO"))
+                    assert shards == {name: {"saved_offsets": [0] * len(opened.get_slice(name).get_shape())} for name in shards}
+                assert metadata == {}
