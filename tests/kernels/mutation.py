@@ -6,6 +6,7 @@ Prints the mutants that the tests let pass, and ends with status 1 where there a
 import contextlib
 import gc
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,27 @@ SECONDS = 120
 ARGUMENTS = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not gpu"]
 
 
+class FindersFirst:
+    """Sorts tests: first those that found out a mutant before, the quickest of them first, as they are likely to find the next.
+
+    seconds: of each test. finders: the tests that failed.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.finders: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.finders.append(report.nodeid)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # Sorting keeps the order of the others.
+        items.sort(key=lambda item: self.seconds[item.nodeid] if item.nodeid in self.finders else float("inf"))
+
+
 def put_in_place(name: str, source: str, path: Path) -> None:
     """Let `kernels.<name>` be a module of this source from now on."""
     path.write_text(source, encoding="utf-8")
@@ -36,7 +58,7 @@ def put_in_place(name: str, source: str, path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def outcome(name: str, source: str, path: Path) -> tuple[int, str]:
+def outcome(name: str, source: str, path: Path, order: FindersFirst) -> tuple[int, str]:
     """(status, output) of the operator's tests, up to the first that fails, where its module has this source.
 
     In a forked process: a mutant may end it by reading what is not its own.
@@ -50,9 +72,13 @@ def outcome(name: str, source: str, path: Path) -> tuple[int, str]:
             put_in_place(name, source, path)
             for imported in [imported for imported in sys.modules if imported.endswith(f"test_{name}")]:
                 del sys.modules[imported]
-            status = pytest.main([*ARGUMENTS, "--tb=no", str(FOLDER / f"test_{name}.py")])
+            status = pytest.main([*ARGUMENTS, "--tb=no", str(FOLDER / f"test_{name}.py")], [order])
+        path.with_suffix(".json").write_text(json.dumps(order.finders), encoding="utf-8")
         os._exit(int(status))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    # What a signal ended left none.
+    if path.with_suffix(".json").exists():
+        order.finders = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     return status, log.read_text(encoding="utf-8")
 
 
@@ -61,7 +87,8 @@ def main(name: str) -> int:
     source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
     survivors = 0
     # In this process, so that what the forks import and prepare is ready.
-    status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")])
+    order = FindersFirst()
+    status = pytest.main([*ARGUMENTS, str(FOLDER / f"test_{name}.py")], [order])
     if status:
         return int(status)
     # What is there now, the forks need not look through, nor copy for that, whenever they collect.
@@ -71,7 +98,7 @@ def main(name: str) -> int:
         for number, (text, replacement) in enumerate(mutants):
             assert source.count(text) == 1, f"stands {source.count(text)} times in {name}.py: {text}"
             # A file of its own for each: Triton and tracebacks read sources by their paths.
-            status, output = outcome(name, source.replace(text, replacement), Path(folder, f"{name}_{number}.py"))
+            status, output = outcome(name, source.replace(text, replacement), Path(folder, f"{name}_{number}.py"), order)
             if status not in FOUND_OUT:
                 survivors += 1
                 print(f"{name}: the tests ended with status {status} where\n  {text}\nis\n  {replacement}\n{output[-2000:]}")
