@@ -171,7 +171,7 @@ def _save_ours(folder: Path, model: Mistral, optimizer: AdamW) -> Any:
 
     def save() -> "Pending":
         checkpointer.save(TrainingState(1, {}, ""))
-        return Pending(lambda: checkpointer.__exit__(None, None, None))
+        return Pending(checkpointer.close)
 
     return save
 

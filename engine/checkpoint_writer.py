@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -57,19 +56,22 @@ class Checkpointer:
         self._group = host_group(ranks)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
-        self.seconds = 0.0
-        """For which training has stood still so far."""
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         try:
-            self.wait()
+            self.close()
         except Exception as failure:
             if error is None:
                 raise
             error.add_note(f"meanwhile: {failure}")
+
+    def close(self) -> None:
+        """Complete what was begun, and give the copies' memory back. Raises: what `wait` raises."""
+        try:
+            self.wait()
         finally:
             self._thread.shutdown()
             self._staging.close()
@@ -79,12 +81,10 @@ class Checkpointer:
 
         Raises: what `wait` raises.
         """
-        start = time.perf_counter()
         self.wait()
         folder = self._out / f"step-{state.step:08d}"
         copies, table = self._staging.copy(), {**asdict(state), "updates": self._optimizer.updates}
         self._job = self._thread.submit(self._write, folder, table, copies)
-        self.seconds += time.perf_counter() - start
         return folder
 
     def before_update(self) -> None:

@@ -92,15 +92,13 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             stop = interruption.after_step(checkpointer.failed)
             if stop or done == steps or _due(done, settings.checkpoint_every):
                 metrics.flush()
-                last = checkpointer.save(run.state(done))
-                metrics.restart_clock()
+                with metrics.saving():
+                    last = checkpointer.save(run.state(done))
             if stop and done < steps:
                 checkpointer.wait()
                 metrics.message(f"stopped by SIGTERM after step {done}; start again to continue from {last}")
                 raise SystemExit(STOPPED)
             waited = time.perf_counter()
-        checkpointer.wait()
-        metrics.message(f"saving checkpoints held training up for {checkpointer.seconds:.1f} s")
     assert last is not None
     return last
 

@@ -5,6 +5,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ class Metrics:
             if settings.wandb:
                 self._wandb = _start_wandb(settings.wandb, out, config)
         self._pending: list[StepRecord] = []
+        self._saving = 0.0
         self._interval_start = time.perf_counter()
         self.bar = tqdm(
             total=steps, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True, smoothing=0.05
@@ -96,7 +99,7 @@ class Metrics:
         speed = self._speed(seconds)
         self._write([{**line, **speed} for line in lines])
         self._print(lines[-1], speed)
-        self._pending = []
+        self._pending, self._saving = [], 0.0
         self.restart_clock()
         for line in lines:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if "skipped" in line else 0
@@ -125,6 +128,14 @@ class Metrics:
         if self._ranks.main:
             self.bar.write(text, file=sys.stdout)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """The seconds within are those that a checkpoint holds training up, and none of its speed."""
+        start = time.perf_counter()
+        yield
+        self._saving += time.perf_counter() - start
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """Do not count the time since the last log line: evaluation and checkpoints are no training."""
         self._interval_start = time.perf_counter()
@@ -147,6 +158,7 @@ class Metrics:
             "mfu": None if self.peak_flops is None else flops / seconds / (self.peak_flops * ranks),
             "step_seconds": seconds / len(self._pending),
             "data_wait_seconds": sum(record.data_wait for record in self._pending) / len(self._pending),
+            "checkpoint_blocked_seconds": self._saving,
             **_memory(),
         }
 

@@ -53,7 +53,7 @@ def kill_at(monkeypatch, step):
 
 SPEED = {
     "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "step_seconds", "data_wait_seconds",
-    "memory_peak_rss_gib",
+    "checkpoint_blocked_seconds",    "memory_peak_rss_gib",
 }  # fmt: skip
 
 
