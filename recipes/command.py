@@ -24,6 +24,10 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
             raise
         rank = os.environ.get("RANK", "0")
         raise SystemExit(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}") from None
+    except SystemExit:
+        # All ranks end alike, as after SIGTERM.
+        leave()
+        raise
     except KeyboardInterrupt:
         print("stopped; what was complete before is kept", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,0 +1,43 @@
+"""Say whether checkpoints are whole: every file there and as it was written, all tensors in their shapes, no pickle.
+
+    python -m recipes.verify runs/sft/step-00000100
+    python -m recipes.verify runs/sft                 all complete checkpoints of a run
+
+Prints a line for each checkpoint, and one naming the file for everything that is wrong. Exit status 0 if nothing is, else 1.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.checkpoint import STATE, checkpoints
+from engine.checkpoint_verify import problems
+
+
+def verify(folder: Path) -> bool:
+    """Print what is wrong with a checkpoint; returns whether it is whole."""
+    found = list(problems(folder))
+    for problem in found:
+        print(f"error: {problem}")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files) / 2**20
+    print(f"{folder}: {f'{len(found)} problems' if found else 'whole'}, {len(files)} files, {size:,.1f} MiB")
+    return not found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m recipes.verify", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint (step-...), or run folder: all of its checkpoints")
+    chosen = parser.parse_args(argv).checkpoint
+    if not chosen.is_dir():
+        raise SystemExit(f"error: {chosen}: no such folder")
+    found = checkpoints(chosen) or [chosen]
+    if found == [chosen] and not (chosen / STATE).parent.is_dir():
+        raise SystemExit(f"error: {chosen}: is neither a checkpoint nor a run folder with one")
+    whole = [verify(folder) for folder in found]
+    if not all(whole):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
