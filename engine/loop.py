@@ -21,6 +21,7 @@ from engine.config import to_table, to_toml
 from engine.data.batches import Batch, Step, share_of, step_stream
 from engine.flops import pairs_of, peak_flops, training_flops
 from engine.interruption import Interruption
+from engine.memory import planned
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
 from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
@@ -108,7 +109,7 @@ def open_metrics(run: Run) -> Metrics:
     settings = run.settings
     return Metrics(
         run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak_flops(run.device),
-        config=to_table(settings), ranks=run.ranks,
+        config=to_table(settings), ranks=run.ranks, planned_bytes=planned(run).peak,
         skip_limit=settings.optimizer.skip_limit if settings.optimizer.nonfinite == "skip" else 1,
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ from functools import cached_property
 
 import torch
 
+from engine.data.batches import make_step
 from engine.optimizer import OptimizerSettings
+from engine.run import Run
 from kernels.attention_work import AttentionWork, attention_work
 from kernels.linear_log_prob import default_budget
 from kernels.linear_log_prob import plan as head_plan
@@ -75,6 +77,29 @@ def plan(training: Training) -> MemoryPlan:
     step = _Step(training)
     step.run()
     return step.account.plan
+
+
+def planned(run: Run) -> MemoryPlan:
+    """The peak of a run on this rank, by the largest micro-batch of its first step."""
+    step = make_step(
+        run.plan, min(run.start, run.plan.steps - 1), window=run.config.sliding_window, pack_tokens=run.pack_tokens,
+        rank=run.ranks.rank, ranks=run.ranks.ranks,
+    )  # fmt: skip
+    largest = max(step.batches, key=lambda batch: len(batch.tokens_T))
+    settings = run.settings
+    return plan(
+        Training(
+            run.config, run.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
+            rows=max(int((batch.rows_N >= 0).sum()) for batch in step.batches), accumulates=len(step.batches) > 1,
+            log_probs=run.plan.paired, kernels=run.device.type == "cuda" and run.dtype == torch.bfloat16,
+            shards=run.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard,
+            documents=largest.attention,
+        )
+    )  # fmt: skip
+
+
+def planned_peak_bytes(run: Run) -> int:
+    return planned(run).peak
 
 
 def largest_micro_batch(training: Training, limit: int, *, most: int, multiple: int = 1024) -> int:
@@ -143,9 +168,9 @@ class _Step:
     def run(self) -> None:
         training, account = self.training, self.account
         account.hold("weights", self._share(self.config.parameters * self.item), "weights")
-        moments = 2 * getattr(torch, training.optimizer.moments).itemsize
         remainder = 2 if training.dtype == torch.bfloat16 else 0
-        account.hold("optimizer", self._share(self.config.parameters * (moments + remainder)), "optimizer")
+        state = remainder + (0 if training.optimizer.offload == "moments" else self.moments)
+        account.hold("optimizer", self._share(self.config.parameters * state), "optimizer")
         if training.kernels:
             account.hold("workspaces", _CUBLAS_WORKSPACE, "workspaces")
         for self.last in (False, True) if training.accumulates else (True,):
@@ -154,6 +179,11 @@ class _Step:
             self.backward()
             self.first = False
         self.update()
+
+    @property
+    def moments(self) -> int:
+        """Bytes of both moments of a parameter."""
+        return 2 * getattr(torch, self.training.optimizer.moments).itemsize
 
     def _share(self, size: int) -> int:
         return -(-size // self.training.shards)
@@ -435,17 +465,18 @@ class _Step:
     # Update.
 
     def update(self) -> None:
-        if self.training.kernels:
-            self.account.pass_by("update")
-            return
         config = self.config
         largest = self._share(max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size)
+        copied = largest * self.moments if self.training.optimizer.offload == "moments" else 0
+        if self.training.kernels:
+            self.account.pass_by("update", copied)
+            return
         # Squares for the norm; then, an element: gradient, change, root and its float64 or, to round bfloat16 moments, their
         # wide copies and Philox's words; those of a split master; of the results, what stays until the next block has its own.
         squares = largest * (_WIDE + (_WIDE if self.item < _WIDE else 0))
         stochastic = self.training.optimizer.moments == "bfloat16"
         element = (56 if stochastic else 16) + (8 if self.item < _WIDE else 0) + (8 if largest > _UPDATE_BLOCK else 0)
-        self.account.pass_by("update", max(squares, min(largest, _UPDATE_BLOCK) * element))
+        self.account.pass_by("update", max(squares, copied + min(largest, _UPDATE_BLOCK) * element))
 
 
 def _whole_documents(tokens: int, window: int | None) -> AttentionWork:

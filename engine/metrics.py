@@ -56,10 +56,11 @@ class Metrics:
 
     def __init__(
         self, out: Path, settings: LogSettings, *, steps: int, start: int, peak_flops: float | None, config: dict[str, Any],
-        ranks: Ranks, skip_limit: int = 1,
+        ranks: Ranks, planned_bytes: int, skip_limit: int = 1,
     ) -> None:  # fmt: skip
         self.settings, self.steps, self.peak_flops = settings, steps, peak_flops
         self._ranks, self._skip_limit, self._skipped_in_a_row = ranks, skip_limit, 0
+        self._planned_bytes = planned_bytes
         self._file = out / "metrics.jsonl"
         self._writer = self._wandb = None
         if ranks.main:
@@ -160,6 +161,7 @@ class Metrics:
             "data_wait_seconds": sum(record.data_wait for record in self._pending) / len(self._pending),
             "checkpoint_blocked_seconds": self._saving,
             **_memory(),
+            "memory_planned_gib": self._planned_bytes / 2**30,
         }
 
     def _print(self, line: dict[str, Any], speed: dict[str, Any]) -> None:

@@ -26,6 +26,9 @@ class OptimizerSettings:
     nonfinite: what to do with a step whose loss or gradient is not finite. Either way the device itself leaves the weights as
     they are; stop: from then on for good, and the run ends with an error at the next log line; skip: for that step, which is
     counted, and the run ends only when that happens skip_limit times in a row.
+
+    offload: moments keeps these in the host's memory, for the trajectory it is to the bit the same. A bfloat16 model then takes
+    6 bytes a parameter on the device, and an update the time to copy them there and back. For one rank.
     """
 
     beta1: float = 0.9
@@ -37,6 +40,7 @@ class OptimizerSettings:
     gradients: Literal["parameter", "float32"] = "parameter"
     nonfinite: Literal["stop", "skip"] = "stop"
     skip_limit: int = 10
+    offload: Literal["none", "moments"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -74,7 +78,7 @@ class AdamW:
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
             for moment in ("exp_avg", "exp_avg_sq"):
-                self.state[f"{name}.{moment}"] = torch.zeros_like(parameter, dtype=getattr(torch, settings.moments))
+                self.state[f"{name}.{moment}"] = self._moment(parameter)
             if parameter.dtype == torch.bfloat16:
                 self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
                 if settings.gradients == "float32" and not isinstance(parameter, DTensor):
@@ -90,17 +94,19 @@ class AdamW:
         norm = self._norm(parameters)
         scale, skipped = self._scale(norm, loss)
         self.updates += 1
+        offloaded = self.settings.offload == "moments"
         for number, (name, parameter) in enumerate(self.parameters.items()):
             assert parameter.grad is not None, f"{name} took no part in the step"
             mine = local(parameter)
             if mine.numel():
                 remainder = self.state.get(f"{name}.remainder")
+                kept = [local(self.state[f"{name}.{moment}"]) for moment in ("exp_avg", "exp_avg_sq")]
+                moments = [moment.to(mine.device, non_blocking=True, copy=True) for moment in kept] if offloaded else kept
                 adamw_(
                     mine,
                     None if remainder is None else local(remainder),
                     local(parameter.grad),
-                    local(self.state[f"{name}.exp_avg"]),
-                    local(self.state[f"{name}.exp_avg_sq"]),
+                    *moments,
                     learning_rate=learning_rate,
                     betas=(self.settings.beta1, self.settings.beta2),
                     eps=self.settings.eps,
@@ -111,8 +117,25 @@ class AdamW:
                     parameter_id=number,
                     first_index=first_row(parameter) * (parameter.numel() // len(parameter)),
                 )
+                if offloaded:
+                    for host, moment in zip(kept, moments, strict=True):
+                        host.copy_(moment, non_blocking=True)
             parameter.grad = None
+        if offloaded and norm.is_cuda:
+            # Whoever reads the moments on the host, to save them, would not wait for the copies.
+            torch.cuda.current_stream(norm.device).synchronize()
         return norm, skipped
+
+    def _moment(self, parameter: nn.Parameter) -> Tensor:
+        dtype = getattr(torch, self.settings.moments)
+        if self.settings.offload == "none":
+            return torch.zeros_like(parameter, dtype=dtype)
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                "optimizer.offload = 'moments' is for one rank: several hold a part of the moments each; leave it out"
+            )
+        # Pinned, so that copies run at the bus's speed and the host need not wait for each.
+        return torch.zeros(parameter.shape, dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
 
     def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])

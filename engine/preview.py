@@ -1,9 +1,7 @@
 """What a run is about to do, before it does it."""
 
-import torch
-
 from engine.data.batches import Batch, make_step
-from engine.optimizer import OptimizerSettings
+from engine.memory import planned
 from engine.run import Run
 from engine.schedule import learning_rate
 
@@ -13,23 +11,23 @@ _SHOWN_TOKENS = 160
 def describe(run: Run) -> list[str]:
     """Model, memory of its state, data and schedule of a run, a line each."""
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
-    state_bytes = config.parameters * bytes_of_parameter(run.dtype, run.settings.optimizer)
     rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
     return [
         f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
         f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
-        f"memory     {state_bytes / 2**30:.2f} GiB of weights, gradients and optimizer state, without activations",
+        f"memory     {_planned(run)}",
         *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
         f"schedule   {schedule.kind}: learning rate {rates[0]:.2e}, {rates[1]:.2e} after warm-up, {rates[2]:.2e} at last",
         f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
     ]
 
 
-def bytes_of_parameter(dtype: torch.dtype, settings: OptimizerSettings) -> int:
-    """Of a parameter with its gradient, its two moments and, if it is bfloat16, the other 16 bits of its master."""
-    gradient = 4 if settings.gradients == "float32" else dtype.itemsize
-    remainder = 2 if dtype == torch.bfloat16 else 0
-    return dtype.itemsize + gradient + 2 * getattr(torch, settings.moments).itemsize + remainder
+def _planned(run: Run) -> str:
+    """The planned peak of a rank's device, and what it is made of from the largest down."""
+    found = planned(run)
+    parts = sorted(((size, name) for name, size in found.items.items() if size), reverse=True)
+    text = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in parts)
+    return f"{found.peak / 2**30:.2f} GiB at most, in the {found.moment}: {text}"
 
 
 def sample(run: Run) -> list[str]:

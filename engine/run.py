@@ -198,7 +198,7 @@ def _check_same_run(run: Run, state: TrainingState) -> None:
     now = run.state(0)
     asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
     for name in sorted({*asked, *began}):
-        if asked.get(name) != began.get(name) and name.split(".")[0] not in FREE_ON_RESUME:
+        if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
             raise ValueError(
                 f"{run.out}: holds a run with {name} = {began.get(name)!r}, asked for is {asked.get(name)!r}; "
                 "choose another out, or the settings that it began with"

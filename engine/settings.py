@@ -14,7 +14,7 @@ from model.mistral import Recompute
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
     {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel"}
+     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel", "optimizer.offload"}
 )  # fmt: skip
 
 

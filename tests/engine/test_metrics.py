@@ -53,7 +53,7 @@ def kill_at(monkeypatch, step):
 
 SPEED = {
     "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "step_seconds", "data_wait_seconds",
-    "checkpoint_blocked_seconds",    "memory_peak_rss_gib",
+    "checkpoint_blocked_seconds",    "memory_peak_rss_gib", "memory_planned_gib",
 }  # fmt: skip
 
 
@@ -214,8 +214,8 @@ def metrics_of(tmp_path):
 
     def make(**changes):
         settings = LogSettings(**{"every": 2, "tensorboard": False, **changes.pop("log", {})})
-        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu")), **changes}
-        metrics = Metrics(tmp_path, settings, **given)
+        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu"))}
+        metrics = Metrics(tmp_path, settings, **{"planned_bytes": 2**30, **given, **changes})
         made.append(metrics)
         return metrics
 

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import engine.optimizer
+from engine.memory import Training, plan
 from engine.optimizer import AdamW, OptimizerSettings
-from engine.preview import bytes_of_parameter
+from model.config import PRESETS
 
 STEPS = 25
+CONFIG = PRESETS["tiny"]
 
 
 def parameters(dtype=torch.float32):
@@ -186,7 +188,30 @@ def test_planned_bytes_are_those_of_the_state(dtype, changes, size):
     tensors = [*optimizer.state.values(), *named.values(), *(parameter.grad for parameter in named.values())]
     elements = sum(parameter.numel() for parameter in named.values())
     assert sum(tensor.nbytes for tensor in tensors) == size * elements
-    assert bytes_of_parameter(dtype, settings) == size
+    items = plan(
+        Training(CONFIG, dtype, settings, "light", tokens=128, rows=128, accumulates=True, log_probs=False, kernels=True)
+    ).items
+    assert items["weights"] + items["optimizer"] + items["gradients"] == size * CONFIG.parameters
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_moments_in_the_hosts_memory_give_the_same_bits(moments, device):
+    ends = []
+    for offload in ("none", "moments"):
+        named = {name: nn.Parameter(parameter.detach().to(device)) for name, parameter in parameters(torch.bfloat16).items()}
+        optimizer = AdamW(named.items(), OptimizerSettings(moments=moments, offload=offload), seed=3)
+        for step in range(5):
+            gradients(step, named)
+            for parameter in named.values():
+                parameter.grad = parameter.grad.to(device)
+            optimizer.step(rate(step))
+        ends.append(
+            {**{name: p.detach().cpu() for name, p in named.items()}, **{n: t.cpu() for n, t in optimizer.state.items()}}
+        )
+        held = {tensor.device.type for name, tensor in optimizer.state.items() if not name.endswith("remainder")}
+        assert held == {"cpu" if offload == "moments" else device.type}
+    for name, expected in ends[0].items():
+        assert torch.equal(ends[1][name], expected), name
 
 
 def test_state_that_does_not_fit_is_named():
