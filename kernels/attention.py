@@ -42,10 +42,11 @@ def sliding_window_attention(
     Raises: ValueError where neither a list nor bounds on the CPU are given, or for what the backend cannot do.
     """
     work = _given_or_made(query_THE, cu_docs, window, work)
-    if chosen(backend, query_THE, work) == "reference":
+    name = chosen(backend, query_THE, work)
+    if name == "reference":
         # Where the log-sum-exp would cost a product more.
         return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work)
-    return sliding_window_attention_with_lse(query_THE, key_TKE, value_TKE, work=work, backend=backend)[0]
+    return _computed_by(name, query_THE, key_TKE, value_TKE, work)[0]
 
 
 def sliding_window_attention_with_lse(
@@ -64,14 +65,7 @@ def sliding_window_attention_with_lse(
         -inf where a place sees nothing).
     """
     work = _given_or_made(query_THE, cu_docs, window, work)
-    name = chosen(backend, query_THE, work)
-    if name == "triton":
-        return _attention(query_THE, key_TKE, value_TKE, work.work, *work.numbers)
-    if name == "flash":
-        return flash_attention(query_THE, key_TKE, value_TKE, work)
-    if name == "flex":
-        return flex_attention(query_THE, key_TKE, value_TKE, work)
-    return sliding_window_attention_with_lse_reference(query_THE, key_TKE, value_TKE, work=work)
+    return _computed_by(chosen(backend, query_THE, work), query_THE, key_TKE, value_TKE, work)
 
 
 def sliding_window_attention_reference(
@@ -111,6 +105,18 @@ def sliding_window_attention_with_lse_reference(
             score_HQJ = query_HQE.to(wide) @ key_HJE.to(wide).mT * query_HQE.shape[-1] ** -0.5
             sums.append(score_HQJ.masked_fill(~mask_QJ, float("-inf")).logsumexp(dim=-1))
     return sliding_window_attention_reference(query_THE, key_TKE, value_TKE, work=work), torch.cat(sums, dim=1)
+
+
+def _computed_by(
+    name: str, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork
+) -> tuple[Tensor, Tensor]:
+    if name == "triton":
+        return _attention(query_THE, key_TKE, value_TKE, work.work, *work.numbers)
+    if name == "flash":
+        return flash_attention(query_THE, key_TKE, value_TKE, work)
+    if name == "flex":
+        return flex_attention(query_THE, key_TKE, value_TKE, work)
+    return sliding_window_attention_with_lse_reference(query_THE, key_TKE, value_TKE, work=work)
 
 
 def _given_or_made(query_THE: Tensor, cu_docs: Tensor | None, window: int | None, work: AttentionWork | None) -> AttentionWork:

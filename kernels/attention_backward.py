@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_forward import LOG2_E, columns, load_rows, sections, sources, strides, tile_rows, within
+from kernels.attention_forward import LOG2_E, columns, load_rows, own_tile, sections, sources, strides, tile_rows, within
 from kernels.configurations import configuration
 from kernels.launch import launch
 
@@ -30,6 +30,7 @@ def attention_backward(
     grad_key_TKE, grad_value_TKE = (torch.empty((tokens, kv_heads, size), dtype=query_THE.dtype, device=device) for _ in "kv")
     delta_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
     scale = size**-0.5
+    scale_log2 = scale * LOG2_E.value
     rows = tile_rows(tile)
     shape: dict[str, Any] = {"HEADS": heads, "GROUP": heads // kv_heads, "SIZE": size, "COLUMNS": columns(size), "TILE": rows}
     ranges = query_tiles + key_tiles
@@ -40,7 +41,7 @@ def attention_backward(
     )
     launch(
         _query_kernel, (query_tiles * heads,), query, key, value, grad, out, log_sum_exp_HT, delta_HT, grad_query_THE, work,
-        ranges, tokens, window, scale, scale * LOG2_E, *strides(query_THE, key_TKE, value_TKE, grad_THE, out_THE), **shape,
+        ranges, tokens, window, scale, scale_log2, *strides(query_THE, key_TKE, value_TKE, grad_THE, out_THE), **shape,
         BLOCK=block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     config = configuration("attention_keys", device)
@@ -50,7 +51,7 @@ def attention_backward(
     )
     launch(
         _key_kernel, (key_tiles * kv_heads,), query, key, value, grad, log_sum_exp_HT, delta_HT, grad_key_TKE, grad_value_TKE,
-        work, query_tiles, ranges, tokens, window, scale, scale * LOG2_E, *strides(query_THE, key_TKE, value_TKE, grad_THE),
+        work, query_tiles, ranges, tokens, window, scale, scale_log2, *strides(query_THE, key_TKE, value_TKE, grad_THE),
         **shape, BLOCK=block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     return grad_query_THE, grad_key_TKE, grad_value_TKE
@@ -85,13 +86,10 @@ def _query_kernel(
     BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries; D of its rows is left for the other pass."""
-    tile = tl.program_id(0) // HEADS
-    head = tl.program_id(0) % HEADS
-    kv_head = head // GROUP
-    start = tl.load(work + tile * 4)
-    end = tl.load(work + tile * 4 + 1)
+    head, start, end, first_range, last_range = own_tile(work, 0, HEADS)
     if start == end:
         return
+    kv_head = head // GROUP
     row = start + tl.arange(0, TILE)
     inside = row < end
     q = load_rows(query, start, end, query_stride, head, query_head_stride, TILE, SIZE, COLUMNS, DESCRIPTORS)
@@ -102,9 +100,9 @@ def _query_kernel(
     tl.store(delta + at, d, mask=inside)
     # Infinity where a row sees nothing, or is none: its weights are then 0.
     lse = tl.load(log_sum_exp + at, mask=inside, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
     acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
-    for listed in range(tl.load(work + tile * 4 + 2), tl.load(work + tile * 4 + 3)):
+    for listed in range(first_range, last_range):
         found = work + (ranges + listed) * 4
         kv_start, kv_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
         left, whole, blocks = sections(start, end, kv_start, kv_end, shift, window, BLOCK)
@@ -134,10 +132,7 @@ def _key_kernel(
 ):  # fmt: skip
     """Gradients of a tile of keys and values, over all query heads that read them."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
-    tile = first_tile + tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    start = tl.load(work + tile * 4)
-    end = tl.load(work + tile * 4 + 1)
+    kv_head, start, end, first_range, last_range = own_tile(work, first_tile, KV_HEADS)
     if start == end:
         return
     place = start + tl.arange(0, TILE)
@@ -148,7 +143,7 @@ def _key_kernel(
     for member in range(GROUP):
         head = kv_head * GROUP + member
         base = head.to(tl.int64) * tokens
-        for listed in range(tl.load(work + tile * 4 + 2), tl.load(work + tile * 4 + 3)):
+        for listed in range(first_range, last_range):
             found = work + (ranges + listed) * 4
             query_start, query_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
             for block in range(tl.cdiv(query_end - query_start, BLOCK)):
@@ -158,7 +153,7 @@ def _key_kernel(
                 q = load_rows(query, first, query_end, query_stride, head, query_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
                 g = load_rows(grad, first, query_end, grad_stride, head, grad_head_stride, BLOCK, SIZE, COLUMNS, DESCRIPTORS)
                 # Infinity beyond the range: weights are 0 there, whatever the rows hold.
-                lse = tl.load(log_sum_exp + base + row, mask=inside, other=float("inf")) * 1.4426950408889634
+                lse = tl.load(log_sum_exp + base + row, mask=inside, other=float("inf")) * LOG2_E
                 d = tl.load(delta + base + row, mask=inside, other=0.0)
                 weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
                 # Masked in every block: sections as in the other passes need more registers than there are.

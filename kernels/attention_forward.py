@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.configurations import Configuration, configuration
 from kernels.launch import launch
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def attention_forward(
@@ -44,7 +44,7 @@ def attention_forward(
     descriptors, (query, key, value) = sources(config, (query_THE, rows), (key_TKE, config.block), (value_TKE, config.block))
     launch(
         _forward_kernel, (query_tiles * heads,), query, key, value, out_THE, log_sum_exp_HT, work, query_tiles + key_tiles,
-        tokens, window, size**-0.5 * LOG2_E, *strides(query_THE, key_TKE, value_TKE), HEADS=heads,
+        tokens, window, size**-0.5 * LOG2_E.value, *strides(query_THE, key_TKE, value_TKE), HEADS=heads,
         GROUP=heads // key_TKE.shape[1], SIZE=size, COLUMNS=columns(size), TILE=rows, BLOCK=config.block,
         DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
@@ -86,6 +86,14 @@ def _describable(tensor: Tensor) -> bool:
 def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
     tokens, heads, size = tensor.shape
     return TensorDescriptor(tensor, [tokens, heads * size], [tensor.stride(0), 1], [rows, size])
+
+
+@triton.jit
+def own_tile(work, first_tile, HEADS: tl.constexpr):
+    """(head, start, end, first range, end of its ranges) of this program's tile."""
+    # Heads of one tile are neighbours in time: they read the same rows.
+    tile = work + (first_tile + tl.program_id(0) // HEADS) * 4
+    return tl.program_id(0) % HEADS, tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
 
 
 @triton.jit
@@ -153,21 +161,17 @@ def _forward_kernel(
     key_head_stride, value_stride, value_head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
     COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    # Heads of one tile are neighbours in time: they read the same keys and values.
-    tile = tl.program_id(0) // HEADS
-    head = tl.program_id(0) % HEADS
-    kv_head = head // GROUP
-    start = tl.load(work + tile * 4)
-    end = tl.load(work + tile * 4 + 1)
+    head, start, end, first_range, last_range = own_tile(work, 0, HEADS)
     if start == end:
         return
+    kv_head = head // GROUP
     row = start + tl.arange(0, TILE)
     q = load_rows(query, start, end, query_stride, head, query_head_stride, TILE, SIZE, COLUMNS, DESCRIPTORS)
     total = tl.zeros((TILE,), dtype=tl.float32)
     # Finite, so that a row which sees nothing of a block is left as it was.
     peak = tl.full((TILE,), -1.0e30, dtype=tl.float32)
     acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
-    for listed in range(tl.load(work + tile * 4 + 2), tl.load(work + tile * 4 + 3)):
+    for listed in range(first_range, last_range):
         found = work + (ranges + listed) * 4
         kv_start, kv_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
         left, whole, blocks = sections(start, end, kv_start, kv_end, shift, window, BLOCK)
@@ -186,7 +190,7 @@ def _forward_kernel(
     seen = total > 0
     inside = row < end
     divisor = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, (peak * scale + tl.log2(divisor)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(seen, (peak * scale + tl.log2(divisor)) / LOG2_E, float("-inf"))
     tl.store(log_sum_exp + head.to(tl.int64) * tokens + row, lse, mask=inside)
     result = tl.where(seen[:, None], acc / divisor[:, None], 0.0)
     column = tl.arange(0, COLUMNS)

@@ -41,6 +41,8 @@ _HOPPER = {
     "attention_forward": Configuration(block=64, warps=8, stages=3, descriptors=True),
     "attention_queries": Configuration(block=64, warps=8, stages=2, descriptors=True),
     "attention_keys": Configuration(block=32, warps=8, stages=2, descriptors=True),
+    "attention_decode": Configuration(block=64, rows=64, warps=4, programs=2, stages=3),
+    "attention_combine": Configuration(rows=1, warps=1),
     "swiglu": Configuration(block=2048, warps=4),
     "swiglu_backward": Configuration(block=1024, warps=4),
     "embedding": Configuration(block=1024, warps=4),

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.cache import KeyValueCache
 from model.mistral import Mistral
 
-_PREFILL_CHUNK = 512
+_PREFILL_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,20 @@ def _continue(
     tokens_T = torch.tensor(prompt_ids, dtype=torch.int64, device=weight.device)
     seen_V = torch.zeros(model.config.unpadded_vocab_size, dtype=torch.bool, device=weight.device)
     for _ in range(most):
-        seen_V[tokens_T] = True
+        seen_V.index_fill_(0, tokens_T, True)
         logits_V = _next_logits(model, cache, tokens_T)
-        if not logits_V.isfinite().all():
-            raise ValueError("the model gives scores that are not finite: its weights are damaged, or too large for its dtype")
+        finite = logits_V.isfinite().all(dim=-1, keepdim=True)
         logits_V = filter_logits(logits_V, seen_V, sampling)
         if sampling.temperature == 0:
             tokens_T = logits_V.argmax(dim=-1, keepdim=True)
         else:
-            tokens_T = torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator)
-        token = int(tokens_T)
+            # The draws of torch.multinomial, which would wait for the device to check what it is given.
+            race_V = torch.empty_like(logits_V).exponential_(generator=generator)
+            tokens_T = (logits_V.softmax(dim=-1) / race_V).argmax(dim=-1, keepdim=True)
+        # The host waits once a token, here.
+        token, is_finite = torch.cat((tokens_T, finite)).tolist()
+        if not is_finite:
+            raise ValueError("the model gives scores that are not finite: its weights are damaged, or too large for its dtype")
         yield token
         if token in stop_ids:
             return

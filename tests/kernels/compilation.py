@@ -27,6 +27,8 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SPILLS = {"query_kernel": 128, "key_kernel": 128}
 # The instructions of warpgroups' matrix products, which kernels with products there must have: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
+# Kernels whose tiles may have fewer rows than these instructions take: what they read costs more than what they compute.
+FEW_ROWS = {"split_kernel"}
 # Kernels whose data allows no loads of 16 bytes.
 NARROW: set[str] = set()
 CASES = {name: launches for case in cases().values() for name, launches in case.LAUNCHES.items()}
@@ -91,7 +93,7 @@ def test_compiles_without_spills(name, chip, compiled, tmp_path):
         wide = [load for load in loads if load.startswith("ld") and load.endswith(("v4.b32", "v8.b32", "v2.b64", "v4.b64"))]
         copied = "cp.async.bulk.tensor" in binary.asm["ptx"] or "cp.async.cg" in binary.asm["ptx"]
         assert wide or copied or title in NARROW, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
-        if "tt.dot" in binary.asm["ttir"] and chip in PRODUCTS:
+        if "tt.dot" in binary.asm["ttir"] and chip in PRODUCTS and title not in FEW_ROWS:
             assert usage[PRODUCTS[chip]], f"{title} has no {PRODUCTS[chip]} instructions"
 
 

@@ -1,6 +1,7 @@
 """Filters, greedy and sampled generation against `transformers`, seeds, limits and errors."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -142,9 +143,10 @@ def test_greedy_equals_transformers_without_its_cache_when_a_place_sees_only_its
     assert greedy(model, [3, 4, 5], 12) == theirs
 
 
-def test_a_prompt_of_several_chunks_equals_transformers(small_model, reference_of):
-    model = small_model(sliding_window=100, max_position_embeddings=2048)
-    prompt = random_prompt(1200)
+def test_a_prompt_of_several_chunks_equals_transformers(small_model, reference_of, monkeypatch):
+    monkeypatch.setattr("model.generate._PREFILL_CHUNK", 250)
+    model = small_model(sliding_window=100, max_position_embeddings=1024)
+    prompt = random_prompt(600)
     assert greedy(model, prompt, 8) == reference_greedy(reference_of(model), prompt, max_new_tokens=8)
 
 
@@ -261,3 +263,23 @@ def test_a_gpu_gives_the_greedy_text_of_the_cpu_and_repeats_its_samples(small_mo
     assert greedy(model, random_prompt(40), 20) == expected
     sampling = Sampling(top_p=0.9, min_p=0.01, top_k=40, repetition_penalty=1.1, max_new_tokens=20, seed=3)
     assert list(generate(model, [1, 2], sampling)) == list(generate(model, [1, 2], sampling))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1}], ids=str)
+def test_the_host_waits_for_a_gpu_once_a_token(small_model, options):
+    model = small_model(sliding_window=16).to("cuda")
+
+    def waits(tokens: int) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                assert len(list(generate(model, random_prompt(40), Sampling(**options, max_new_tokens=tokens)))) == tokens
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+    # The first compiles.
+    waits(2)
+    assert waits(12) - waits(4) == 8

@@ -18,7 +18,7 @@ MUTANTS = [
     ("within((row - shift)[:, None] - place", "within(row[:, None] - place"),
     ("within((row - shift)[None, :] - place", "within(row[None, :] - place"),
     (" & (place < kv_end)[None, :]", ""),
-    ('other=float("inf")) * 1.4426950408889634', "other=0.0) * 1.4426950408889634"),
+    ('other=float("inf")) * LOG2_E', "other=0.0) * LOG2_E"),
     ("weights = tl.where(within((row - shift)[None, :] - place[:, None], window), weights, 0.0)", "pass"),
     ("d = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)", "d = tl.sum(g.to(tl.float32), axis=1)"),
     ("tl.store(delta + at, d, mask=inside)", "tl.store(delta + at, d * 0, mask=inside)"),
@@ -29,5 +29,5 @@ MUTANTS = [
     ("(dk * scale).to(", "dk.to("),
     ("- d[None, :])", ")"),
     ("- delta[:, None])", ")"),
-    ("tile = first_tile + tl.program_id(0) // KV_HEADS", "tile = tl.program_id(0) // KV_HEADS"),
+    ("own_tile(work, first_tile, KV_HEADS)", "own_tile(work, 0, KV_HEADS)"),
 ]
