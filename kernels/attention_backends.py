@@ -1,15 +1,16 @@
 """Who computes attention, by name; the results are the same within rounding, and who cannot do what is asked says so.
 
 triton: our kernels, on CUDA or in Triton's interpreter (float32 without tensor cores, which takes long to compile and to run).
-flash: FlashAttention 2 as torch has it (Dao 2023, https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without
-shared prefixes. flex: torch's FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496), compiled on CUDA, on a CPU
-forward only. reference: eager, anywhere. auto: triton in float16 and bfloat16 on CUDA and wherever it is interpreted, else the
-reference.
+flash: FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without shared prefixes:
+torch's own, or where torch was built without it the package flash-attn's. flex: torch's FlexAttention (Dong et al. 2024,
+https://arxiv.org/abs/2412.05496), compiled on CUDA, on a CPU forward only. reference: eager, anywhere. auto: triton in float16
+and bfloat16 on CUDA and wherever it is interpreted, else the reference.
 
 Shapes: T tokens, H query heads, K key/value heads, E head size.
 """
 
 import functools
+import importlib.util
 import inspect
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ def cannot(backend: Backend, device: torch.device, dtype: torch.dtype, *, gradie
         problem = "runs in float32, float16 and bfloat16 on CUDA, or in Triton's interpreter"
     elif backend == "flash" and not (cuda and dtype in (torch.float16, torch.bfloat16)):
         problem = "runs in float16 and bfloat16 on CUDA"
+    elif backend == "flash" and not (torch.backends.cuda.is_flash_attention_available() or _has_package()):
+        problem = "needs a torch that was built with FlashAttention, or the package flash-attn from 2.6 on"
     elif backend == "flash" and prefixes:
         problem = "knows no shared prefixes"
     elif backend == "flex" and gradients and not cuda:
@@ -75,8 +78,33 @@ def _bounds(work: AttentionWork, device: torch.device) -> tuple[Tensor, int]:
 
 
 @functools.cache
+def _has_package() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def _flash() -> Any:
     """function(query, key, value, bounds, longest, places to the left) -> (output, log-sum-exp)."""
+    return _of_package() if _has_package() and not torch.backends.cuda.is_flash_attention_available() else _of_torch()
+
+
+@functools.cache
+def _of_package() -> Any:
+    from flash_attn import flash_attn_varlen_func
+
+    def function(query_THE, key_TKE, value_TKE, bounds, longest, left):
+        out_THE, log_sum_exp_HT, _ = flash_attn_varlen_func(
+            query_THE, key_TKE, value_TKE, bounds, bounds, longest, longest, causal=True, window_size=(left, 0),
+            deterministic=True, return_attn_probs=True,
+        )  # fmt: skip
+        if log_sum_exp_HT.ndim != 2:
+            raise ValueError("flash-attn before 2.6 gives log-sum-exps of padded documents: install a newer one")
+        return out_THE, log_sum_exp_HT
+
+    return function
+
+
+@functools.cache
+def _of_torch() -> Any:
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

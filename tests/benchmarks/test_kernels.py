@@ -102,6 +102,11 @@ def test_work_of_attention_counts_the_pairs_that_see_each_other():
     assert counted("sliding_window_attention", "backward", torch.bfloat16) == (4 * query + 4 * key, 5 * product)
 
 
+def test_decoding_costs_the_places_that_are_seen():
+    # A window of 3 of the 7 places: query and out of 4 heads of 2, keys and values of 2 heads of 2.
+    assert counted("decode_attention", "forward", torch.bfloat16) == ((2 * 8 + 2 * 3 * 4) * 2, 2 * 2 * 3 * 8)
+
+
 def test_bytes_of_the_optimizer():
     # Query, key and value [16, 8], output [8, 8], gate and up [10, 8], down [8, 5], two norms of 8.
     elements = 128 + 64 + 80 + 40 + 16

@@ -1,11 +1,15 @@
 """Attention as the model calls it, by every backend, against the formula in float64."""
 
 import importlib.util
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kernels.attention as module
+import kernels.attention_backends as backends
 from kernels.attention import sliding_window_attention, sliding_window_attention_with_lse
 from kernels.launch import INTERPRETED
 from tests.kernels.attention_rows import ROWS, Row, plain, small_blocks, with_unseen_changed
@@ -190,6 +194,44 @@ def test_flex_is_right(name, device):
     found = sliding_window_attention_with_lse(query, key, value, work=row.work(device), backend="flex")
     expected = plain(*(tensor.double() for tensor in (query, key, value)), row.visible())
     torch.testing.assert_close([part.double() for part in found], list(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_flash_is_the_packages_where_torch_has_none(monkeypatch):
+    """By its interface: a window of n places is n - 1 to the left, log-sum-exps are [H, T], documents are given by bounds."""
+    row = Row((9, 0, 4), 3, 16, (4, 2), padding=2)
+    query, key, value, _ = row.inputs(torch.float16, torch.device("cpu"))
+    expected = sliding_window_attention_with_lse(query, key, value, work=row.work(), backend="reference")
+    calls = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), max_seqlen_q, max_seqlen_k, window_size))
+        assert (dropout_p, softmax_scale, causal, deterministic, return_attn_probs) == (0.0, None, True, True, True)
+        assert cu_seqlens_q.dtype == torch.int32
+        return expected[0][: len(q)], expected[1][:, : len(q)], None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(backends, "_has_package", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    backends._of_package.cache_clear()
+    try:
+        found = backends.flash_attention(query, key, value, row.work())
+        backends.flash_attention(query, key, value, replace(row, window=None).work())
+    finally:
+        backends._of_package.cache_clear()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert calls == [([0, 9, 9, 13], [0, 9, 9, 13], 9, 9, window) for window in ((2, 0), (-1, 0))]
+
+
+@pytest.mark.parametrize(("torchs", "package"), [(True, False), (False, True), (False, False)])
+def test_flash_needs_torchs_or_the_package(torchs, package, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: torchs)
+    monkeypatch.setattr(backends, "_has_package", lambda: package)
+    problem = backends.cannot("flash", torch.device("cuda"), torch.bfloat16, gradients=True, prefixes=False)
+    assert (problem is None) == (torchs or package)
+    assert torchs or package or "or the package flash-attn from 2.6 on" in problem
 
 
 def test_backends_say_what_they_cannot_do(device):
