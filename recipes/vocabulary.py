@@ -1,4 +1,4 @@
-"""A Japanese vocabulary: train pieces on text, merge them into a tokenizer, resize a model's embedding and head to it.
+"""A Japanese vocabulary, or one of other scripts: train pieces on text, merge them into a tokenizer, resize a model to it.
 
     python -m recipes.vocabulary --text texts/ja --new-pieces 88000 --out runs/vocabulary
     python -m recipes.vocabulary --text texts/ja --new-pieces 88000 --out runs/vocabulary \\
@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -23,10 +24,12 @@ from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
 from model.config import read_config
 from model.folder import complete_folder, write_file
-from model.vocabulary.merge import check_base, extend, unreachable
+from model.vocabulary.export import CHATML
+from model.vocabulary.merge import check_base, extend, merge, unreachable
 from model.vocabulary.resize import Method, check_rows, padded_size, resize_model
+from model.vocabulary.scripts import JAPANESE, Scripts
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
-from model.vocabulary.train import is_japanese, sample
+from model.vocabulary.train import distinct, sample
 from recipes.command import command
 
 HELDOUT_SHARE = 0.02
@@ -37,8 +40,15 @@ class VocabularySettings:
     """Merge a Japanese vocabulary into a tokenizer, and resize a model to it."""
 
     text: tuple[str, ...]
-    """Japanese text to learn the pieces from: files, folders or patterns of .txt, .jsonl, .json (or .gz of each), .parquet,
-    hub:owner/name. Other languages in it do no harm."""
+    """Text to learn the pieces from: files, folders or patterns of .txt, .jsonl, .json (or .gz of each), .parquet,
+    hub:owner/name. Other languages in it do no harm. A document that stands there twice counts once."""
+    weights: tuple[float, ...] = ()
+    """Shares of `max_characters` that each of `text` may fill, relative to one another; default: a choice of all documents
+    together."""
+    script: str = ",".join(JAPANESE)
+    """Scripts that new pieces are made of, by their names in ISO 15924, with commas: hira,kata,han or hang or thai ..."""
+    chatml: bool = True
+    """Add ChatML's <|im_start|> and <|im_end|>, which take rows of the padding."""
     out: str
     """Tokenizer folder to write."""
     new_pieces: int | None = None
@@ -54,7 +64,8 @@ class VocabularySettings:
     model_out: str | None = None
     """Folder to write the resized model to, with its tokenizer."""
     method: Method | None = None
-    """How the new rows begin; default: weighted. See model/vocabulary/resize.py."""
+    """How the new rows begin: weighted (the default), mean, random, or distilled (trained on the text, with the whole model in
+    memory). See model/vocabulary/resize.py."""
     split: str = "blank"
     """What ends a document in a text file: blank (a blank line), line or file."""
     text_field: str = "text"
@@ -77,6 +88,11 @@ class VocabularySettings:
             raise ValueError("model and model_out go together: the model to resize, and where to write it")
         if self.method is not None and self.model is None:
             raise ValueError(f"method = '{self.method}' has no effect without a model to resize")
+        if self.weights and len(self.weights) != len(self.text):
+            raise ValueError(f"weights: {len(self.weights)} for {len(self.text)} of text: give one for each")
+        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+            raise ValueError(f"weights = {self.weights}: each must be above 0")
+        Scripts(self.script.split(","))
         if self.max_characters < 1:
             raise ValueError(f"max_characters = {self.max_characters}: must be at least 1")
         if self.split not in SPLITS:
@@ -107,12 +123,17 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
             complete_folder(settings.model_out, overwrite=settings.overwrite)
         )
         skipped: Counter[str] = Counter()
-        documents = sample(_documents(settings.text, settings, skipped), settings.max_characters, settings.seed)
+        documents = _sampled(settings, skipped)
         trained_on, heldout = _hold_out(documents, settings)
         clock.lap("read")
-        merged, trained = extend(base.model_bytes, trained_on, new_pieces, coverage=settings.coverage, source=base_name)
+        scripts = Scripts(settings.script.split(","))
+        merged, trained = extend(
+            base.model_bytes, trained_on, new_pieces, scripts=scripts, coverage=settings.coverage,
+            controls=CHATML if settings.chatml else (), source=base_name,
+        )  # fmt: skip
         tokenizer = Tokenizer(merged.model_bytes)
         clock.lap("train and merge")
+        truncated = Tokenizer(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)
         report = {
             "pieces": tokenizer.vocab_size,
             "base_pieces": merged.base_size,
@@ -124,10 +145,11 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
             "documents": len(trained_on),
             "characters": trained.characters,
             "records_skipped": dict(skipped),
-            "candidates_dropped": {"nothing Japanese in it": trained.unwanted, **merged.dropped},
+            "scripts": str(scripts),
+            "candidates_dropped": {"nothing of the scripts in it": trained.unwanted, **merged.dropped},
             "unreachable_pieces": len(unreachable(tokenizer.model_bytes)),
-            "heldout": {name: _measure(texts, base, tokenizer) for name, texts in heldout.items()},
-            "lines_without_japanese": _unchanged([*documents, *chain(*heldout.values())], base, tokenizer),
+            "heldout": {name: _measure(texts, base, tokenizer, truncated) for name, texts in heldout.items()},
+            "lines_without_the_scripts": _unchanged([*documents, *chain(*heldout.values())], base, tokenizer, scripts),
             "seed": settings.seed,
         }
         clock.lap("measure")
@@ -135,7 +157,8 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
         write_file(folder / "vocabulary.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
         if model is not None and resized_folder:
             method = settings.method or "weighted"
-            resize_model(model, resized_folder, base, tokenizer, method=method, seed=settings.seed)
+            texts = trained_on if method == "distilled" else ()
+            resize_model(model, resized_folder, base, tokenizer, method=method, seed=settings.seed, texts=texts)
         clock.lap("write")
     report["seconds"] = clock.seconds
     print("\n".join(_lines(report, settings)))
@@ -184,6 +207,17 @@ def _documents(paths: Sequence[str], settings: VocabularySettings, skipped: Coun
                 raise ValueError(f"{source.name}: no usable text in it; text_field = '{settings.text_field}' names the field")
 
 
+def _sampled(settings: VocabularySettings, skipped: Counter[str]) -> list[str]:
+    """A random choice of distinct documents, of all sources together or of each by its weight."""
+    if not settings.weights:
+        return sample(distinct(_documents(settings.text, settings, skipped)), settings.max_characters, settings.seed)
+    chosen = []
+    for path, weight in zip(settings.text, settings.weights, strict=True):
+        characters = max(1, round(settings.max_characters * weight / sum(settings.weights)))
+        chosen += sample(distinct(_documents([path], settings, skipped)), characters, settings.seed)
+    return list(distinct(chosen))
+
+
 def _hold_out(documents: list[str], settings: VocabularySettings) -> tuple[list[str], dict[str, list[str]]]:
     """What to train on, and what to measure on by name."""
     if settings.heldout:
@@ -200,21 +234,23 @@ def _hold_out(documents: list[str], settings: VocabularySettings) -> tuple[list[
     )
 
 
-def _measure(texts: list[str], base: Tokenizer, merged: Tokenizer) -> dict[str, Any]:
-    """Characters per token before and after, whole documents, without beginning and end tokens."""
+def _measure(texts: list[str], base: Tokenizer, merged: Tokenizer, truncated: Tokenizer) -> dict[str, Any]:
+    """Characters per token, whole documents without beginning and end tokens: before, after, and had the first pieces been
+    taken instead of those used most widely."""
     characters = sum(map(len, texts))
-    before, after = (sum(map(len, tokenizer.encode_batch(texts))) for tokenizer in (base, merged))
+    before, after, first = (sum(map(len, tokenizer.encode_batch(texts))) for tokenizer in (base, merged, truncated))
     return {
         "characters": characters,
         "characters_per_token_before": round(characters / before, 4),
         "characters_per_token": round(characters / after, 4),
         "ratio": round(before / after, 4),
+        "ratio_of_first_pieces": round(before / first, 4),
     }
 
 
-def _unchanged(texts: list[str], base: Tokenizer, merged: Tokenizer) -> dict[str, int]:
+def _unchanged(texts: list[str], base: Tokenizer, merged: Tokenizer, scripts: Scripts) -> dict[str, int]:
     """How many lines there are that no new piece may touch, and how many have other ids all the same."""
-    lines = [line for text in texts for line in text.split("\n") if line and not is_japanese(line)]
+    lines = [line for text in texts for line in text.split("\n") if line and not scripts.occur_in(line)]
     pairs = zip(base.encode_batch(lines), merged.encode_batch(lines), strict=True)
     return {"lines": len(lines), "changed": sum(before != after for before, after in pairs)}
 
@@ -230,12 +266,12 @@ def _lines(report: dict[str, Any], settings: VocabularySettings) -> Iterator[str
     yield f"trained on {report['documents']:,} documents, {report['characters']:,} characters"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["candidates_dropped"].items() if count)
     yield f"candidates left out: {dropped or 'none'}; unreachable pieces left: {report['unreachable_pieces']}"
-    yield f"{'characters per token':<42}{'before':>8}{'after':>8}{'ratio':>8}"
+    yield f"{'characters per token':<42}{'before':>8}{'after':>8}{'ratio':>8}{'of the first pieces':>21}"
     for name, row in report["heldout"].items():
         before, after = row["characters_per_token_before"], row["characters_per_token"]
-        yield f"  {Path(name).name:<40}{before:>8.3f}{after:>8.3f}{row['ratio']:>8.3f}"
-    other = report["lines_without_japanese"]
-    yield f"lines without Japanese: {other['lines']:,}, of which with changed ids: {other['changed']:,}"
+        yield f"  {Path(name).name:<40}{before:>8.3f}{after:>8.3f}{row['ratio']:>8.3f}{row['ratio_of_first_pieces']:>21.3f}"
+    other = report["lines_without_the_scripts"]
+    yield f"lines without {settings.script}: {other['lines']:,}, of which with changed ids: {other['changed']:,}"
     yield "seconds: " + ", ".join(f"{name} {seconds}" for name, seconds in report["seconds"].items())
 
 

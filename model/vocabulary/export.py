@@ -19,9 +19,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from model.folder import sync
 from model.vocabulary.chat import CHAT_TEMPLATE
+from model.vocabulary.scripts import SPACE
 
 MODEL_FILE = "tokenizer.model"
-SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+CHATML = ("<|im_start|>", "<|im_end|>")
 
 _NO_LIMIT = 10**30  # how transformers writes that a tokenizer sets no maximum length
 _protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight
@@ -33,7 +34,8 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
     special_tokens_map.json and chat_template.jinja.
 
     Loaded with `AutoTokenizer` the folder gives the ids that sentencepiece gives, except where a text spells `<s>`,
-    `</s>` or `<unk>`, which become special tokens there (and, for a model that normalizes text, where several combining
+    `</s>`, `<unk>` or, where the model has them as control pieces, ChatML's `<|im_start|>` and `<|im_end|>`, which become
+    special tokens there (and, for a model that normalizes text, where several combining
     marks follow one another). Files are replaced one by one, each as a whole, and `tokenizer.model` last: a folder that
     has it has all of them. The bytes depend on the model alone.
 
@@ -47,12 +49,13 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
         "eos_token": processor.id_to_piece(processor.eos_id()),
         "unk_token": processor.id_to_piece(processor.unk_id()),
     }
-    # Other control pieces stay ordinary entries: no text encodes to them in sentencepiece, so none may here.
+    # ChatML's are for chat templates to spell. Other control pieces stay ordinary entries: no text encodes to them in
+    # sentencepiece, so none may here.
     added = [
         {"id": id, "content": piece.piece, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for id, piece in enumerate(proto.pieces)
-        if piece.piece in specials.values()
+        if piece.piece in specials.values() or (piece.type == _Piece.CONTROL and piece.piece in CHATML)
     ]
     config = {
         "add_bos_token": True,

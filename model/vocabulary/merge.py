@@ -15,7 +15,8 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from model.vocabulary.export import SPACE
+from model.vocabulary.scripts import SPACE, Scripts
+from model.vocabulary.selection import select
 from model.vocabulary.tokenizer import Tokenizer
 from model.vocabulary.train import Trained, train
 
@@ -32,12 +33,14 @@ class Merged:
         model_bytes: the new `tokenizer.model`.
         base_size: number of pieces of the base; ids below it mean what they meant.
         pieces: the new pieces, by id from `base_size` on.
+        controls: control pieces, which no text encodes to, by id behind them.
         dropped: how many candidates were left out, by reason.
     """
 
     model_bytes: bytes
     base_size: int
     pieces: list[str]
+    controls: list[str]
     dropped: dict[str, int]
 
 
@@ -65,27 +68,42 @@ def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
 
 
 def extend(
-    base: bytes, texts: Sequence[str], new_pieces: int, *, coverage: float = 0.9998, source: str = "the base tokenizer"
+    base: bytes,
+    texts: Sequence[str],
+    new_pieces: int,
+    *,
+    scripts: Scripts | None = None,
+    coverage: float = 0.9998,
+    controls: Sequence[str] = (),
+    source: str = "the base tokenizer",
 ) -> tuple[Merged, Trained]:
-    """Train Japanese pieces on texts and merge `new_pieces` of them into the base: `train` and `merge` in one.
+    """Train pieces on texts and merge `new_pieces` of them into the base, those that are used most widely in the texts.
 
     Raises:
         ValueError: see `train` and `merge`.
     """
     check_base(base, source)
-    surplus = new_pieces // 10 + 1000
+    surplus = new_pieces * 3 // 10 + 1000
     while True:
-        trained = train(texts, new_pieces + surplus, coverage=coverage)
+        trained = train(texts, new_pieces + surplus, scripts=scripts, coverage=coverage)
         try:
-            return merge(base, trained.pieces, new_pieces, source), trained
+            return merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source), trained
         except _TooFewPieces as error:
             if trained.exhausted:
                 raise ValueError(str(error)) from None
             surplus *= 4  # a base that has many of the pieces already
 
 
-def merge(base: bytes, candidates: Sequence[str], new_pieces: int, source: str = "the base tokenizer") -> Merged:
-    """Append the first `new_pieces` usable candidates to the base.
+def merge(
+    base: bytes,
+    candidates: Sequence[str],
+    new_pieces: int,
+    *,
+    texts: Sequence[str] | None = None,
+    controls: Sequence[str] = (),
+    source: str = "the base tokenizer",
+) -> Merged:
+    """Append `new_pieces` of the usable candidates to the base: the first, or those that texts use most widely.
 
     A candidate is usable if it is not in the base, all of its characters are pieces, and it is reachable: its text encodes to
     it alone. A piece that does not encode to itself is produced from no text at all, since whatever builds it in a text
@@ -96,6 +114,8 @@ def merge(base: bytes, candidates: Sequence[str], new_pieces: int, source: str =
         base: the bytes of the base's `tokenizer.model`.
         candidates: pieces by falling priority, U+2581 for a space.
         new_pieces: how many to append.
+        texts: documents to select by (see `select`). Without them the first candidates are taken.
+        controls: further pieces that no text encodes to, such as ChatML's; those that the base has are left out.
         source: names the base in messages.
 
     Raises:
@@ -116,21 +136,29 @@ def merge(base: bytes, candidates: Sequence[str], new_pieces: int, source: str =
         "in the base already": len(candidates) - len(fresh),
         "a rare character": len(characters) - len(kept_characters),
         "has a character that is no piece": len(merges) - len(spelled),
-        "unreachable": 0,
     }
     pieces = kept_characters + spelled
-    # Cut first: a piece may be reachable only through one that the size leaves out.
-    while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):
+    # Cut before looking: a piece may be reachable only through one that the size leaves out.
+    size = new_pieces if texts is None else len(pieces)
+    while lost := set(unreachable(_append(proto, pieces[:size]), first=base_size)):
         pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
-        dropped["unreachable"] += len(lost)
+        if texts is not None:
+            break  # what nothing produces was in no other's way: all the rest is reachable
+    dropped["unreachable"] = len(kept_characters) + len(spelled) - len(pieces)
     if len(pieces) < new_pieces:
         raise _TooFewPieces(
             f"{new_pieces:,} new pieces asked for, but the text gives {len(pieces):,}: ask for no more than that, "
             "or give more text"
         )
-    dropped["beyond the size"] = len(pieces) - new_pieces
-    pieces = pieces[:new_pieces]
-    return Merged(_append(proto, pieces), base_size, pieces, dropped)
+    dropped["beyond the size" if texts is None else "used too little"] = len(pieces) - new_pieces
+    if texts is None:
+        pieces = pieces[:new_pieces]
+    else:
+        encode = sentencepiece.SentencePieceProcessor(model_proto=_append(proto, pieces)).encode
+        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+        pieces = select(pieces, new_pieces, texts, encode, base_size, scores)
+    new_controls = [control for control in controls if control not in known]
+    return Merged(_append(proto, pieces, new_controls), base_size, pieces, new_controls, dropped)
 
 
 def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
@@ -163,15 +191,24 @@ def _inside(proto: Any) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=inside.SerializeToString())
 
 
-def _append(proto: Any, pieces: Sequence[str]) -> bytes:
-    """The base with pieces appended."""
+def _append(proto: Any, pieces: Sequence[str], controls: Sequence[str] = ()) -> bytes:
+    """The base with pieces appended, and control pieces behind them."""
     merged = _protobuf.ModelProto()
     merged.CopyFrom(proto)
-    score = np.float32(min(piece.score for piece in proto.pieces))
-    for piece in pieces:
-        # Scores are float32: far from zero (Mistral's runs of spaces have -1e9) they lie more than 1 apart.
-        score = min(np.float32(score - 1), np.nextafter(score, np.float32(-np.inf)))
-        merged.pieces.add(piece=piece, score=float(score), type=_Piece.NORMAL)
+    lowest = min(piece.score for piece in proto.pieces)
+    for piece, score in zip(pieces, _scores_below(lowest, len(pieces)), strict=True):
+        merged.pieces.add(piece=piece, score=score, type=_Piece.NORMAL)
+    for control in controls:
+        merged.pieces.add(piece=control, score=0.0, type=_Piece.CONTROL)
     merged.trainer_spec.vocab_size = len(merged.pieces)
     merged.DiscardUnknownFields()  # self tests: samples of encodings that a new piece may shorten
     return merged.SerializeToString(deterministic=True)
+
+
+def _scores_below(lowest: float, count: int) -> list[float]:
+    """Falling scores, 1 apart, or as far as float32 has them apart (at Mistral's lowest, -1e9, that is 64)."""
+    below = np.float32(lowest)
+    step = max(1.0, 2 * float(np.spacing(np.abs(below))))
+    scores = (float(below) - step * np.arange(1, count + 1)).astype(np.float32)
+    assert np.all(np.diff(scores, prepend=below) < 0)
+    return scores.tolist()

@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_pb2
 
-from model.vocabulary.export import MODEL_FILE, write_tokenizer_folder
+from model.vocabulary.export import CHATML, MODEL_FILE, write_tokenizer_folder
 
 __all__ = ["StreamDecoder", "Tokenizer", "mistral_tokenizer_path", "write_tokenizer_folder"]
 
@@ -52,7 +52,8 @@ class Tokenizer:
         self.unk_id: int = self._processor.unk_id()
         if min(self.bos_id, self.eos_id, self.unk_id) < 0:
             raise ValueError(f"{source} has no beginning, end or unknown piece: train it with bos_id, eos_id and unk_id")
-        self._specials = frozenset((self.bos_id, self.eos_id, self.unk_id))
+        chatml = (self._processor.piece_to_id(piece) for piece in CHATML)
+        self._specials = frozenset((self.bos_id, self.eos_id, self.unk_id, *filter(self._processor.is_control, chatml)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -108,7 +109,7 @@ class Tokenizer:
         return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, `<s>`, `</s>` and `<unk>` left out; bytes that are no UTF-8 become U+FFFD.
+        """The text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD.
 
         Raises:
             IndexError: an id is not that of a piece.

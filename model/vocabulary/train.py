@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import io
 import random
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sentencepiece
 
-from model.vocabulary.export import SPACE
-
-# Letters of Japanese: kana, Han characters and the marks that stand for letters (々 〆 〇 ー ヽ ゝ).
-_LETTERS = (
-    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U0001b000-\U0001b16f\U00020000-\U0003fffd"
-)
-# Punctuation of the CJK block and of kana. Other full-width signs (！ （ ￥) may stand in a piece, not make one.
-_PUNCTUATION = "\u3001-\u3004\u3008-\u303f\u309b\u309c\u30a0\u30fb\uff61-\uff65"
-_WIDE = "\u3000\uff01-\uff60\uffe0-\uffe6"
-_JAPANESE = re.compile(f"[{_LETTERS}{_PUNCTUATION}]")
-_LETTER = re.compile(f"[{_LETTERS}]")
-_WIDE_CHARACTER = re.compile(f"[{_WIDE}]")
-# What a piece may be cut from: no letter or digit of another script, no control character, no mark for a space. Wide
-# letters and digits come one at a time: Mistral's digits are single pieces as well.
-_RUN = re.compile(f"(?:[{_LETTERS}]|[^\\w{SPACE}\\x00-\\x1f\\x7f-\\x9f\u2028\u2029]|_)+|[{_WIDE}]")
+from model.vocabulary.scripts import Scripts
 
 MAX_PIECE = 16  # characters
 _MAX_RUN = 2048  # characters; SentencePiece numbers the places of a line with 16 bits
@@ -38,7 +23,7 @@ class Trained:
 
     Attributes:
         pieces: candidates in order of priority: the characters, most frequent first, then the merges as trained.
-        unwanted: trained pieces left out because they hold nothing Japanese.
+        unwanted: trained pieces left out because they hold nothing of the scripts.
         exhausted: the text has no further piece to give.
         characters: number of characters of text trained on, after sampling.
     """
@@ -49,43 +34,44 @@ class Trained:
     characters: int
 
 
-def train(texts: Iterable[str], pieces: int, *, coverage: float = 0.9998) -> Trained:
-    """Train a Japanese BPE and give its pieces: `pieces` merges (fewer if the text has no more) and all characters.
+def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, coverage: float = 0.9998) -> Trained:
+    """Train a BPE of some scripts and give its pieces: `pieces` merges (fewer if the text has no more) and all characters.
 
-    A piece holds a Japanese character or CJK punctuation and, of letters and digits, Japanese ones only; full-width letters
-    and digits are pieces of one character. So no text without such characters can ever be written with a new piece. The
-    text is cut where no piece may reach across (at other scripts' letters, digits, control characters) before training:
-    cut afterwards, every tenth piece trained would be thrown away, and the counts of the rest would be off.
+    Pieces are those that the scripts allow (see `Scripts`), so no text without a character of theirs can ever be written with
+    a new piece. The text is cut where no piece may reach across (at other scripts' letters, digits, control characters)
+    before training: cut afterwards, every tenth piece trained would be thrown away, and the counts of the rest would be off.
 
     Repeated with the same arguments it gives the same pieces.
 
     Args:
         texts: documents, or any parts of them; line breaks are boundaries.
         pieces: how many pieces of two or more characters.
+        scripts: the scripts of the pieces; default: Japan's.
         coverage: share of the characters in `texts` (counted with repetition) that get a piece of their own; the rest, rare
             Han characters, stay bytes.
 
     Raises:
-        ValueError: there is nothing Japanese in the texts, or an argument is out of range.
+        ValueError: there is nothing of the scripts in the texts, or an argument is out of range.
     """
     if pieces < 1:
         raise ValueError(f"pieces must be at least 1, not {pieces}")
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage must be above 0 and at most 1, not {coverage}")
+    scripts = scripts or Scripts()
     characters = 0
     alphabet: set[str] = set()
     runs: list[str] = []
     for text in texts:
         characters += len(text)
-        for run in _RUN.findall(text):
-            if is_japanese(run):
-                alphabet.update(run)
-                runs += (run[i : i + _MAX_RUN] for i in range(0, len(run), _MAX_RUN))
-    if not any(map(_JAPANESE.match, alphabet)):
+        for run in scripts.runs(text):
+            alphabet.update(run)
+            runs += (run[i : i + _MAX_RUN] for i in range(0, len(run), _MAX_RUN))
+    if not alphabet:
         raise ValueError(
-            f"nothing Japanese in the text ({characters:,} characters): no kana, no Han character, no CJK punctuation"
+            f"nothing in the text ({characters:,} characters) is of the scripts {scripts}: give text of such a language, "
+            "or name the script of the text's"
         )
-    # 256 bytes and three specials come with every model. A wide margin: what is not Japanese is dropped.
+    # 256 bytes and three specials come with every model. A wide margin: what the scripts do not allow is dropped.
     size = 259 + len(alphabet) + pieces + pieces // 50 + 100
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -108,7 +94,7 @@ def train(texts: Iterable[str], pieces: int, *, coverage: float = 0.9998) -> Tra
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     trained = [processor.id_to_piece(id) for id in range(259, processor.get_piece_size())]
-    wanted = [piece for piece in trained if is_wanted(piece)]
+    wanted = [piece for piece in trained if scripts.allow(piece)]
     merges = [piece for piece in wanted if len(piece) > 1]
     return Trained(
         pieces=[piece for piece in wanted if len(piece) == 1] + merges[:pieces],
@@ -118,18 +104,14 @@ def train(texts: Iterable[str], pieces: int, *, coverage: float = 0.9998) -> Tra
     )
 
 
-def is_wanted(piece: str) -> bool:
-    """Whether a piece is Japanese and nothing else, as `train` says; a space is written U+2581."""
-    if len(piece) == 1 and _WIDE_CHARACTER.match(piece):
-        return True
-    if not _JAPANESE.search(piece) or any(ord(character) < 0x20 for character in piece):
-        return False
-    return all(_LETTER.match(character) for character in piece if character.isalnum())
-
-
-def is_japanese(text: str) -> bool:
-    """Whether a text holds a character that a new piece may be made of, so that its ids may change by a merge."""
-    return bool(_JAPANESE.search(text) or _WIDE_CHARACTER.search(text))
+def distinct(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, each once; what it remembers of each is 16 bytes."""
+    seen: set[bytes] = set()
+    for text in texts:
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield text
 
 
 def sample(texts: Iterable[str], characters: int, seed: int) -> list[str]:

@@ -1,12 +1,11 @@
-"""Training: determinism, what is a wanted piece, sampling, errors."""
-
-import unicodedata
+"""Training: determinism, what the pieces are, sampling, errors."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.vocabulary.train import MAX_PIECE, is_japanese, is_wanted, sample, train
+from model.vocabulary.scripts import Scripts
+from model.vocabulary.train import MAX_PIECE, distinct, sample, train
 
 
 def test_training_repeats_and_does_not_depend_on_line_ends(written_texts):
@@ -33,7 +32,7 @@ def test_gives_what_was_asked_for_until_the_text_is_exhausted(written_texts):
 def test_every_piece_is_wanted_and_occurs(written_texts):
     text = "\n".join(written_texts).replace(" ", "\u2581")
     for piece in train(written_texts, 200).pieces:
-        assert is_wanted(piece)
+        assert Scripts().allow(piece)
         assert piece in text
         assert len(piece) <= MAX_PIECE
         assert "\n" not in piece
@@ -56,36 +55,9 @@ def test_long_lines_are_trained_on():
     assert {"花鳥", "風月", "山川", "草木"} <= set(train([line], 20).pieces)
 
 
-@pytest.mark.parametrize(
-    "piece",
-    ["の", "です", "\u2581日本", "、", "」。", "です。", "ー", "々", "ｶﾞ", "〇", "！」", "です😀", "Ａ", "１", "　", "カ\u3099"],
-)
-def test_wanted(piece):
-    assert is_wanted(piece)
-    assert is_japanese(piece)
-
-
-@pytest.mark.parametrize(
-    "piece",
-    ["a", "1", "\u2581", "(", "日a", "第1", "です\n", "日é", "한", "日한", "Ａの", "１２", "！？", "日①", "😀", "―", "\x1f日"],
-)
-def test_unwanted(piece):
-    assert not is_wanted(piece)
-
-
-@settings(deadline=None, derandomize=True)
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_wanted_pieces_stand_in_japanese_text_only(text):
-    if text and is_wanted(text):
-        assert is_japanese(text)
-        others = [character for character in text if character.isalnum() and len(text) > 1]
-        names = ("HIRAGANA", "KATAKANA", "CJK", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "HENTAIGANA")
-        assert all(unicodedata.name(character, "CJK").startswith(names) for character in others)
-
-
 @pytest.mark.parametrize("texts", [[], [""], ["Hello, world.", "12 ÄÖ한국어 😀"]])
-def test_text_without_japanese_is_refused(texts):
-    with pytest.raises(ValueError, match=r"nothing Japanese in the text \(\d+ characters\)"):
+def test_text_without_the_scripts_is_refused(texts):
+    with pytest.raises(ValueError, match=r"nothing in the text \(\d+ characters\) is of the scripts hira,kata,han"):
         train(texts, 10)
 
 
@@ -114,3 +86,7 @@ def test_a_sample_is_random():
     samples = {tuple(sample(texts, 60, seed)) for seed in range(20)}
     assert len(samples) == 20
     assert len({text for chosen in samples for text in chosen}) > 150
+
+
+def test_distinct_texts_are_kept_once_in_order():
+    assert list(distinct(iter(["b", "a", "b", "", "a", ""]))) == ["b", "a", ""]
