@@ -104,7 +104,7 @@ class Scripts:
         return all(self._letter.match(character) for character in piece if character.isalnum())
 
     def runs(self, text: str) -> Iterator[str]:
-        """The stretches of a text that a piece may be cut from: between other letters, digits, control characters and line ends."""
+        """The stretches of a text that a piece may be cut from: between letters of others, digits and control characters."""
         return (run for run in self._run.findall(text) if self.occur_in(run))
 
 
