@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from benchmarks.breakdown import OPTIMIZER, breakdown
 from benchmarks.measure import ceilings
-from benchmarks.parts import planned_gib, references, replaced
+from benchmarks.parts import planned_gib, references
 from benchmarks.peers.worker import Worker, cpu_seconds
 from engine.config import from_table, to_table
 from engine.data.batches import Step, make_step, step_stream
@@ -26,6 +25,7 @@ from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
 from engine.optimizer import AdamW, OptimizerSettings
 from engine.parallel import Ranks
+from engine.profile import OPTIMIZER, breakdown, replaced
 from engine.run import Run
 from engine.schedule import learning_rate
 from engine.settings import TrainSettings
@@ -54,7 +54,9 @@ def measure_steps(worker: Worker) -> None:
     model = run.load_model() if run.settings.model else fresh_model(run)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
-    stream = step_stream(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
+    stream = step_stream(
+        run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens, device=run.device
+    )  # fmt: skip
 
     def step(_: int = 0) -> Tensor:
         return train_step(run, model, optimizer, objective, next(stream))

@@ -1,29 +1,16 @@
 """Which parts of the engine exist: found by looking, so that a column or row fills by itself once its part is there."""
 
-import contextlib
 import importlib
 import importlib.util
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+from engine.profile import OPERATORS
 from engine.settings import TrainSettings
 
-# The operators of each part of the ladder, by module; each has its eager reference beside it.
-OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
-    "fused operators": (
-        ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary_"),
-        ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"), ("kernels.norm_qkv", "norm_qkv"),
-        ("kernels.feed_forward", "feed_forward"),
-    ),
-    "attention": (("kernels.attention", "sliding_window_attention"),),
-    "fused head": (("kernels.linear_log_prob", "linear_log_prob"), ("kernels.linear_log_prob", "linear_nll")),
-    "fused optimizer": (("kernels.adamw", "adamw_"), ("kernels.gradient_norm", "gradient_norm")),
-}  # fmt: skip
 LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer")
-_OURS = ("kernels", "model", "engine")
 
 
 def reference_name(name: str) -> str:
@@ -67,23 +54,6 @@ def planned_gib(run: Any) -> float | dict[str, str]:
         return {"missing": "the engine has no memory plan"}
     planned = getattr(importlib.import_module("engine.memory"), "planned_peak_bytes", None)
     return planned(run) / 2**30 if planned else {"missing": "engine.memory has no planned_peak_bytes"}
-
-
-@contextlib.contextmanager
-def replaced(substitutes: Iterable[tuple[Callable, Callable]]) -> Iterator[None]:
-    """Wherever our modules name one of these functions, let them name its substitute."""
-    undo = []
-    for original, substitute in substitutes:
-        for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] in _OURS]:
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    undo.append((module, name, original))
-                    setattr(module, name, substitute)
-    try:
-        yield
-    finally:
-        for module, name, original in undo:
-            setattr(module, name, original)
 
 
 def references(parts: Iterable[str]) -> Iterator[tuple[Callable, Callable]]:

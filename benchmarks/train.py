@@ -25,12 +25,13 @@ from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import Documents, export_steps, write_synthetic
-from benchmarks.parts import LADDER, OPERATORS, missing_part, missing_ranks, missing_setting
+from benchmarks.parts import LADDER, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
 from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.flops import peak_flops
+from engine.profile import OPERATORS
 from model.config import MistralConfig, preset
 
 _BREAKDOWN_STEPS = 2

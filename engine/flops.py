@@ -1,6 +1,8 @@
 """Work of a training step, counted from what is really computed: attended pairs exactly (causal, window, documents), the head
 only for the rows that reach it, no embedding look-up. 2 operations a multiply-add."""
 
+import itertools
+import statistics
 from collections.abc import Iterable
 
 import torch
@@ -69,6 +71,26 @@ def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recomput
         # All of a block's forward pass: a third of its training operations.
         return training_flops(config, tokens=tokens, rows=0, pairs=pairs) // 3
     return gate_up if recompute == "ffn" else 0
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a CUDA device reaches now in a large product of random numbers, None on a CPU, whose other
+    processes decide that. Takes some ten milliseconds and, for these, 0.4 GiB."""
+    if device.type != "cuda":
+        return None
+    size, repeats = 8192, 10
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for mark in marks:
+        torch.mm(left, right, out=out)
+        mark.record()
+    torch.cuda.synchronize(device)
+    seconds = statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) / 1e3
+    del left, right, out
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return 2 * size**3 / seconds
 
 
 def peak_flops(device: torch.device) -> float | None:

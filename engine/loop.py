@@ -14,19 +14,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from engine.checkpoint import load_optimizer, point_latest_at
 from engine.checkpoint_writer import Checkpointer
 from engine.config import to_table, to_toml
 from engine.data.batches import Batch, Step, share_of, step_stream
-from engine.flops import pairs_of, peak_flops, training_flops
+from engine.flops import pairs_of, peak_flops, product_ceiling, recomputed_flops, training_flops
+from engine.garbage import GarbageAtLogLines
+from engine.guard import SpikeLog
 from engine.interruption import Interruption
 from engine.memory import planned
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
 from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
+from engine.profile import OPTIMIZER, StepProfiler
 from engine.run import Run
 from engine.schedule import learning_rate
+from engine.waiting import RankWaits
+from engine.watchdog import Watchdog
 from model.config import MistralConfig
 from model.folder import sole_writer, write_file
 from model.mistral import Mistral
@@ -67,51 +73,73 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             run.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_writer(run.out, run.out))
             write_file(run.out / "config.toml", to_toml(settings))
-        metrics = stack.enter_context(closing(open_metrics(run)))
+        watchdog = stack.enter_context(Watchdog(ranks, settings.parallel.timeout))
+        waits = RankWaits(model, ranks)
+        metrics = stack.enter_context(closing(open_metrics(run, waits)))
         interruption = stack.enter_context(Interruption(ranks))
         checkpointer = stack.enter_context(Checkpointer(
             run.out, model, optimizer, run.tokenizer, ranks, keep=settings.keep_checkpoints, keep_every=settings.keep_every
         ))  # fmt: skip
+        profiler, garbage = StepProfiler(settings.profile, run.out, ranks), stack.enter_context(GarbageAtLogLines())
         if run.start == 0 and evaluations:
-            metrics.evaluation(0, evaluate(model, evaluations, ranks))
+            metrics.evaluation(0, evaluate(model, evaluations, ranks, watchdog.alive))
         stream = stack.enter_context(closing(step_stream(
             run.plan, run.start, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=ranks.rank,
-            ranks=ranks.ranks,
+            ranks=ranks.ranks, device=run.device,
         )))  # fmt: skip
         waited = time.perf_counter()
         for step in stream:
             done, wait = step.index + 1, time.perf_counter() - waited
             rate = learning_rate(settings.schedule, step.index, steps)
-            values = ranks.sum(accumulate(model, objective, step))
-            checkpointer.before_update()
-            values["gradient_norm"], values["skipped"] = optimizer.step(rate, values["loss"])
-            saved = step.tokens_saved if run.plan.share_prompts else None
-            flops = step_flops(run.config, step)
-            metrics.step(StepRecord(done, rate, values, step.tokens, step.trained, flops, wait, saved))
+            with profiler.around(done):
+                parts = accumulate(model, objective, step)
+                with waits.timed():
+                    values = ranks.sum(parts)
+                checkpointer.before_update()
+                with record_function(OPTIMIZER):
+                    values["gradient_norm"], values["skipped"] = optimizer.step(rate, values["loss"])
+            watchdog.alive()
+            if metrics.step(record_of(run, step, rate, values, wait)):
+                garbage.collect()
             if evaluations and (done == steps or _due(done, settings.evaluate_every)):
-                metrics.evaluation(done, evaluate(model, evaluations, ranks))
+                metrics.evaluation(done, evaluate(model, evaluations, ranks, watchdog.alive))
             stop = interruption.after_step(checkpointer.failed)
             if stop or done == steps or _due(done, settings.checkpoint_every):
                 metrics.flush()
+                # A disk may take longer than a collective.
+                watchdog.pause()
                 with metrics.saving():
                     last = checkpointer.save(run.state(done))
+                watchdog.alive()
             if stop and done < steps:
+                watchdog.pause()
                 checkpointer.wait()
                 metrics.message(f"stopped by SIGTERM after step {done}; start again to continue from {last}")
                 raise SystemExit(STOPPED)
             waited = time.perf_counter()
+        watchdog.pause()
     assert last is not None
     return last
 
 
-def open_metrics(run: Run) -> Metrics:
+def open_metrics(run: Run, waits: RankWaits) -> Metrics:
     """The sinks of a run, cut back to where it starts."""
     settings = run.settings
+    spikes = SpikeLog(run.out / "spikes.jsonl", settings.guard, run.plan)
     return Metrics(
         run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak_flops(run.device),
         config=to_table(settings), ranks=run.ranks, planned_bytes=planned(run).peak,
+        ceiling=product_ceiling(run.device, run.dtype), spikes=spikes, waits=waits.take, lag=settings.guard.lag,
         skip_limit=settings.optimizer.skip_limit if settings.optimizer.nonfinite == "skip" else 1,
     )  # fmt: skip
+
+
+def record_of(run: Run, step: Step, rate: float, values: dict[str, Tensor], wait: float) -> StepRecord:
+    """What is logged of a step. wait: seconds that it was waited for."""
+    again = recomputed_flops(run.config, tokens=step.tokens, pairs=step.attended, recompute=run.settings.recompute)
+    saved = step.tokens_saved if run.plan.share_prompts else None
+    flops = step_flops(run.config, step)
+    return StepRecord(step.index + 1, rate, values, step.tokens, step.trained, flops, wait, saved, again)
 
 
 def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Tensor]:
@@ -132,8 +160,10 @@ def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Te
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, evaluations: Sequence[Evaluation], ranks: Ranks | None = None) -> dict[str, float]:
-    """Values of the held-out sets without noise, over all ranks: {"eval/<name>/<value>": ...}."""
+def evaluate(
+    model: Mistral, evaluations: Sequence[Evaluation], ranks: Ranks | None = None, alive: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Values of the held-out sets without noise, over all ranks: {"eval/<name>/<value>": ...}. alive: called at each batch."""
     model.eval()
     device = model.lm_head.weight.device
     results: dict[str, float] = {}
@@ -141,6 +171,7 @@ def evaluate(model: Mistral, evaluations: Sequence[Evaluation], ranks: Ranks | N
         totals: dict[str, Tensor] = {}
         batches = evaluation.step.batches
         for batch in share_of(batches, ranks.rank, ranks.ranks) if ranks else batches:
+            alive()
             for name, value in evaluation.objective(model, batch.to(device), evaluation.step).items():
                 totals[name] = totals.get(name, 0) + value.double()
         summed = ranks.sum(totals) if ranks else totals

@@ -1,11 +1,14 @@
 """Metrics of a run: a line on the console, metrics.jsonl, TensorBoard, and Weights & Biases where installed."""
 
+import itertools
 import json
 import math
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +18,15 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from engine.guard import SpikeLog
 from engine.parallel import Ranks
+from engine.waiting import slowest
 from model.folder import write_file
+
+# Steps that the quantiles of their time are of.
+_LATEST = 100
+# Of the ranks' seconds the largest is what training has lost.
+_LARGEST = frozenset({"data_wait_seconds", "checkpoint_blocked_seconds"})
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class StepRecord:
     """One step, its values still on the device: reading them would make the host wait for it.
 
     tokens: places that were computed, which the speed counts; padding is none. tokens_saved: places more that pairs would have
-    taken without sharing their prompts; None where nothing could be shared, and then it is not written.
+    taken without sharing their prompts; None where nothing could be shared, and then it is not written. flops: of the whole
+    step; recomputed_flops: of products that the backward pass makes again, which are none of those.
     """
 
     step: int
@@ -49,41 +60,55 @@ class StepRecord:
     flops: int
     data_wait: float
     tokens_saved: int | None = None
+    recomputed_flops: int = 0
 
 
 class Metrics:
-    """Writes what a run reports. Steps are numbered from 1 by updates done; evaluation before the first step is step 0."""
+    """Writes what a run reports. Steps are numbered from 1 by updates done; evaluation before the first step is step 0.
+
+    Args: ceiling: operations a second of a large product, as measured on this rank's device; None for unknown. spikes: where
+        steps that stand out are noted. waits: gives the seconds that this rank has waited for others since the last call, for
+        `lag` (see `GuardSettings`).
+    """
 
     def __init__(
         self, out: Path, settings: LogSettings, *, steps: int, start: int, peak_flops: float | None, config: dict[str, Any],
-        ranks: Ranks, planned_bytes: int, skip_limit: int = 1,
+        ranks: Ranks, planned_bytes: int, skip_limit: int = 1, ceiling: float | None = None, spikes: SpikeLog | None = None,
+        waits: Callable[[], float] = lambda: 0.0, lag: float = 0.0,
     ) -> None:  # fmt: skip
         self.settings, self.steps, self.peak_flops = settings, steps, peak_flops
         self._ranks, self._skip_limit, self._skipped_in_a_row = ranks, skip_limit, 0
-        self._planned_bytes = planned_bytes
+        self._planned_bytes, self._ceiling, self._spikes, self._waits, self._lag = planned_bytes, ceiling, spikes, waits, lag
         self._file = out / "metrics.jsonl"
         self._writer = self._wandb = None
         if ranks.main:
             # A fresh run evaluates before its first step, so nothing that an earlier attempt left counts, not even step 0.
             kept = start if start else -1
             _drop_lines_after(self._file, kept)
+            if spikes is not None:
+                _drop_lines_after(spikes.file, kept)
+                spikes.resume(_losses(self._file))
             if settings.tensorboard:
                 self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=kept + 1)
             if settings.wandb:
                 self._wandb = _start_wandb(settings.wandb, out, config)
         self._pending: list[StepRecord] = []
         self._saving = 0.0
-        self._interval_start = time.perf_counter()
+        self._latest: deque[float] = deque(maxlen=_LATEST)
+        self.restart_clock()
         self.bar = tqdm(
             total=steps, initial=start, unit="step", disable=None if ranks.main else True, dynamic_ncols=True, smoothing=0.05
         )
 
-    def step(self, record: StepRecord) -> None:
-        """Take a step's values; written every `log.every` steps and at the last."""
+    def step(self, record: StepRecord) -> bool:
+        """Take a step's values; written every `log.every` steps and at the last. Returns: whether they were written."""
         self._pending.append(record)
+        self._marks.append(_now(self._ranks.device))
         self.bar.update()
-        if len(self._pending) == self.settings.every or record.step == self.steps:
+        due = len(self._pending) == self.settings.every or record.step == self.steps
+        if due:
             self.flush()
+        return due
 
     def flush(self) -> None:
         """Write the pending steps.
@@ -97,7 +122,9 @@ class Metrics:
             return
         lines = [_step_line(record) for record in self._pending]
         seconds = time.perf_counter() - self._interval_start
-        speed = self._speed(seconds)
+        speed, waits = self._speed(seconds), self._waits()
+        if self._ranks.mesh is not None:
+            speed["rank_wait_seconds"] = self._over_ranks(speed, waits / len(lines))
         self._write([{**line, **speed} for line in lines])
         self._print(lines[-1], speed)
         self._pending, self._saving = [], 0.0
@@ -108,6 +135,9 @@ class Metrics:
                 self.message(
                     f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: not finite, no update"
                 )
+            remark = self._spikes.look(line) if self._spikes is not None and self._ranks.main else None
+            if remark:
+                self.message(remark)
             if self._skipped_in_a_row == self._skip_limit:
                 raise FloatingPointError(
                     f"step {line['step']}: loss {line['loss']}, gradient norm {line['gradient_norm']}: training stopped, "
@@ -139,7 +169,7 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Do not count the time since the last log line: evaluation and checkpoints are no training."""
-        self._interval_start = time.perf_counter()
+        self._interval_start, self._marks = time.perf_counter(), [_now(self._ranks.device)]
 
     def close(self) -> None:
         self.bar.close()
@@ -150,28 +180,55 @@ class Metrics:
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         ranks = self._ranks.ranks
-        flops = sum(record.flops for record in self._pending)
+        flops = sum(record.flops for record in self._pending) / seconds / ranks
+        recomputed = sum(record.recomputed_flops for record in self._pending) / seconds / ranks
+        self._latest.extend(_seconds_between(self._marks))
         tokens = sum(record.tokens for record in self._pending) / seconds
         return {
             "tokens_per_second": tokens,
             "tokens_per_second_per_gpu": tokens / ranks,
             "trained_tokens_per_second": sum(record.trained_tokens for record in self._pending) / seconds,
-            "mfu": None if self.peak_flops is None else flops / seconds / (self.peak_flops * ranks),
+            "mfu": None if self.peak_flops is None else flops / self.peak_flops,
+            "hfu": None if self.peak_flops is None else (flops + recomputed) / self.peak_flops,
+            "of_ceiling": None if self._ceiling is None else flops / self._ceiling,
             "step_seconds": seconds / len(self._pending),
+            "step_seconds_p50": statistics.median(self._latest),
+            "step_seconds_p95": sorted(self._latest)[math.ceil(0.95 * len(self._latest)) - 1],
             "data_wait_seconds": sum(record.data_wait for record in self._pending) / len(self._pending),
             "checkpoint_blocked_seconds": self._saving,
             **_memory(),
             "memory_planned_gib": self._planned_bytes / 2**30,
         }
 
+    def _over_ranks(self, speed: dict[str, Any], waits: float) -> float:
+        """Make the memory and the waits of a log line the largest of all ranks, and name a rank that holds the others up.
+
+        Args: waits: seconds a step that this rank has waited for others. Returns: the most that one has.
+        """
+        names = [name for name in speed if name.startswith("memory_") or name in _LARGEST]
+        table = torch.zeros(self._ranks.ranks, len(names) + 2, dtype=torch.float64)
+        table[self._ranks.rank] = torch.tensor(
+            [*(speed[name] for name in names), self._ceiling or 0.0, waits], dtype=torch.float64
+        )
+        *columns, ceilings, everyone = self._ranks.sum_(table).T.tolist()
+        speed.update({name: max(column) for name, column in zip(names, columns, strict=True)})
+        if speed["of_ceiling"] is not None:
+            speed["of_ceiling"] *= (self._ceiling or 0.0) / statistics.mean(ceilings)
+        rank, lead = slowest(everyone)
+        if self._lag and lead > self._lag * speed["step_seconds"]:
+            self.message(
+                f"rank {rank} is the slowest: the others wait {lead:.2f} s for it in a step of {speed['step_seconds']:.2f} s"
+            )
+        return max(everyone)
+
     def _print(self, line: dict[str, Any], speed: dict[str, Any]) -> None:
-        mfu = "n/a" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
+        mfu, ceiling = ("n/a" if speed[name] is None else f"{speed[name]:.1%}" for name in ("mfu", "of_ceiling"))
         rewards = "".join(f"  {name} {line[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in line)
         left = speed["step_seconds"] * (self.steps - line["step"])
         self.message(
             f"step {line['step']:>6}/{self.steps}  loss {line['loss']:.4f}{rewards}  lr {line['learning_rate']:.2e}  "
             f"grad {line['gradient_norm']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
-            f"left {tqdm.format_interval(left)}"
+            f"of ceiling {ceiling}  left {tqdm.format_interval(left)}"
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
@@ -187,6 +244,20 @@ class Metrics:
                     self._writer.add_scalar(name, value, line["step"])
             if self._wandb is not None:
                 self._wandb.log(values, step=line["step"])
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(marks: list[Any]) -> list[float]:
+    if isinstance(marks[0], float):
+        return [after - before for before, after in itertools.pairwise(marks)]
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 
 
 def _finite(value: Any) -> Any:
@@ -211,6 +282,12 @@ def _memory() -> dict[str, float]:
         }
     # Linux counts in KiB.
     return {"memory_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def _losses(file: Path) -> list[float]:
+    """The finite losses of the steps in a file of metrics."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [line["loss"] for line in map(json.loads, lines) if line.get("loss") is not None]
 
 
 def _drop_lines_after(file: Path, step: int) -> None:

@@ -91,7 +91,7 @@ class AdamW:
         Returns: the gradient's norm before clipping, and 1 where there was no update, else 0: float32 scalars on its device.
         """
         parameters = list(self.parameters.values())
-        norm = self._norm(parameters)
+        norm = norm_of_gradients(parameters)
         scale, skipped = self._scale(norm, loss)
         self.updates += 1
         offloaded = self.settings.offload == "moments"
@@ -137,12 +137,6 @@ class AdamW:
         # Pinned, so that copies run at the bus's speed and the host need not wait for each.
         return torch.zeros(parameter.shape, dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
 
-    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
-        if not isinstance(parameters[0], DTensor):
-            return norm
-        return sum_over_shards(norm.double().square(), parameters).sqrt().float()
-
     def _scale(self, norm: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
         """What multiplies the gradients, -1 where there is to be no update; and whether there is none."""
         limit = self.settings.clip_norm
@@ -161,6 +155,14 @@ class AdamW:
                 raise ValueError(f"optimizer state {name}: {found}, the model needs {list(tensor.shape)} {tensor.dtype}")
             tensor.copy_(saved)
         self.updates = updates
+
+
+def norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of the whole gradient, of all ranks: a float32 scalar on the parameters' device."""
+    norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+    if not isinstance(parameters[0], DTensor):
+        return norm
+    return sum_over_shards(norm.double().square(), parameters).sqrt().float()
 
 
 def _accumulate_in_float32(parameter: nn.Parameter) -> None:

@@ -57,13 +57,13 @@ def reference_tables(
                 model = run.load_initial_model()
                 _check_unchanged(run, weights_hash(model), weights)
             table = _compute(run, model, name, dataset, batches)
-            if ranks.main:
+            if ranks.main and not run.settings.replay:
                 _write(path, table)
         assert table is not None
         tables[name] = table
     if run.checkpoint is None:
         assert model is not None
-        if ranks.main:
+        if ranks.main and not run.settings.replay:
             run.out.mkdir(parents=True, exist_ok=True)
             write_file(manifest, json.dumps({"weights": weights}) + "\n")
         return tables, model

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import TrainingState, model_folder, newest_checkpoint, read_state
+from engine.checkpoint import TrainingState, checkpoints, model_folder, read_state
 from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
@@ -96,7 +96,8 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     Args: kinds: of datasets that the objective can train on; share_prompts: compute the common prompt of a pair once.
     Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
     """
-    _check_writable(Path(settings.out))
+    if not settings.replay:
+        _check_writable(Path(settings.out))
     ranks = join(choose_device(settings.device), settings.parallel)
     device = ranks.device
     if device.type == "cuda":
@@ -105,6 +106,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     problem = cannot(settings.backend, device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
+    settings.profile.check(device)
     tokenizer = Tokenizer.load(_tokenizer_folder(settings))
     config = _config(settings, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
@@ -126,6 +128,8 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         epochs=settings.epochs,
         share_prompts=share_prompts,
     )
+    if settings.replay > plan.steps:
+        raise ValueError(f"replay = {settings.replay}: the run has {plan.steps} steps")
     run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
     if run.pack_tokens < plan.longest_unit:
         unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
@@ -133,15 +137,23 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
             f"pack_tokens = {run.pack_tokens} is below {unit} ({plan.longest_unit} tokens); raise it, or leave it out"
         )
     # Rank 0 decides: what lies in a folder may change while others look.
-    name = ranks.from_main(getattr(newest_checkpoint(settings.out), "name", None))
+    name = ranks.from_main(_starting_point(settings))
     checkpoint = Path(settings.out) / name if name else None
     if checkpoint is None:
         return run
-    if settings.resume == "never":
+    if settings.resume == "never" and not settings.replay:
         raise FileExistsError(f"{settings.out}: holds a run already ({checkpoint.name}); choose another out, or resume = auto")
     state = read_state(checkpoint)
     _check_same_run(run, state)
     return dataclasses.replace(run, checkpoint=checkpoint, start=state.step)
+
+
+def _starting_point(settings: TrainSettings) -> str | None:
+    """Name of the checkpoint to go on from: the newest one, before the step that is to be replayed if there is one."""
+    names = [path.name for path in checkpoints(settings.out)]
+    if settings.replay:
+        names = [name for name in names if name < f"step-{settings.replay:08d}"]
+    return names[-1] if names else None
 
 
 def _check_writable(out: Path) -> None:

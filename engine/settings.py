@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.data.plan import Source
+from engine.guard import GuardSettings
 from engine.metrics import LogSettings
 from engine.optimizer import OptimizerSettings
 from engine.parallel import ParallelSettings
+from engine.profile import ProfileSettings
 from engine.schedule import ScheduleSettings
 from kernels.attention_backends import Backend
 from model.mistral import Recompute
@@ -14,7 +16,8 @@ from model.mistral import Recompute
 # Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
 FREE_ON_RESUME = frozenset(
     {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel", "optimizer.offload"}
+     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel", "optimizer.offload",
+     "guard", "profile", "replay"}
 )  # fmt: skip
 
 
@@ -66,18 +69,22 @@ class TrainSettings:
     """Steps between checkpoints that stay on disk for good; 0: none does."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run that is in `out`, if there is one; never: refuse a folder that holds one."""
+    replay: int = 0
+    """Run this step of the run in `out` once more, from its newest checkpoint before it, print its losses, write nothing."""
     dry_run: bool = False
     """Check everything, print the plan and a sample, train nothing, write nothing."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     log: LogSettings = field(default_factory=LogSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: name at least one prepared folder ([[sources]] path = ...)")
         for name, least in (("step_size", 1), ("context_length", 1), ("pack_tokens", 0), ("evaluate_every", 0),
-                            ("checkpoint_every", 0), ("keep_checkpoints", 1), ("keep_every", 0)):  # fmt: skip
+                            ("checkpoint_every", 0), ("keep_checkpoints", 1), ("keep_every", 0), ("replay", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):

@@ -15,6 +15,7 @@ from engine.data.dataset import TokenDataset
 from engine.loop import Evaluation, train, whole_step
 from engine.objectives.preference import Preference, PreferenceSettings
 from engine.reference import reference_tables
+from engine.replay import replay
 from engine.run import Run, open_run
 from engine.settings import TrainSettings, check_neftune
 from recipes.command import command
@@ -54,8 +55,11 @@ def run(settings: DpoSettings) -> Path | None:
         reference = [tables[name] for name in names]
         return Preference(settings.preference, reference, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
 
+    trained = objective(*(f"source {i}" for i in range(len(opened.datasets))))
+    if settings.replay:
+        return replay(opened, model, trained)
     evaluations = [Evaluation(name, objective(f"heldout {name}"), whole_step(batches)) for name, batches in heldout.items()]
-    return train(opened, model, objective(*(f"source {i}" for i in range(len(opened.datasets)))), evaluations)
+    return train(opened, model, trained, evaluations)
 
 
 def training_pairs(run: Run, dataset: TokenDataset) -> list[Batch]:

@@ -7,6 +7,7 @@ from engine.data.dataset import TokenDataset
 from engine.loop import Evaluation, train, whole_step
 from engine.objectives.next_token import NextToken
 from engine.preview import describe, sample
+from engine.replay import replay
 from engine.run import Run
 
 
@@ -21,12 +22,14 @@ def announce(run: Run) -> bool:
 
 
 def train_next_token(run: Run, objective: NextToken) -> Path | None:
-    """Pre-training or supervised fine-tuning with its held-out sets."""
+    """Pre-training or supervised fine-tuning with its held-out sets, or one step of it once more."""
     evaluations = [
         Evaluation(name, objective, whole_step(heldout_batches(run, dataset))) for name, dataset in run.heldout.items()
     ]
     if not announce(run):
         return None
+    if run.settings.replay:
+        return replay(run, run.load_model(), objective)
     return train(run, run.load_model(), objective, evaluations)
 
 

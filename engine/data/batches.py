@@ -12,7 +12,7 @@ import queue
 import threading
 import warnings
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -130,16 +130,19 @@ def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, ra
 
 
 def step_stream(
-    plan: Plan, start: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2
-) -> Generator[Step, None, None]:
+    plan: Plan, start: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2,
+    device: torch.device | None = None,
+) -> Generator[Step, None, None]:  # fmt: skip
     """`make_step` for steps `start` to the plan's last, `prefetch` steps ahead in a background thread.
 
+    device: where a CUDA device, steps come on it: pinned and copied by that thread, on a stream of its own, while others
+    compute, so that neither the host nor the device waits for them.
     An exception of the thread is raised by the iterator; closing the iterator ends the thread.
     """
-    ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
+    ready: queue.Queue[_Prefetched | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
     closed = threading.Event()
 
-    def put(item: Step | BaseException | None) -> None:
+    def put(item: _Prefetched | BaseException | None) -> None:
         # A plain put could wait for ever on a consumer that has left.
         while not closed.is_set():
             try:
@@ -150,10 +153,12 @@ def step_stream(
 
     def work() -> None:
         try:
+            copies = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
             for step in range(start, plan.steps):
                 if closed.is_set():
                     return
-                put(make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks))
+                made = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
+                put(_Prefetched(made) if copies is None else _copied(made, copies))
             put(None)
         except BaseException as error:
             put(error)
@@ -164,10 +169,39 @@ def step_stream(
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item.arrived()
     finally:
         closed.set()
         thread.join()
+
+
+@dataclass(frozen=True)
+class _Prefetched:
+    """A step, and what says that it is on the device."""
+
+    step: Step
+    copied: torch.cuda.Event | None = None
+
+    def arrived(self) -> Step:
+        """The step for the current stream, which waits for it where it has to."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.step.batches[0].tokens_T.device)
+            stream.wait_event(self.copied)
+            for batch in self.step.batches:
+                # Their memory is the copying stream's, which would take it back while this one still computes with it.
+                for part in (getattr(batch, field.name) for field in fields(batch)):
+                    if part is not None:
+                        (part.work if isinstance(part, AttentionWork) else part).record_stream(stream)
+        return self.step
+
+
+def _copied(step: Step, stream: torch.cuda.Stream) -> _Prefetched:
+    """Copy a step to the stream's device, without waiting for it."""
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        on_device = replace(step, batches=[batch.to(stream.device) for batch in step.batches])
+        copied = torch.cuda.Event()
+        copied.record(stream)
+    return _Prefetched(on_device, copied)
 
 
 def evaluation_batches(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from engine.data.batches import Batch, Step
-from engine.objectives.scoring import embedding_noise, mean_nll
+from engine.objectives.scoring import answer_lengths, document_log_probs, embedding_noise, mean_nll, token_log_probs
+from kernels.embedding import EmbeddingNoise
 from model.mistral import Mistral
 
 
@@ -25,6 +26,13 @@ class NextToken:
         "loss": sum(weight * -log_prob) / weight of the whole step. The denominator is the step's, never the micro-batch's, so
         that any split of the step gives the same gradient.
         """
+        return {"loss": mean_nll(model, batch, step.weight, self._noise(model, batch, step))}
+
+    def losses(self, model: Mistral, batch: Batch, step: Step) -> Tensor:
+        """Mean negative log-likelihood over the weighted tokens of each document, 0 without any: [documents of the batch]."""
+        log_prob_T = token_log_probs(model, batch, self._noise(model, batch, step))
+        return -document_log_probs(log_prob_T, batch) / answer_lengths(batch)
+
+    def _noise(self, model: Mistral, batch: Batch, step: Step) -> EmbeddingNoise | None:
         alpha = self.neftune_alpha if model.training else 0.0
-        noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
-        return {"loss": mean_nll(model, batch, step.weight, noise)}
+        return embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)

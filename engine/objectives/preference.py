@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.data.batches import Batch, Step
-from engine.objectives.scoring import document_log_probs, embedding_noise, token_log_probs
+from engine.objectives.scoring import answer_lengths, document_log_probs, embedding_noise, token_log_probs
 from model.mistral import Mistral
 
 LossKind = Literal["sigmoid", "ipo", "ipo-mean", "hinge"]
@@ -77,14 +77,9 @@ class Preference:
         "loss", and TRL's metrics: rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, means over pairs.
         """
         assert batch.pair_D is not None
-        alpha = self.neftune_alpha if model.training else 0.0
-        noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
-        policy_D = document_log_probs(token_log_probs(model, batch, noise), batch)
-        ratio_D = policy_D - self._reference_of(batch)
-        scored_D = ratio_D / answer_lengths(batch) if self.settings.loss == "ipo-mean" else ratio_D
+        loss_P, policy_D, ratio_D = self._scored(model, batch, step)
         # A filler pair, which a rank without work runs, has no weight and must not count.
         real_P = (batch.pair_D[0::2] >= 0).to(ratio_D.dtype)
-        loss_P = preference_loss(scored_D[0::2] - scored_D[1::2], self.settings)
 
         def mean(values_P: Tensor) -> Tensor:
             return (values_P * real_P).sum() / step.pairs
@@ -101,6 +96,19 @@ class Preference:
             "logps/rejected": mean(policy_D.detach()[1::2]),
         }
 
+    def losses(self, model: Mistral, batch: Batch, step: Step) -> Tensor:
+        """Loss of each pair: [pairs of the batch]."""
+        return self._scored(model, batch, step)[0]
+
+    def _scored(self, model: Mistral, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each pair [P]; the policy's log-probability of each document, and less that of the reference [D]."""
+        alpha = self.neftune_alpha if model.training else 0.0
+        noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
+        policy_D = document_log_probs(token_log_probs(model, batch, noise), batch)
+        ratio_D = policy_D - self._reference_of(batch)
+        scored_D = ratio_D / answer_lengths(batch) if self.settings.loss == "ipo-mean" else ratio_D
+        return preference_loss(scored_D[0::2] - scored_D[1::2], self.settings), policy_D, ratio_D
+
     def _reference_of(self, batch: Batch) -> Tensor:
         """The reference's log-probability of each document, 0 for a filler's: [D]."""
         device = batch.document_D.device
@@ -110,11 +118,6 @@ class Preference:
         # Documents are numbered through the sources as the rows and sides of these tables are.
         values_D = self._tables[device][batch.document_D.clamp(min=0)]
         return values_D.masked_fill(batch.document_D < 0, 0.0)
-
-
-def answer_lengths(batch: Batch) -> Tensor:
-    """Weighted (answer) tokens of each document, at least 1: [D]."""
-    return document_log_probs(torch.ones_like(batch.weight_T), batch).clamp(min=1)
 
 
 def reference_log_probs(

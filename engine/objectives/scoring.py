@@ -3,6 +3,7 @@
 Shapes: T tokens, D documents of the batch.
 """
 
+import torch
 from torch import Tensor
 
 from engine.data.batches import Batch
@@ -31,6 +32,11 @@ def _hidden(model: Mistral, batch: Batch, noise: EmbeddingNoise | None) -> Tenso
 def document_log_probs(log_prob_T: Tensor, batch: Batch) -> Tensor:
     """Sum over the weighted places of each document: [D]."""
     return log_prob_T.new_zeros(len(batch.document_D)).index_add(0, batch.document_T, batch.weight_T * log_prob_T)
+
+
+def answer_lengths(batch: Batch) -> Tensor:
+    """Weighted (answer) tokens of each document, at least 1: [D]."""
+    return document_log_probs(torch.ones_like(batch.weight_T), batch).clamp(min=1)
 
 
 def embedding_noise(batch: Batch, *, alpha: float, seed: int, step: int) -> EmbeddingNoise | None:

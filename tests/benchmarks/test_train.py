@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 import kernels.linear_log_prob
 import model.mistral
 from benchmarks import own, parts, train
-from benchmarks.breakdown import CATEGORIES, OPTIMIZER, classified, ranges
 from benchmarks.contest import Candidate, contest
 from benchmarks.definitions import Work, head_again, speed, work_of
 from benchmarks.packs import export_steps, write_synthetic
@@ -23,6 +22,7 @@ from benchmarks.peers.steps import Steps
 from benchmarks.peers.worker import peak_memory, peak_resident_bytes
 from benchmarks.train import TrainBenchSettings, points
 from engine.data.dataset import TokenDataset
+from engine.profile import CATEGORIES, OPERATORS, OPTIMIZER, classified, ranges, replaced
 from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
 
@@ -266,7 +266,7 @@ def test_operations_are_told_apart_by_what_called_them_in_both_directions(tmp_pa
 
 def test_functions_are_replaced_wherever_they_are_named_and_come_back():
     original = kernels.linear_log_prob.linear_log_prob
-    with parts.replaced(list(parts.references(["fused head"]))):
+    with replaced(list(parts.references(["fused head"]))):
         assert model.mistral.linear_log_prob is kernels.linear_log_prob.linear_log_prob_reference
         assert model.mistral.linear_nll is kernels.linear_log_prob.linear_nll_reference
     assert model.mistral.linear_log_prob is kernels.linear_log_prob.linear_log_prob is original
@@ -278,7 +278,7 @@ def test_a_part_exists_when_its_operator_does_more_than_call_its_reference(monke
 
     assert parts.missing_part("eager") is None
     assert parts.missing_part("fused head") is None
-    for module, name in (operator for group in parts.OPERATORS.values() for operator in group):
+    for module, name in (operator for group in OPERATORS.values() for operator in group):
         assert callable(getattr(sys.modules[module], name))
         assert callable(getattr(sys.modules[module], parts.reference_name(name)))
     monkeypatch.setattr("kernels.rms_norm.rms_norm", rms_norm)
