@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from model.mistral import Mistral
@@ -117,10 +118,17 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
 def _connect(device: torch.device, settings: ParallelSettings) -> None:
     # gloo beside NCCL: what is on the host (names, counts, checkpoints) is agreed on without the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=settings.timeout)
     try:
+        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+            # torchrun keeps its store over restarts, and in it the addresses of processes that are dead. Its count of restarts
+            # tells them apart; on several machines it differs among them (https://github.com/pytorch/pytorch/issues/135712).
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
-            backend, timeout=timedelta(seconds=settings.timeout), device_id=device if device.type == "cuda" else None
-        )
+            backend, store=store, rank=rank, world_size=ranks, timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
     except (dist.DistError, ValueError) as error:
         raise ConnectionError(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at "

@@ -3,10 +3,10 @@
     python -m tests.engine.killed_runs JOBS.json
 
 A job is {"stage", "config", "ranks", "point", "rank", "then"}: `ranks` processes train as the configuration says, in process
-`rank` the fault at `point` happens, and then (unless `then` is 0) the run is resumed by `then` processes without one. Prints a
-list of {"codes", "newest", "resumed", "output"}: of each job the exit code of every process, negative for the signal that ended
-it, the newest complete checkpoint after it, the exit codes of the resumed run, and what all of them said. The processes are
-forked, so that torch is imported only once.
+`rank` the fault at `point` happens, and then the run is resumed by `then` processes without one (0 for none; "restart" lets
+torch's elastic agent, which torchrun is, start as many anew). Prints a list of {"codes", "newest", "resumed", "output"}: of
+each job the exit code of every process, negative for the signal that ended it, the newest complete checkpoint after it, the
+exit codes of the resumed run, and what all of them said. The processes are forked, so that torch is imported only once.
 """
 
 import json
@@ -24,6 +24,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch._dynamo  # what several ranks import on first use
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import engine.checkpoint_writer
 import engine.loop
@@ -69,12 +70,8 @@ def then_killed(*actions):
 
 def wait_for_checkpoint(*_):
     """Until there is a complete one, which is written in the background."""
-    while newest_checkpoint(out_of(sys.argv[1])) is None:
+    while newest_checkpoint(tomllib.loads(Path(sys.argv[1]).read_text())["out"]) is None:
         time.sleep(0.01)
-
-
-def out_of(config):
-    return tomllib.loads(Path(config).read_text())["out"]
 
 
 def fill_disk(*_):
@@ -108,19 +105,15 @@ POINTS = {
 }  # fmt: skip
 
 
-def start(job, rank, ranks, port, point, output):
-    """Process id of one rank of a run."""
-    child = os.fork()
-    if child:
-        return child
+def rank_of(job, point, output):
+    """Be one rank of a run, with its place among the others in the environment, as torchrun has it; returns its exit code."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    sys.argv[1] = job["config"]
     code = 1
     try:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        sys.argv[1] = job["config"]
         POINTS[point]()
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         RECIPES[job["stage"]].main([job["config"]])
         code = 0
     except SystemExit as end:
@@ -128,33 +121,80 @@ def start(job, rank, ranks, port, point, output):
         print(end.code)
     except BaseException:
         traceback.print_exc()
-    os._exit(code)
+    return code
 
 
-def train(job, ranks, point="never", faulty=0):
-    """Exit codes of one run, and what it said."""
+def start(job, rank, ranks, port, point, output):
+    """Process id of one rank."""
+    child = os.fork()
+    if not child:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os._exit(rank_of(job, point, output))
+    return child
+
+
+def start_all(job, ranks, output, point="never", faulty=0):
+    """Process ids of the ranks of a run."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    return [start(job, rank, ranks, port, point if rank == faulty else "never", output.fileno()) for rank in range(ranks)]
+
+
+def end_of(children):
+    """Exit codes of processes, negative for the signal that ended one."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def restarted_rank(job, output):
+    """In the first attempt the fault happens."""
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == str(job["rank"])
+    code = rank_of(job, job["point"] if first else "never", output)
+    if code:
+        os._exit(code)
+
+
+def start_restarting(job, output):
+    """Process id of what `torchrun --max-restarts 1` is without its command line, whose ranks are forks as well."""
+    child = os.fork()
+    if not child:
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=job["ranks"], max_restarts=1, start_method="fork", monitor_interval=0.1,
+            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="restarted",
+        )  # fmt: skip
+        try:
+            elastic_launch(config, restarted_rank)(job, output.fileno())
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def train(job):
+    """What became of a job."""
+    out = tomllib.loads(Path(job["config"]).read_text())["out"]
     with tempfile.TemporaryFile() as output:
-        children = [
-            start(job, rank, ranks, port, point if rank == faulty else "never", output.fileno()) for rank in range(ranks)
-        ]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if job["then"] == "restart":
+            codes, resumed = end_of([start_restarting(job, output)]), []
+        else:
+            codes, resumed = end_of(start_all(job, job["ranks"], output, job["point"], job["rank"])), None
+        newest = newest_checkpoint(out)
+        if resumed is None:
+            resumed = end_of(start_all(job, job["then"], output))
         output.seek(0)
-        return codes, output.read().decode()
+        said = output.read().decode()
+    return {"codes": codes, "newest": newest and newest.name, "resumed": resumed, "output": said}
 
 
-def main():
+def ready():
+    """Before the first fork."""
     torch.set_num_threads(1)
     # A killed process loses nothing that it has written; only a machine that stops does.
     os.fsync = lambda handle: None
-    results = []
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        codes, output = train(job, job["ranks"], job["point"], job["rank"])
-        newest = newest_checkpoint(out_of(job["config"]))
-        resumed, more = train(job, job["then"]) if job["then"] else ([], "")
-        results.append({"codes": codes, "newest": newest and newest.name, "resumed": resumed, "output": output + more})
-    print(json.dumps(results))
+
+
+def main():
+    ready()
+    print(json.dumps([train(job) for job in json.loads(Path(sys.argv[1]).read_text())]))
 
 
 if __name__ == "__main__":
