@@ -36,7 +36,7 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
             return read_toml(settings_class, arguments[0])
         else:
             path = Path(arguments.pop(0))
-            default = _in_file(path, _draft, settings_class, _read_table(path))
+            default = _in_file(path, _draft, settings_class, read_table(path))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     import tyro  # only a command line needs it; a file alone, or settings made in code, work without
@@ -51,10 +51,11 @@ def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
     nearest known one), a wrong type or a value out of range.
     """
     path = Path(path)
-    return _in_file(path, from_table, settings_class, _read_table(path))
+    return _in_file(path, from_table, settings_class, read_table(path))
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it stands. Raises: FileNotFoundError, ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:

@@ -8,6 +8,7 @@ copies are counted instead of the kernels' outputs.
 Shapes: T tokens, D width, A query heads' width, K key/value heads' width, F feed-forward size.
 """
 
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,13 +108,18 @@ def largest_micro_batch(training: Training, limit: int, *, most: int, multiple: 
 
     The share of rows is that of `training`.
     """
-    fits = 0
-    for tokens in range(multiple, most + 1, multiple):
-        rows = -(-tokens * training.rows // training.tokens)
-        # Not monotonous: where the logits of all rows are no longer kept, the peak falls.
-        if plan(replace(training, tokens=tokens, rows=rows, documents=None)).peak <= limit:
-            fits = tokens
-    return fits
+
+    def sized(tokens: int) -> Training:
+        return replace(training, tokens=tokens, rows=-(-tokens * training.rows // training.tokens), documents=None)
+
+    sizes = range(multiple, most + 1, multiple)
+    # The peak rises with the tokens, but falls once where the logits of all rows are no longer kept.
+    kept = bisect(sizes, False, key=lambda tokens: not _Step(sized(tokens)).chunks[0])
+    for part in (sizes[kept:], sizes[:kept]):
+        fitting = bisect(part, False, key=lambda tokens: plan(sized(tokens)).peak > limit)
+        if fitting:
+            return part[fitting - 1]
+    return 0
 
 
 @dataclass
@@ -121,20 +127,26 @@ class _Account:
     """What is held, by item, and the largest sum so far."""
 
     held: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ITEMS, 0))
+    total: int = 0
+    peak: int = 0
     plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(dict.fromkeys(ITEMS, 0), "nothing"))
 
     def hold(self, item: str, size: int, moment: str) -> None:
         self.held[item] += size
+        self.total += size
         self.pass_by(moment)
 
     def release(self, item: str, size: int) -> None:
         self.held[item] -= size
+        self.total -= size
         assert self.held[item] >= 0, f"{item} released twice"
 
     def pass_by(self, moment: str, transients: int = 0, **items: int) -> None:
         """A moment at which more is there than is held."""
-        extra = {"transients": transients, **{name.replace("_", " "): size for name, size in items.items()}}
-        if sum(self.held.values()) + sum(extra.values()) > self.plan.peak:
+        peak = self.total + transients + sum(items.values())
+        if peak > self.peak:
+            extra = {"transients": transients, **{name.replace("_", " "): size for name, size in items.items()}}
+            self.peak = peak
             self.plan = MemoryPlan({name: size + extra.get(name, 0) for name, size in self.held.items()}, moment)
 
     @contextmanager

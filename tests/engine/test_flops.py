@@ -36,13 +36,22 @@ def test_pairs_of_shared_prompts_by_brute_force(prompt, answers, alone, window):
 
 
 @pytest.mark.parametrize("window", [3, None])
-def test_training_flops_are_those_that_torch_counts(window):
-    """A model of plain products, each query multiplied with the keys that it sees and no others."""
+@pytest.mark.parametrize(
+    ("lengths", "prefixes"), [([7, 1, 4], [-1, -1, -1]), ([4, 3, 2, 3], [-1, 0, 0, -1])], ids=["documents", "shared prompt"]
+)
+def test_training_flops_are_those_that_torch_counts(lengths, prefixes, window):
+    """A model of plain products, each query multiplied with the keys that it sees and no others: of its own document, or of the
+    prompt that it shares as well."""
     config = MistralConfig(
         vocab_size=24, unpadded_vocab_size=21, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=window,
     )  # fmt: skip
-    lengths, rows = [7, 1, 4], [0, 3, 4, 9, 11]
+    rows = [0, 3, 4, 9, 11]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    seen = []
+    for start, end, prefix in zip(bounds, bounds[1:], prefixes, strict=False):
+        before = list(range(bounds[prefix], bounds[prefix + 1])) if prefix >= 0 else []
+        seen += [[*before, *range(start, place + 1)][-(window or 99) :] for place in range(start, end)]
 
     def weight(inputs, outputs):
         return torch.randn(inputs, outputs, requires_grad=True)
@@ -58,18 +67,17 @@ def test_training_flops_are_those_that_torch_counts(window):
                 (state @ q).unflatten(1, (4, 6)), (state @ k).unflatten(1, (2, 6)), (state @ v).unflatten(1, (2, 6)),
             )  # fmt: skip
             outputs = []
-            for document, start in enumerate(torch.tensor([0, *lengths]).cumsum(0)[:-1].tolist()):
-                for place in range(start, start + lengths[document]):
-                    first = start if window is None else max(start, place - window + 1)
-                    heads = []
-                    for head_index in range(4):
-                        scores = query[place, head_index][None] @ key[first : place + 1, head_index // 2].T
-                        heads.append(scores.softmax(-1) @ value[first : place + 1, head_index // 2])
-                    outputs.append(torch.cat(heads, dim=1))
+            for place, keys in enumerate(seen):
+                heads = []
+                for head_index in range(4):
+                    scores = query[place, head_index][None] @ key[keys, head_index // 2].T
+                    heads.append(scores.softmax(-1) @ value[keys, head_index // 2])
+                outputs.append(torch.cat(heads, dim=1))
             state = state + torch.cat(outputs) @ o
             state = state + ((state @ gate) * (state @ up)) @ down
         (state[rows] @ head).sum().backward()
-    found = training_flops(config, tokens=12, rows=len(rows), pairs=attended_pairs(lengths, window))
+    work = attention_work(bounds, window, prefixes=prefixes)
+    found = training_flops(config, tokens=12, rows=len(rows), pairs=pairs_of(work))
     assert found == counter.get_total_flops()
 
 

@@ -1,0 +1,215 @@
+"""What a training run will take, before anything is allocated: memory item by item, the largest micro-batch, tokens a second.
+
+    python -m recipes.plan recipes/shisa/pretrain.toml --model preset:shisa-7b --device h200
+    python -m recipes.plan recipes/shisa/sft.toml --gpus 8 --device h100 --optimizer.moments bfloat16 --pack-tokens 8192
+
+The configuration is that of a training recipe; any of its settings may be overridden as there. Neither data nor weights nor a
+GPU need be there: of the model, its config.json or a preset.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from engine.checkpoint import model_folder
+from engine.config import parse, read_table
+from engine.memory import MemoryPlan, Training, largest_micro_batch, plan
+from engine.run import PRESET
+from engine.scaling import ASSUMPTIONS, DEVICES, Device, Speed, speed
+from engine.settings import TrainSettings
+from model.config import MistralConfig, preset, read_config
+from model.mistral import Recompute
+from recipes.dpo import DpoSettings
+from recipes.pretrain import PretrainSettings
+from recipes.sft import SftSettings
+
+# Outside of torch's allocator. Assumed, as they depend on the driver: its context with our kernels, and NCCL's buffers.
+_CONTEXT, _NCCL = 0.6, 1.0
+# Of what comes and goes: blocks of the allocator that nothing fits into. Assumed; a run logs what it reserves.
+_FRAGMENTATION = 0.02
+_LARGEST = 2**17
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A run's plan on one of its GPUs. speeds: by number of GPUs, those asked for first."""
+
+    training: Training
+    gpus: int
+    limit: float
+    memory: MemoryPlan
+    overhead: dict[str, float]
+    largest: dict[str, int]
+    speeds: dict[str, Speed]
+    curve: list[Speed]
+
+    @property
+    def free(self) -> float:
+        """GiB that are left, below 0 where it does not fit."""
+        return self.limit - self.memory.peak / 2**30 - sum(self.overhead.values())
+
+    def table(self) -> dict[str, Any]:
+        """For JSON: sizes in GiB."""
+        return {
+            "tokens": self.training.tokens, "recompute": self.training.recompute, "gpus": self.gpus, "memory_gib": self.limit,
+            "moment": self.memory.moment, "items_gib": {name: size / 2**30 for name, size in self.memory.items.items()},
+            **{f"{name}_gib": size for name, size in self.overhead.items()}, "peak_gib": self.memory.peak / 2**30,
+            "free_gib": self.free, "largest_micro_batch": self.largest,
+            "tokens_per_second": {mode: found.hidden for mode, found in self.speeds.items()},
+            "scaling": [
+                {**dataclasses.asdict(found), "hidden": found.hidden, "not_hidden": found.not_hidden} for found in self.curve
+            ],
+            "assumptions": ASSUMPTIONS,
+        }  # fmt: skip
+
+
+def settings_of(path: str, overrides: Sequence[str]) -> TrainSettings:
+    """The settings of a training recipe, told apart by what only they have."""
+    table = read_table(Path(path))
+    recipe: type[TrainSettings] = PretrainSettings
+    if {"preference", "share_prompts", "reference_cache"} & table.keys():
+        recipe = DpoSettings
+    elif "neftune_alpha" in table:
+        recipe = SftSettings
+    return parse(recipe, [path, *overrides], prog="python -m recipes.plan")
+
+
+def config_of(settings: TrainSettings) -> MistralConfig:
+    """The model's shape. Raises: FileNotFoundError saying how to do without the folder."""
+    if settings.model.startswith(PRESET):
+        return preset(settings.model.removeprefix(PRESET))
+    if not Path(settings.model).exists():
+        # Nor is a model fetched for its shape.
+        raise FileNotFoundError(f"model = {settings.model}: no such folder yet; say its shape: --model preset:shisa-7b")
+    return read_config(model_folder(settings.model))
+
+
+def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gib: float = 0.0) -> Outlook:
+    """Plan a run. Args: memory_gib: of a GPU; 0 for the device's own.
+
+    Raises: ValueError where replicas do not divide the GPUs.
+    """
+    replicas = settings.parallel.replicas
+    if gpus < 1 or gpus % replicas:
+        raise ValueError(f"gpus = {gpus}: must be a multiple of parallel.replicas = {replicas}, at least 1")
+    offloaded = settings.optimizer.offload != "none"
+    if offloaded and gpus > 1:
+        raise ValueError("optimizer.offload is for one rank: on several GPUs each holds a part of the moments; leave it out")
+    config = config_of(settings)
+    paired = isinstance(settings, DpoSettings)
+    sides = 2 if paired else 1
+    tokens = settings.pack_tokens or sides * settings.context_length
+    # Lengths of pairs are not known without data: as long as can be.
+    step_tokens = settings.step_size * (2 * settings.context_length if paired else 1)
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    training = Training(
+        config, dtype, settings.optimizer, settings.recompute, tokens, tokens, accumulates=step_tokens > gpus * tokens,
+        log_probs=paired, kernels=dtype == torch.bfloat16, shards=gpus // replicas, reshard=settings.parallel.reshard,
+    )  # fmt: skip
+    limit = memory_gib or device.memory
+    found = plan(training)
+    held = found.items["weights"] + found.items["optimizer"] + found.items["gradients"]
+    overhead = {
+        "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
+        "fragmentation": _FRAGMENTATION * (found.peak - held) / 2**30,
+    }
+    most = min(_LARGEST, -(-step_tokens // gpus))
+    room = limit - overhead["context"]
+    # Fragmentation counts for what comes and goes alone: taken off all, the micro-batch would be too small.
+    bytes_of_room = int((room - max(0.0, room - held / 2**30) * _FRAGMENTATION / (1 + _FRAGMENTATION)) * 2**30)
+    largest = {
+        mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most)
+        for mode in get_args(Recompute)
+    }
+    asked = {"context": settings.context_length, "step_tokens": step_tokens}
+    speeds = {
+        mode: speed(
+            dataclasses.replace(training, recompute=mode, tokens=fits, rows=fits), device, gpus=gpus, replicas=replicas, **asked
+        )
+        for mode, fits in largest.items()
+        if fits
+    }
+    curve = [speed(training, device, gpus=2**power, **asked) for power in range(1 if offloaded else 11)]
+    return Outlook(training, gpus, limit, found, overhead, largest, speeds, curve)
+
+
+def lines_of(outlook: Outlook, name: str) -> list[str]:
+    """The plan as text."""
+    training, config = outlook.training, outlook.training.config
+    optimizer = training.optimizer
+    gpus = f"{outlook.gpus} GPU" + ("s" if outlook.gpus > 1 else "")
+    lines = [
+        f"{name}: {config.parameters / 1e9:.3f} billion parameters on {gpus} of {outlook.limit:g} GiB",
+        f"recompute {training.recompute}, {optimizer.moments} moments{' on the host' if optimizer.offload != 'none' else ''}, "
+        f"micro-batches of {training.tokens:,} tokens{', added up' if training.accumulates else ''}",
+        "",
+        f"{'GiB on a GPU at the peak, in the ' + outlook.memory.moment:<44}",
+    ]
+    lines += [f"  {item:<24}{size / 2**30:>9.2f}" for item, size in outlook.memory.items.items() if size]
+    lines += [f"  {item + ' (assumed)':<24}{size:>9.2f}" for item, size in outlook.overhead.items()]
+    free = outlook.free
+    lines += [f"  {'free' if free >= 0 else 'DOES NOT FIT: too much by':<24}{abs(free):>{9 if free >= 0 else 8}.2f}", ""]
+    lines.append(f"{'recompute':<12}{'largest micro-batch':>20}{'tokens/s expected':>20}")
+    for mode, most in outlook.largest.items():
+        found = outlook.speeds.get(mode)
+        lines.append(f"{mode:<12}{most or 'none':>20}{format(found.hidden, ',.0f') if found else '':>20}")
+    if optimizer.offload != "none":
+        moment = getattr(torch, optimizer.moments).itemsize
+        lines += ["", f"host memory: {config.parameters * 2 * moment / 2**30:.1f} GiB of moments, page-locked"]
+    lines += ["", f"{'GPUs':>6}{'tokens a step':>16}{'tokens/s hidden':>18}{'not hidden':>14}{'a GPU':>10}{'efficiency':>12}"]
+    alone = outlook.curve[0].hidden
+    for found in outlook.curve:
+        each = found.hidden / found.gpus
+        lines.append(
+            f"{found.gpus:>6}{found.step_tokens:>16,}{found.hidden:>18,.0f}{found.not_hidden:>14,.0f}{each:>10,.0f}"
+            f"{each / alone:>12.1%}"
+        )
+    return [*lines, "", "assumed:", *(f"  {text}" for text in ASSUMPTIONS)]
+
+
+def draw(outlook: Outlook, file: Path) -> None:
+    """Tokens a second of a GPU over the number of GPUs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for label in ("hidden", "not_hidden"):
+        each = [getattr(found, label) / found.gpus for found in outlook.curve]
+        axes.plot([found.gpus for found in outlook.curve], each, marker="o", label=f"communication {label.replace('_', ' ')}")
+    axes.set(xscale="log", xlabel="GPUs", ylabel="tokens/s a GPU, predicted", ylim=(0, None))
+    axes.set_xticks([found.gpus for found in outlook.curve], labels=[str(found.gpus) for found in outlook.curve], minor=False)
+    axes.minorticks_off()
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", help="TOML file of a training recipe")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose ceilings and memory count")
+    parser.add_argument("--gpus", type=int, default=1, help="of the run (default 1)")
+    parser.add_argument("--memory-gib", type=float, default=0.0, help="of a GPU; default the device's")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, help="draw the scaling curve to this file (.png, .svg, .pdf)")
+    arguments, overrides = parser.parse_known_args(argv)
+    try:
+        settings = settings_of(arguments.config, overrides)
+        outlook = look_ahead(settings, DEVICES[arguments.device], arguments.gpus, arguments.memory_gib)
+        if arguments.plot:
+            draw(outlook, arguments.plot)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(json.dumps(outlook.table(), indent=2) if arguments.json else "\n".join(lines_of(outlook, settings.model)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The plan of a run from its configuration alone: every training recipe, on the cards that it is meant for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.memory import plan
+from engine.scaling import DEVICES
+from model.config import PRESETS
+from recipes.dpo import DpoSettings
+from recipes.plan import look_ahead, main, settings_of
+from recipes.pretrain import PretrainSettings
+from recipes.sft import SftSettings
+
+SHISA = Path(__file__).resolve().parents[2] / "recipes" / "shisa"
+MODEL = ["--model", "preset:shisa-7b", "--optimizer.moments", "bfloat16"]
+
+
+def outlook(stage: str, *overrides: str, device: str = "h200", gpus: int = 1, memory_gib: float = 0.0):
+    settings = settings_of(str(SHISA / f"{stage}.toml"), [*MODEL, *overrides])
+    return look_ahead(settings, DEVICES[device], gpus, memory_gib)
+
+
+@pytest.mark.parametrize(("stage", "recipe"), [("pretrain", PretrainSettings), ("sft", SftSettings), ("dpo", DpoSettings)])
+def test_each_recipe_is_known_by_its_settings(stage, recipe):
+    assert type(settings_of(str(SHISA / f"{stage}.toml"), [])) is recipe
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_shisa_7b_fits_one_h200(stage):
+    """16,384 tokens a micro-batch with exact masters, bfloat16 moments and `light`."""
+    found = outlook(stage, "--pack-tokens", "16384")
+    assert found.training.tokens == 16384
+    assert found.training.log_probs == (stage == "dpo")
+    assert found.free > 5
+    assert found.largest["light"] >= 16384
+
+
+def test_shisa_7b_fits_one_80_gb_card_with_its_moments_on_the_host():
+    assert outlook("pretrain", "--pack-tokens", "8192", device="h100").free < 0
+    found = outlook("pretrain", "--optimizer.offload", "moments", "--pack-tokens", "8192", device="h100")
+    assert found.free > 5
+    with pytest.raises(ValueError, match="for one rank"):
+        outlook("pretrain", "--optimizer.offload", "moments", device="h100", gpus=8)
+
+
+def test_shisa_7b_fits_eight_80_gb_cards():
+    found = outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=8)
+    assert found.training.shards == 8
+    assert found.free > 5
+
+
+@pytest.mark.parametrize("mode", ["none", "block"])
+def test_the_largest_micro_batch_fits_and_the_next_does_not(mode):
+    tokens = outlook("pretrain", device="h100", gpus=8).largest[mode]
+    for more, fits in ((0, True), (2048, False)):
+        found = outlook("pretrain", "--recompute", mode, "--pack-tokens", str(tokens + more), device="h100", gpus=8)
+        assert (found.free >= 0) == fits
+
+
+def test_the_items_are_those_of_the_plan(capsys, tmp_path):
+    picture = tmp_path / "new" / "scaling.svg"
+    main([str(SHISA / "pretrain.toml"), *MODEL, "--pack-tokens", "16384", "--json", "--plot", str(picture)])
+    table = json.loads(capsys.readouterr().out)
+    expected = plan(outlook("pretrain", "--pack-tokens", "16384").training)
+    assert table["items_gib"] == {name: size / 2**30 for name, size in expected.items.items()}
+    assert table["items_gib"]["weights"] * 2**30 == 2 * PRESETS["shisa-7b"].parameters
+    total = table["peak_gib"] + table["context_gib"] + table["fragmentation_gib"] + table["free_gib"]
+    assert total == pytest.approx(table["memory_gib"])
+    assert [found["gpus"] for found in table["scaling"]] == [2**power for power in range(11)]
+    assert picture.read_text().count("<svg") == 1
+
+
+def test_the_text_names_every_item(capsys):
+    main([str(SHISA / "pretrain.toml"), *MODEL, "--pack-tokens", "16384", "--memory-gib", "80"])
+    text = capsys.readouterr().out
+    for word in ("weights", "optimizer", "gradients", "activations", "logits", "head gradient", "context", "fragmentation"):
+        assert f"  {word}" in text
+    assert "DOES NOT FIT: too much by" in text
+
+
+def test_a_folder_of_a_model_is_read(tiny_model):
+    settings = settings_of(str(SHISA / "pretrain.toml"), ["--model", str(tiny_model)])
+    assert look_ahead(settings, DEVICES["h200"]).training.config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model = runs/shisa/resized: no such folder yet; say its shape: --model preset:shisa-7b"),
+        ([*MODEL, "--gpus", "3", "--parallel.replicas", "2"], "gpus = 3: must be a multiple of parallel.replicas = 2"),
+        ([*MODEL, "--gpus", "0"], "gpus = 0"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([str(SHISA / "pretrain.toml"), *arguments])
+    assert message in str(error.value)
