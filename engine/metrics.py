@@ -225,10 +225,13 @@ class Metrics:
         mfu, ceiling = ("n/a" if speed[name] is None else f"{speed[name]:.1%}" for name in ("mfu", "of_ceiling"))
         rewards = "".join(f"  {name} {line[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in line)
         left = speed["step_seconds"] * (self.steps - line["step"])
+        memory = ""
+        if "memory_allocated_gib" in speed:
+            memory = f"memory {speed['memory_allocated_gib']:.1f} of {speed['memory_planned_gib']:.1f} GiB planned  "
         self.message(
             f"step {line['step']:>6}/{self.steps}  loss {line['loss']:.4f}{rewards}  lr {line['learning_rate']:.2e}  "
             f"grad {line['gradient_norm']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
-            f"of ceiling {ceiling}  left {tqdm.format_interval(left)}"
+            f"of ceiling {ceiling}  {memory}left {tqdm.format_interval(left)}"
         )
 
     def _write(self, lines: list[dict[str, Any]]) -> None:

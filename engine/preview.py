@@ -26,8 +26,9 @@ def _planned(run: Run) -> str:
     """The planned peak of a rank's device, and what it is made of from the largest down."""
     found = planned(run)
     parts = sorted(((size, name) for name, size in found.items.items() if size), reverse=True)
-    text = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in parts)
-    return f"{found.peak / 2**30:.2f} GiB at most, in the {found.moment}: {text}"
+    unit, scale = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
+    text = ", ".join(f"{name} {size / scale:.2f}" for size, name in parts)
+    return f"{found.peak / scale:.2f} {unit} at most, in the {found.moment}: {text}"
 
 
 def sample(run: Run) -> list[str]:

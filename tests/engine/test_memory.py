@@ -9,8 +9,14 @@ import torch
 
 import engine.memory
 import kernels.linear_log_prob
-from engine.memory import Training, largest_micro_batch, plan
+from engine.data.batches import make_step
+from engine.loop import accumulate
+from engine.memory import Training, largest_micro_batch, plan, planned
+from engine.objectives.next_token import NextToken
+from engine.objectives.preference import Preference
 from engine.optimizer import AdamW, OptimizerSettings
+from engine.preview import describe
+from engine.run import open_run
 from kernels.attention_work import attention_work
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, Recompute, attention_by, initialize
@@ -151,3 +157,22 @@ def test_the_planned_peak_is_the_allocators(mode, log_probs):
     torch.cuda.reset_peak_memory_stats()
     next(run)
     assert plan(training).peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.03)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_runs_plan_is_what_its_first_step_holds(stage, tiny_settings, tmp_path):
+    settings = tiny_settings(stage, tmp_path)
+    run = open_run(settings, ("conversations",) if stage == "sft" else ("preferences",), share_prompts=stage == "dpo")
+    model = run.load_model()
+    optimizer = AdamW(model.named_parameters(), settings.optimizer)
+    step = make_step(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
+    objective = NextToken(neftune_alpha=5.0)
+    if stage == "dpo":
+        objective = Preference(settings.preference, [torch.zeros(len(dataset) // 2, 2) for dataset in run.datasets])
+    with LiveBytes(*model.parameters(), *optimizer.state.values()) as live:
+        accumulate(model, objective, step)
+        optimizer.step(1e-3)
+    found = planned(run)
+    assert found.peak == pytest.approx(live.peak, rel=0.05)
+    (line,) = (line for line in describe(run) if line.startswith("memory"))
+    assert f" {found.peak / 2**20:.2f} MiB at most, in the {found.moment}: " in line
