@@ -1,10 +1,11 @@
-"""Our side of a measurement: `python -m benchmarks.own job.json` trains as the recipes do, step by step when told to.
+"""Our side of a measurement: `python -m benchmarks.own job.json` trains as the recipes do, step by step when told to; under
+torchrun on several ranks, of which the first takes the orders and answers.
 
 The job's "settings" are those of the recipe of its "objective"; of the parts in "references" the eager references run.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.profiler import record_function
 from benchmarks.measure import ceilings
 from benchmarks.parts import planned_gib, references
 from benchmarks.peers.worker import Worker, cpu_seconds
+from engine.checkpoint import gather, host_group
 from engine.config import from_table, to_table
 from engine.data.batches import Step, make_step, step_stream
 from engine.data.dataset import TokenDataset
@@ -24,7 +26,7 @@ from engine.loop import Objective, accumulate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
 from engine.optimizer import AdamW, OptimizerSettings
-from engine.parallel import Ranks
+from engine.parallel import ParallelSettings, Ranks, join, leave, reshard
 from engine.profile import OPTIMIZER, breakdown, replaced
 from engine.run import Run
 from engine.schedule import learning_rate
@@ -40,22 +42,46 @@ SETTINGS: dict[str, type[TrainSettings]] = {"next-token": PretrainSettings, "sft
 KINDS = {"next-token": "text", "sft": "conversations", "dpo": "preferences"}
 
 
+class RankWorker(Worker):
+    """A worker on one of several ranks: all do what the first is told, and what they say is put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranks = join(self.device, ParallelSettings())
+        self._group = host_group(self.ranks)
+
+    def line(self) -> str:
+        return self.ranks.from_main(super().line() if self.ranks.main else None)
+
+    def say(self, answer: dict[str, Any]) -> None:
+        answers = gather([answer], self.ranks, self._group)
+        if self.ranks.main:
+            if "memory" in answer:
+                answer = {
+                    **answer, "cpu_seconds": sum(other["cpu_seconds"] for other in answers),
+                    "memory": {name: max(other["memory"][name] for other in answers) for name in answer["memory"]},
+                }  # fmt: skip
+            super().say(answer)
+
+
 def main() -> None:
-    worker = Worker()
+    worker = RankWorker()
     with replaced(list(references(worker.job.get("references", ())))):
         measure_steps(worker)
+    leave()
 
 
-def measure_steps(worker: Worker) -> None:
+def measure_steps(worker: RankWorker) -> None:
     """Open the run, and train as told. Answers the orders "ceilings" and "breakdown" as well."""
-    run = open_job(worker.job)
+    run = replace(open_job(worker.job), ranks=worker.ranks)
     if run.device.type == "cuda":
         use_deterministic_algorithms()
     model = run.load_model() if run.settings.model else fresh_model(run)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
     stream = step_stream(
-        run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens, device=run.device
+        run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens, device=run.device, rank=run.ranks.rank,
+        ranks=run.ranks.ranks,
     )  # fmt: skip
 
     def step(_: int = 0) -> Tensor:
@@ -143,6 +169,7 @@ def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
     for dataset in run.datasets:
         batches = training_pairs(run, dataset)
         tables.append(reference_log_probs(model, batches, len(dataset) // 2))
+    reshard(model)
     spent = {"seconds": time.perf_counter() - start[0], "cpu_seconds": cpu_seconds() - start[1]}
     spent["tokens"] = float(sum(int(dataset.lengths.sum()) for dataset in run.datasets))
     objective = Preference(settings.preference, tables, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
@@ -151,7 +178,7 @@ def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
 
 def train_step(run: Run, model: Mistral, optimizer: AdamW, objective: Objective, step: Step) -> Tensor:
     """What the training loop does in a step; returns the loss."""
-    values = accumulate(model, objective, step)
+    values = run.ranks.sum(accumulate(model, objective, step))
     with record_function(OPTIMIZER):
         optimizer.step(learning_rate(run.settings.schedule, step.index, run.plan.steps))
     return values["loss"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from engine.profile import OPERATORS
 from engine.settings import TrainSettings
 
@@ -43,9 +45,11 @@ def missing_setting(name: str, value: str) -> str | None:
     return None if not allowed or value in allowed else f"{name} = {value} is not one of {', '.join(map(str, allowed))}"
 
 
-def missing_ranks(ranks: int) -> str | None:
-    """Why as many ranks cannot be measured together; None where they can."""
-    return None if ranks == 1 else "this benchmark starts one process"
+def missing_ranks(ranks: int, device: torch.device) -> str | None:
+    """Why as many ranks cannot be measured together on this machine; None where they can."""
+    if device.type != "cuda" or ranks <= torch.cuda.device_count():
+        return None
+    return f"this machine has {torch.cuda.device_count()} GPUs"
 
 
 def planned_gib(run: Any) -> float | dict[str, str]:

@@ -52,7 +52,7 @@ class TrainBenchSettings:
     micro_batch: int = 1
     """Sequences (pairs) that a micro-batch has room for."""
     accumulate: int = 1
-    """Micro-batches of a step."""
+    """Micro-batches of a step, on each rank."""
     documents: Documents = "full"
     """full: synthetic documents are all as long as the sequence; mixed: log-normal lengths, packed."""
     data: str = ""
@@ -64,7 +64,7 @@ class TrainBenchSettings:
     backend: str = ""
     """Attention backend; default: the engine's."""
     ranks: int = 1
-    """Processes that train together."""
+    """Processes that train together, under torchrun; peers train in one."""
     peers: tuple[str, ...] = ()
     """Names of peers to measure beside ours; all: every one that trains the objective."""
     peers_python: str = ""
@@ -156,10 +156,12 @@ def default_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def missing(point: TrainBenchSettings) -> str | None:
-    """Why a point cannot be measured yet."""
+def missing(point: TrainBenchSettings, device: torch.device) -> str | None:
+    """Why a point cannot be measured here."""
     return (
-        missing_setting("recompute", point.recompute) or missing_setting("backend", point.backend) or missing_ranks(point.ranks)
+        missing_setting("recompute", point.recompute)
+        or missing_setting("backend", point.backend)
+        or missing_ranks(point.ranks, device)
     )
 
 
@@ -182,7 +184,7 @@ def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> 
         settings = dataclasses.replace(settings, dtype=default_dtype(device))
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
         for number, point in enumerate(points(settings)):
-            why = missing(point)
+            why = missing(point, device)
             if why:
                 add({"name": "komainu", **identity(point), "missing": why})
             else:
@@ -205,7 +207,7 @@ def measure_point(
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps_of(open_job(job, whole_documents=True), point.needed_steps), Path(job["steps_file"]))
-    entrants, absent = ladder(job, point) if point.ladder else ([own(job, point), *peers(job, point)], {})
+    entrants, absent = ladder(job, point) if point.ladder else beside_peers(job, point)
     outcomes: dict[str, Outcome] = {}
 
     def report(candidate: Candidate, outcome: Outcome) -> None:
@@ -231,11 +233,19 @@ def row_of(
 ) -> dict[str, Any]:
     """The measurements of one candidate; losses are compared with those of `base`, which measured the ceiling as well."""
     ceiling = base.answers.get("ceilings", {}).get("product_flops")
+    peak = peak_flops(device)
     losses = [loss for answer in (outcome.warmup, *outcome.rounds) for loss in answer["loss"]]
     parts = outcome.answers.get("breakdown")
     return {
         "parameters": point.config.parameters,
-        **speed(works, outcome.rounds, first=point.warmup, steps=point.steps, peak=peak_flops(device), ceiling=ceiling),
+        **speed(
+            works,
+            outcome.rounds,
+            first=point.warmup,
+            steps=point.steps,
+            peak=peak and peak * point.ranks,
+            ceiling=ceiling and ceiling * point.ranks,
+        ),
         "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
         "memory": outcome.rounds[-1]["memory"],
         "plan_gib": outcome.facts.get("plan_gib", {"missing": "a plan is made for ours alone"}),
@@ -261,7 +271,7 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
         if dataset.vocab_size > config.unpadded_vocab_size:
             raise ValueError(f"data = {data}: has {dataset.vocab_size} pieces, {point.preset} {config.unpadded_vocab_size}")
     else:
-        places = room * point.accumulate * point.needed_steps
+        places = room * point.accumulate * point.ranks * point.needed_steps
         write_synthetic(
             Path(data), KINDS[point.objective], config, places=places, sequence=point.sequence, documents=point.documents,
             seed=point.seed,
@@ -269,10 +279,10 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
     engine = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
     job = new_job(
         point.objective, config, data, folder, device=device, dtype=point.dtype, threads=point.threads, context=point.sequence,
-        step_size=point.micro_batch * point.accumulate * (1 if pairs else point.sequence), pack_tokens=room,
+        step_size=point.micro_batch * point.accumulate * point.ranks * (1 if pairs else point.sequence), pack_tokens=room,
         steps=point.needed_steps, seed=point.seed, **engine,
     )  # fmt: skip
-    if point.peers or point.ladder:
+    if point.peers or point.ladder or point.ranks > 1:
         give_weights(job, folder)
     return job
 
@@ -280,12 +290,16 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
 def own(job: dict[str, Any], point: TrainBenchSettings, name: str = "komainu", **changes: Any) -> Candidate:
     """Ours as a candidate."""
     orders = ("ceilings", *(["breakdown"] if point.breakdown else []))
-    return Candidate(name, ("-m", "benchmarks.own"), {**job, **changes}, of_ours=True, orders=orders)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(point.ranks)) if point.ranks > 1 else ()
+    return Candidate(name, (*launcher, "-m", "benchmarks.own"), {**job, **changes}, of_ours=True, orders=orders)
 
 
-def peers(job: dict[str, Any], point: TrainBenchSettings) -> list[Candidate]:
+def beside_peers(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[Candidate], dict[str, str]]:
+    """Ours and the peers; and why some are missing."""
     names = rivals.chosen(point.peers, point.objective)
-    return rivals.candidates(names, job, python=point.peers_python or sys.executable)
+    if point.ranks > 1:
+        return [own(job, point)], dict.fromkeys(names, "trains in one process here")
+    return [own(job, point), *rivals.candidates(names, job, python=point.peers_python or sys.executable)], {}
 
 
 def ladder(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[Candidate], dict[str, str]]:

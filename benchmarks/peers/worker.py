@@ -57,12 +57,12 @@ class Worker:
 
     def missing(self, why: str) -> None:
         """Say why there is nothing to measure, and end."""
-        self._say({"missing": why})
+        self.say({"missing": why})
         raise SystemExit(0)
 
     def ready(self, **facts: Any) -> None:
         """Everything is loaded; `facts` go into the result."""
-        self._say({"ready": {"versions": self.versions, **facts}})
+        self.say({"ready": {"versions": self.versions, **facts}})
 
     def serve(self, step: Callable[[int], torch.Tensor]) -> None:
         """Call step(index) -> loss as often as told."""
@@ -92,7 +92,7 @@ class Worker:
         return self._next_order()
 
     def _next_order(self) -> bool:
-        for line in sys.stdin:
+        while line := self.line():
             order = json.loads(line)
             if "steps" in order:
                 self._left = order["steps"]
@@ -103,8 +103,12 @@ class Worker:
                 self._mark()
                 return True
             (name,) = order
-            self._say({name: self.answers[name]()})
+            self.say({name: self.answers[name]()})
         return False
+
+    def line(self) -> str:
+        """The next order; empty at the end of orders."""
+        return sys.stdin.readline()
 
     def _mark(self) -> None:
         # Events, so that the device need not be waited for between steps.
@@ -122,7 +126,7 @@ class Worker:
             seconds = [before.elapsed_time(after) / 1e3 for before, after in pairs]
         else:
             seconds = [after - before for before, after in pairs]
-        self._say({
+        self.say({
             "seconds": seconds,
             "cpu_seconds": cpu_seconds() - self._cpu,
             "loss": [float(loss) for loss in self._losses],
@@ -130,7 +134,8 @@ class Worker:
             "memory": peak_memory(self.device),
         })  # fmt: skip
 
-    def _say(self, answer: dict[str, Any]) -> None:
+    def say(self, answer: dict[str, Any]) -> None:
+        """Give an answer."""
         self._out.write(json.dumps(answer) + "\n")
         self._out.flush()
 

@@ -321,11 +321,19 @@ def test_ours_and_a_peer_train_alike_and_what_is_not_there_is_named(tmp_path, ca
     result = train.run(settings)
     assert json.loads(out.read_text()) == result
     assert result["complete"]
-    ours, eager, liger, two_ranks = result["rows"]
+    ours, eager, liger, *on_two_ranks = result["rows"]
     assert (ours["name"], eager["name"], liger["name"]) == ("komainu", "transformers eager", "transformers + Liger")
     assert "missing" in liger
-    assert two_ranks["ranks"] == 2
-    assert two_ranks["missing"] == "this benchmark starts one process"
+    peers, (two_ranks,) = on_two_ranks[:-1], on_two_ranks[-1:]
+    assert {(row["name"], row["missing"]) for row in peers} == {
+        (row["name"], "trains in one process here") for row in (eager, liger)
+    }
+    assert (two_ranks["name"], two_ranks["ranks"]) == ("komainu", 2)
+    # Twice the micro-batches of the same weights; the sum over ranks is the loss of the whole step.
+    assert two_ranks["tokens"] > 1.5 * ours["tokens"]
+    assert two_ranks["loss_first"] == pytest.approx(ours["loss_first"], rel=0.05)
+    assert two_ranks["breakdown"]["communication"] > 0
+    assert ours["breakdown"]["communication"] == 0
     assert eager["loss_first"] == pytest.approx(ours["loss_first"], rel=1e-5)
     assert eager["loss_last"] == pytest.approx(ours["loss_last"], rel=1e-5)
     assert eager["loss_first_difference"] == eager["loss_first"] - ours["loss_first"]
@@ -336,7 +344,7 @@ def test_ours_and_a_peer_train_alike_and_what_is_not_there_is_named(tmp_path, ca
     assert ours["of_ceiling"]["median"] > 0
     assert ours["mfu"] is None  # no published peak of this processor
     assert ours["memory"]["resident_gib"] > 0.1
-    assert "missing" in ours["plan_gib"]
+    assert ours["plan_gib"] > 0
     assert "missing" in ours["watts"]
     text = train.show(result)
     assert "transformers eager" in text

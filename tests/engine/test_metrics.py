@@ -52,9 +52,9 @@ def kill_at(monkeypatch, step):
 
 
 SPEED = {
-    "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "hfu", "of_ceiling", "step_seconds", "step_seconds_p50",
-    "step_seconds_p95", "data_wait_seconds",
-    "checkpoint_blocked_seconds",    "memory_peak_rss_gib", "memory_planned_gib",
+    "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "hfu", "of_ceiling", "step_seconds",
+    "step_seconds_p50", "step_seconds_p95", "data_wait_seconds", "checkpoint_blocked_seconds", "memory_peak_rss_gib",
+    "memory_planned_gib",
 }  # fmt: skip
 
 

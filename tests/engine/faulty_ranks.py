@@ -1,0 +1,72 @@
+"""Runs on two ranks of which the second misbehaves, for test_guard.py: python -m tests.engine.faulty_ranks JOBS.json
+
+A job is [fault, output file, [[stage, settings], ...]]. All jobs run at once, in processes forked from this one. Prints the
+exit codes of each job's ranks, negative for the signal that ended one.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch._dynamo  # what several ranks import on first use
+
+import engine.loop
+from tests.engine.several_ranks import start
+
+RANKS, STEP = 2, 2
+
+
+def hang_here():
+    time.sleep(600)
+
+
+# What the second rank does before a step (from 0).
+FAULTS = {
+    "killed": lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == STEP else None,
+    "hangs": lambda step: hang_here() if step == STEP else None,
+    "lags": lambda step: time.sleep(0.5),
+}
+
+
+def misbehaving(fault):
+    accumulate = engine.loop.accumulate
+
+    def run(model, objective, step):
+        if os.environ["RANK"] == "1":
+            FAULTS[fault](step.index)
+        return accumulate(model, objective, step)
+
+    return accumulate, run
+
+
+def start_job(fault, output, stages):
+    """Process ids of a job's ranks, which say all they have to say in the file `output`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    kept = [os.dup(1), os.dup(2)]
+    with open(output, "wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    original, engine.loop.accumulate = misbehaving(fault)
+    try:
+        return [start(rank, RANKS, port, stages) for rank in range(RANKS)]
+    finally:
+        engine.loop.accumulate = original
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def main():
+    torch.set_num_threads(1)
+    started = [start_job(*job) for job in json.loads(Path(sys.argv[1]).read_text())]
+    print(json.dumps([[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in job] for job in started]))
+
+
+if __name__ == "__main__":
+    main()
