@@ -109,6 +109,22 @@ VIEWS: dict[str, View] = {
         ),
         bars=(("gb_per_second", "GB/s", 0),),
     ),
+    "resize": View(
+        "New rows of a resized vocabulary",
+        "A small Mistral is trained on the base vocabulary, resized by each method, and trained on with text that the base has "
+        "not seen, beside the base that is trained on with its own vocabulary. Bits per character of held-out text; operations "
+        "count from the resizing on, those of distillation included.",
+        "method",
+        bars=(("bits_per_character_ja", "Bits per character of held-out Japanese", 0),),
+        split="after",
+    ),
+    "streaming": View(
+        "Models that pass through",
+        "A model of full size is imported, resized and exported, each in a process of its own, beside a plain copy of its "
+        "files. The peak is that of the resident set, mapped files included; GB/s are of what is read and written together.",
+        "operation",
+        bars=(("gb_per_second", "GB/s", 0),),
+    ),
     "environment": View("Ceilings", "What a machine reaches.", "what"),
 }  # fmt: skip
 _INTRODUCTION = """\
@@ -124,6 +140,8 @@ Medians with the 20th and 80th percentile in parentheses. What could not be meas
 | `python -m benchmarks.kernels` | every operator beside torch and the peers |
 | `python -m benchmarks.checkpoint` | writing and reading checkpoints |
 | `python -m benchmarks.data` | tokenising, packing, loading, planning |
+| `python -m benchmarks.resize` | what new rows are worth: bits per character after each method of resizing |
+| `python -m benchmarks.streaming` | import, resize and export of a model of full size: memory, GB/s |
 | `python -m benchmarks.gpu` | all of them and the tests that need a GPU, unattended; `--rehearse` tries it on a CPU |
 | `python -m benchmarks.compare OLD NEW` | two result files, as ratios with the noise beside them |
 

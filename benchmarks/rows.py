@@ -22,6 +22,8 @@ KEYS: dict[str, tuple[str, ...]] = {
         "step_seconds", "documents",
     ),
     "checkpoint": ("task", "operation", "provider"),
+    "resize": ("after", "method"),
+    "streaming": ("operation",),
     "environment": ("what",),
 }  # fmt: skip
 _UNITS = {"gib": "GiB", "mib": "MiB", "tflops": "TFLOP/s", "mhz": "MHz"}

@@ -5,7 +5,7 @@ Shapes: N new pieces, D width, B rows of the base, V rows with padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, write_config
+from model.vocabulary.distill import Distillation, distill
 from model.vocabulary.merge import split_pieces
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
 from model.weights import TensorFolder, hugging_face_shapes, write_tensors
 
-Method = Literal["weighted", "mean", "random"]
+Method = Literal["weighted", "mean", "random", "distilled"]
 Side = Literal["input", "head"]
 
 ROW_MULTIPLE = 128  # rows of embedding and head, for the matrix units
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_RUN, _COLUMNS = 1024, 256  # of a matrix, computed at a time
+_RUN, _COLUMNS = 128, 256  # of a matrix, computed at a time: few, so that the memory of one run serves the next
 
 # Each further sub-piece counts 4/5 of the one before. No polynomial with coefficients -1, 0, 1 has the root 4/5, so two
 # orders of the same sub-pieces never get equal weights; and the sixteenth still counts 3.5 %, more than bf16 rounds off.
@@ -46,6 +47,7 @@ def new_rows(
     A plain mean gives pieces of the same sub-pieces in another order (です and すで) equal rows, which nothing tells
     apart before training; repetitions (ああ and あああ) have equal means with any weights, so noise of 1 % of a typical row
     is added. `mean`: the plain mean. `random`: normal with the mean and deviation that each column of the base has.
+    `distilled`: as `weighted`; `distill` goes on from there.
 
     Args:
         base_BD: the base's rows, without padding, of any float dtype.
@@ -55,7 +57,7 @@ def new_rows(
         seed: of noise and random rows; input and head draw apart.
 
     Yields:
-        float32 [at most 1024, D], all N in their order.
+        float32 [at most 128, D], all N in their order.
     """
     if method not in get_args(Method):
         raise ValueError(f"method = {method!r}: must be one of {', '.join(get_args(Method))}")
@@ -74,8 +76,8 @@ def new_rows(
         else:
             weight = _DECAY ** (place if side == "head" else length - 1 - place)
             weight /= torch.zeros(len(run)).index_add_(0, row, weight)[row]
-        mean_ND = torch.zeros(len(run), base_BD.shape[1]).index_add_(0, row, weight[:, None] * base_BD[ids].float())
-        if method == "weighted":
+        mean_ND = torch.zeros(len(run), base_BD.shape[1]).index_add_(0, row, base_BD[ids].float().mul_(weight[:, None]))
+        if method != "mean":
             wanted_N = torch.zeros(len(run)).index_add_(0, row, weight * norm_B[ids])
             found_N = torch.linalg.vector_norm(mean_ND, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
             mean_ND *= (wanted_N / found_N)[:, None]
@@ -108,20 +110,36 @@ def resized_rows(
 
 
 def resize_model(
-    source: str | Path, folder: str | Path, base: Tokenizer, merged: Tokenizer, *, method: Method = "weighted", seed: int = 0
+    source: str | Path,
+    folder: str | Path,
+    base: Tokenizer,
+    merged: Tokenizer,
+    *,
+    method: Method = "weighted",
+    seed: int = 0,
+    texts: Iterable[str] = (),
+    distillation: Distillation | None = None,
 ) -> MistralConfig:
     """Write a Hugging Face model folder with rows for the merged tokenizer, and that tokenizer, into an existing folder.
 
     Streams: no more is in memory than the base's rows of one matrix. All other weights, and the base's rows, keep their bits.
     `unpadded_vocab_size` in config.json says where padding begins, and generation_config.json keeps it from being sampled.
 
+    Args:
+        method: see `new_rows`. `distilled` then trains the rows (see `distill`), for which the model must fit the memory.
+        seed: of noise and random rows.
+        texts: documents to distil the rows from.
+        distillation: how; default: as it stands there.
+
     Returns:
         The configuration of the new model.
 
     Raises:
         ValueError: the rows of the model do not match the base tokenizer, the merged tokenizer does not extend the base,
-            the weights have several dtypes. See `TensorFolder` for damaged folders.
+            the weights have several dtypes, texts where no method takes them. See `TensorFolder` for damaged folders.
     """
+    if method != "distilled" and (texts or distillation):
+        raise ValueError(f"method = {method!r} learns from no text: leave texts and distillation out")
     config = read_config(source)
     check_rows(config, base, source)
     subpieces = split_pieces(base, merged)
@@ -146,6 +164,8 @@ def resize_model(
         write_tensors(folder, hugging_face_shapes(resized), dtype, parts_of)
     write_config(folder, resized, dtype)
     write_tokenizer_folder(folder, merged.model_bytes)
+    if method == "distilled":
+        distill(folder, subpieces, merged, texts, distillation or Distillation())
     return resized
 
 

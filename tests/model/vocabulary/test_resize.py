@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.config import MistralConfig, read_config, write_config
+from model.mistral import Mistral, initialize
 from model.vocabulary import resize
+from model.vocabulary.distill import Distillation
 from model.vocabulary.merge import extend, split_pieces
 from model.vocabulary.resize import check_rows, padded_size, resize_model
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
@@ -29,6 +31,10 @@ from model.weights import (
 )  # fmt: skip
 
 SIDES = ("input", "head")
+SMALL_SHAPE = MistralConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    initializer_range=0.2,
+)  # fmt: skip
 SUBPIECES = [[3, 4], [4, 3], [5], [6, 7, 8, 9], [9, 8, 7, 6], [10] * 16, [11, 12, 13] * 5]
 
 
@@ -148,7 +154,7 @@ def test_a_zero_base_gives_finite_rows():
 
 
 def test_an_unknown_method_is_named(base_rows):
-    with pytest.raises(ValueError, match="method = 'best': must be one of weighted, mean, random"):
+    with pytest.raises(ValueError, match="method = 'best': must be one of weighted, mean, random, distilled"):
         new_rows(base_rows, SUBPIECES, "input", method="best")  # type: ignore[arg-type]
 
 
@@ -273,3 +279,56 @@ def test_a_head_of_the_wrong_shape_is_refused(base_folder, small_base, small_mer
     rewrite(base_folder, "lm_head.weight", lambda head: head[:-1].clone())
     with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[699, 24\], config\.json asks for \[700, 24\]"):
         resize_model(base_folder, tmp_path, small_base, small_merged)
+
+
+@pytest.fixture(scope="module")
+def bf16_base(small_base, tmp_path_factory):
+    """A model in bfloat16 that tells its pieces apart."""
+    model = Mistral(replace(SMALL_SHAPE, vocab_size=small_base.vocab_size, unpadded_vocab_size=0))
+    initialize(model, 0)
+    folder = tmp_path_factory.mktemp("bf16")
+    save_model(model, folder, dtype=torch.bfloat16)
+    return folder
+
+
+def test_distilled_rows_say_more_of_what_the_base_says(bf16_base, small_base, small_merged, written_texts, tmp_path):
+    """Against an independent measure: hidden states after whole texts, and the likelihood of held-out ones."""
+    learnt, heldout = written_texts[::2], written_texts[1:400:40]
+    found = {}
+    for method in ("weighted", "distilled"):
+        folder = tmp_path / method
+        folder.mkdir()
+        distillation = Distillation(tokens=3_000, step_tokens=250, rate=0.1)
+        given = {"texts": learnt, "distillation": distillation} if method == "distilled" else {}
+        resize_model(bf16_base, folder, small_base, small_merged, method=method, **given)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        far, nll = [], []
+        with torch.no_grad():
+            for text in heldout:
+                states = [
+                    model.model(torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])).last_hidden_state[0, -1]
+                    for tokenizer in (small_base, small_merged)
+                ]
+                far.append(float((states[0] - states[1]).norm() / states[0].norm()))
+                ids = torch.tensor([[small_merged.bos_id, *small_merged.encode(text)]])
+                nll.append(float(model(ids, labels=ids).loss))
+        found[method] = (np.mean(far), np.mean(nll))
+    assert found["distilled"][0] < 0.8 * found["weighted"][0]
+    assert found["distilled"][1] < found["weighted"][1] - 0.5
+    before, after = (dict(read_tensors(tmp_path / method)) for method in ("weighted", "distilled"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.embed_tokens.weight", "lm_head.weight"}
+    for name in changed:
+        same = (before[name] == after[name]).all(1)
+        assert same[:700].all()
+        assert same[820:].all()
+
+
+def test_distilling_what_cannot_be_is_refused(bf16_base, small_base, small_merged, tmp_path):
+    with pytest.raises(ValueError, match="method = 'mean' learns from no text: leave texts and distillation out"):
+        resize_model(bf16_base, tmp_path, small_base, small_merged, method="mean", texts=["私"])
+    with pytest.raises(ValueError, match="holds none of the new pieces: give text of their language"):
+        resize_model(bf16_base, tmp_path, small_base, small_merged, method="distilled", texts=["English only."])
+    for wrong in ({"tokens": 0}, {"context_length": 0}, {"step_tokens": 0}, {"rate": 0.0}):
+        with pytest.raises(ValueError, match=rf"distillation\.{next(iter(wrong))} = 0"):
+            Distillation(**wrong)
