@@ -120,6 +120,9 @@ class Metrics:
         """
         if not self._pending:
             return
+        if self._ranks.device.type == "cuda":
+            # The step's last values are known before its last update has been made.
+            self._marks[-1].synchronize()
         lines = [_step_line(record) for record in self._pending]
         seconds = time.perf_counter() - self._interval_start
         speed, waits = self._speed(seconds), self._waits()

@@ -157,6 +157,8 @@ def step_stream(
             for step in range(start, plan.steps):
                 if closed.is_set():
                     return
+                for dataset in plan.datasets:
+                    dataset.check_unchanged()
                 made = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
                 put(_Prefetched(made) if copies is None else _copied(made, copies))
             put(None)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +80,7 @@ class TokenDataset:
             self.tokenizer_fingerprint: str = report["tokenizer"]["fingerprint"]
             self.vocab_size: int = report["tokenizer"]["vocab_size"]
             documents: int = report["documents"]
+            files: list[str] = list(report["files"])
             shard_tokens = np.array([shard["tokens"] for shard in report["shards"]], dtype=np.int64)
             dtype = DTYPES[report["dtype"]]
         except (KeyError, TypeError) as error:
@@ -87,6 +89,7 @@ class TokenDataset:
             raise ValueError(f"{folder / REPORT}: kind {self.kind!r} is none of {', '.join(KINDS)}: {REMEDY}")
         self.folder = folder
         self.report = report
+        self._stamps = {name: _stamp(folder / name) for name in files}
         self.lengths = _read_uint32(folder / "lengths.bin", documents)
         self.prompt_lengths = _read_uint32(folder / "prompts.bin", documents) if self.kind == "preferences" else None
         if self.kind == "preferences" and documents % 2:
@@ -105,12 +108,16 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenDataset":
-        """Open a prepared folder, checking that it is whole by its file sizes.
+        """Open a prepared folder, checking that it is whole by its file sizes. A file that is newer than dataset.json, which is
+        written last, was copied or changed: it is read and compared with what was written.
 
-        Raises: FileNotFoundError or ValueError with the file and the remedy where it is missing, cut or inconsistent.
+        Raises: FileNotFoundError or ValueError with the file and the remedy where it is missing, cut, changed or inconsistent.
         """
         folder = Path(folder)
-        return cls(folder, read_report(folder))
+        dataset = cls(folder, read_report(folder))
+        _, written = _stamp(folder / REPORT)
+        dataset._compare(name for name, (_, changed) in dataset._stamps.items() if changed > written)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,8 +161,17 @@ class TokenDataset:
 
     def verify(self) -> None:
         """Read every file and compare its sha256 with dataset.json. Raises: ValueError naming the first that differs."""
-        for name, expected in self.report["files"].items():
-            if file_sha256(self.folder / name) != expected:
+        self._compare(self.report["files"])
+
+    def check_unchanged(self) -> None:
+        """Raises: ValueError naming a file whose size or time has changed since the folder was opened."""
+        for name, stamp in self._stamps.items():
+            if _stamp(self.folder / name) != stamp:
+                raise ValueError(f"{self.folder / name}: changed while it was being read; restore it and start again")
+
+    def _compare(self, names: Iterable[str]) -> None:
+        for name in names:
+            if file_sha256(self.folder / name) != self.report["files"][name]:
                 raise ValueError(f"{self.folder / name}: its content is not what was written: {REMEDY}")
 
     def _locate(self, document: int) -> tuple[int, int]:
@@ -330,6 +346,15 @@ def _check_size(path: Path, expected: int) -> None:
 def _read_uint32(path: Path, count: int) -> np.ndarray:
     _check_size(path, 4 * count)
     return np.fromfile(path, dtype="<u4").astype(np.int64)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file's last change, (-1, -1) where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

@@ -1,11 +1,17 @@
 """The whole path on a CUDA device: the same losses as on the CPU, exact resume with split masters, generation."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from engine.checkpoint import read_state
+from engine.data.batches import make_step, step_stream
+from engine.flops import product_ceiling
+from engine.optimizer import AdamW
+from engine.profile import memory_curve
+from engine.run import open_run
 from model.generate import Sampling, generate
 from model.mistral import packed_attention
 from model.weights import load_model, read_tensors
@@ -63,3 +69,79 @@ def test_greedy_generation_equals_the_cpus(tiny_model):
     prompt, sampling = [1, 50, 60, 70], Sampling(temperature=0, max_new_tokens=40)
     answers = [list(generate(load_model(tiny_model, device=device), prompt, sampling)) for device in ("cpu", "cuda")]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_waits_for_the_device(tiny_settings, tmp_path, monkeypatch, stage):
+    """Between log lines the host launches everything without one synchronisation, NEFTune and shared prompts included."""
+    step, done = AdamW.step, []
+
+    def watched(optimizer, *arguments):
+        # From the second step's update on: what is made once, at the first, may wait.
+        updated = step(optimizer, *arguments)
+        done.append(torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("error" if len(done) < 5 else "default")
+        return updated
+
+    monkeypatch.setattr(AdamW, "step", watched)
+    changes = {} if stage == "pretrain" else {"neftune_alpha": 5.0}
+    settings = tiny_settings(
+        stage, tmp_path / "run", device="cuda", heldout=[], log={"every": 6, "tensorboard": False}, **changes
+    )  # fmt: skip
+    try:
+        STAGES[stage].run(settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert done == [0, 2, 2, 2, 2, 0]
+
+
+def test_steps_arrive_on_the_device_while_it_computes(tiny_settings, tmp_path):
+    """What is copied ahead equals what is copied on the spot, also when the device is far behind the host."""
+    run = open_run(tiny_settings("dpo", tmp_path / "run", device="cuda"), ("preferences",), share_prompts=True)
+    stream = step_stream(run.plan, 0, window=16, pack_tokens=run.pack_tokens, device=run.device)
+    for step in stream:
+        torch.cuda._sleep(10_000_000)
+        expected = make_step(run.plan, step.index, window=16, pack_tokens=run.pack_tokens)
+        for batch, made in zip(step.batches, expected.batches, strict=True):
+            for field in dataclasses.fields(batch):
+                ours, theirs = getattr(batch, field.name), getattr(made, field.name)
+                if field.name == "attention":
+                    ours, theirs = ours.work, theirs.work
+                assert ours.is_cuda
+                assert torch.equal(ours.cpu(), theirs), field.name
+
+
+def test_a_profile_holds_kernels_and_the_allocators_history(tiny_settings, tmp_path):
+    settings = tiny_settings("pretrain", tmp_path / "run", device="cuda", heldout=[], profile={"steps": [3]})
+    pretrain.run(settings)
+    folder = tmp_path / "run" / "profile" / "step-00000003" / "rank-0"
+    trace = json.loads((folder / "trace.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+    assert max(size for _, size in memory_curve(trace, cuda=True)) > 40_096 * 2
+    snapshot = json.loads((folder / "memory.json").read_text())
+    assert any(event["action"] == "alloc" for event in snapshot["device_traces"][0])
+    shares = json.loads((folder / "time.json").read_text())["shares"]
+    assert min(shares[name] for name in ("products", "our operators", "optimizer", "waiting")) > 0
+
+
+def test_nvtx_ranges_change_nothing(tiny_settings, tmp_path):
+    for tool in ("torch", "nvtx"):
+        profile = {"steps": [3] if tool == "nvtx" else [], "tool": tool}
+        pretrain.run(tiny_settings("pretrain", tmp_path / tool, device="cuda", heldout=[], profile=profile))
+    assert torch.equal(_losses(tmp_path / "nvtx"), _losses(tmp_path / "torch"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_is_replayed_to_the_bit(tiny_settings, tmp_path, capsys, stage):
+    settings = tiny_settings(stage, tmp_path / "run", device="cuda", checkpoint_every=3, keep_checkpoints=9)
+    STAGES[stage].run(settings)
+    capsys.readouterr()
+    STAGES[stage].run(dataclasses.replace(settings, replay=4))
+    assert capsys.readouterr().out.count("the same)") >= 2
+
+
+def test_the_share_of_the_ceiling_is_known(tiny_settings, tmp_path):
+    pretrain.run(tiny_settings("pretrain", tmp_path / "run", device="cuda"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["of_ceiling"] < 1 for line in lines if "loss" in line)
+    assert 1e13 < product_ceiling(torch.device("cuda"), torch.bfloat16) < 3e15

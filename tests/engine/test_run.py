@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.data.batches import step_stream
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.run import open_run
 from engine.settings import FREE_ON_RESUME
@@ -250,3 +251,26 @@ def test_attention_backend_that_needs_a_gpu(backend, tiny_settings, tmp_path, mo
     monkeypatch.setattr("kernels.attention_backends.INTERPRETED", False)
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", device="cpu", backend=backend))
     assert message.startswith(f"backend = '{backend}': attention backend {backend} ")
+
+
+def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, tiny_data, tmp_path):
+    """Whatever dataset.json says: a token of a file is another, and no size has changed."""
+    data = shutil.copytree(tiny_data.text, tmp_path / "text")
+    settings = tiny_settings(
+        "pretrain", tmp_path / "run", sources=[{"path": str(data)}], heldout=[], log={"tensorboard": False}
+    )
+    run = open_run(settings, ("text",))
+    pretrain.run(settings)
+    stream = step_stream(run.plan, 2, window=16, pack_tokens=run.pack_tokens, prefetch=1)
+    assert next(stream).index == 2
+    tokens = bytearray((data / "tokens-00000.bin").read_bytes())
+    tokens[100] ^= 1
+    (data / "tokens-00000.bin").write_bytes(tokens)
+    with pytest.raises(ValueError, match=r"tokens-00000.bin: changed while it was being read; restore it and start again"):
+        list(stream)
+    with pytest.raises(ValueError, match=r"tokens-00000.bin: its content is not what was written: prepare the dataset again"):
+        pretrain.run(settings)
+    # Restored, though newer than the rest.
+    tokens[100] ^= 1
+    (data / "tokens-00000.bin").write_bytes(tokens)
+    assert pretrain.run(settings).name == "step-00000006"
