@@ -33,7 +33,8 @@ from recipes.sft import SftSettings
 _CONTEXT, _NCCL = 0.6, 1.0
 # Of what comes and goes: blocks of the allocator that nothing fits into. Assumed; a run logs what it reserves.
 _FRAGMENTATION = 0.02
-_LARGEST = 2**17
+# Tokens of a micro-batch: the most that is tried, and the steps between.
+_LARGEST, _TILE = 2**17, 128
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,13 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
         "fragmentation": _FRAGMENTATION * (found.peak - held) / 2**30,
     }
-    most = min(_LARGEST, -(-step_tokens // gpus))
+    # As long as a rank's part of a step, in whole tiles.
+    most = min(_LARGEST, -(-step_tokens // (gpus * _TILE)) * _TILE)
     room = limit - overhead["context"]
     # Fragmentation counts for what comes and goes alone: taken off all, the micro-batch would be too small.
     bytes_of_room = int((room - max(0.0, room - held / 2**30) * _FRAGMENTATION / (1 + _FRAGMENTATION)) * 2**30)
     largest = {
-        mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most)
+        mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most, multiple=_TILE)
         for mode in get_args(Recompute)
     }
     asked = {"context": settings.context_length, "step_tokens": step_tokens}

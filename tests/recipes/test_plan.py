@@ -54,9 +54,16 @@ def test_shisa_7b_fits_eight_80_gb_cards():
 @pytest.mark.parametrize("mode", ["none", "block"])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(mode):
     tokens = outlook("pretrain", device="h100", gpus=8).largest[mode]
-    for more, fits in ((0, True), (2048, False)):
+    for more, fits in ((0, True), (256, False)):
         found = outlook("pretrain", "--recompute", mode, "--pack-tokens", str(tokens + more), device="h100", gpus=8)
         assert (found.free >= 0) == fits
+
+
+def test_a_small_step_is_one_micro_batch():
+    settings = settings_of(str(SHISA.parent / "tiny" / "base.toml"), [])
+    found = look_ahead(settings, DEVICES["h200"])
+    assert set(found.largest.values()) == {settings.step_size}
+    assert not found.training.accumulates
 
 
 def test_the_items_are_those_of_the_plan(capsys, tmp_path):
