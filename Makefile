@@ -1,6 +1,7 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
 # make test         installs into .venv, then runs the tests
 # make lint         style, types
+# make stress       kills training runs at random moments (KILLS=100, SEED=0), a quarter of an hour
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
 # PIP_ARGS="..."           passed to pip install
@@ -27,7 +28,7 @@ SYSTEM :=
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: quickstart test lint clean check-python
+.PHONY: quickstart test lint stress clean check-python
 
 quickstart: $(VENV)/installed
 	$(RUN) -m recipes.quickstart --device $(DEVICE)
@@ -39,6 +40,9 @@ lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+
+stress: $(VENV)/installed-dev
+	$(RUN) -m pytest --capture=no tests/engine/stress_kills.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -105,6 +105,8 @@ class Checkpointer:
     def _write(self, folder: Path, table: dict[str, Any], copies: dict[str, Tensor]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         with ExitStack() as stack:
+            # Cycles of references inside torch would keep them alive until garbage is collected.
+            stack.callback(copies.clear)
             if self._ranks.device.type == "cuda":
                 # This thread's own stream, on which nothing runs: what waits for it does not wait for training.
                 torch.cuda.set_device(self._ranks.device)

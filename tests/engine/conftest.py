@@ -1,25 +1,18 @@
 """What the tests of training compare runs by."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-# What a step computed; the rest of a line is speed and memory.
-_COMPUTED = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_saved"}
+from tests.engine.trajectories import metric_lines as read_metric_lines
 
 
 @pytest.fixture(scope="session")
 def metric_lines():
     """metric_lines(run folder) -> the lines of metrics.jsonl without speed and memory."""
-
-    def read(out: Path) -> list[dict]:
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key in _COMPUTED or "/" in key} for line in lines]
-
-    return read
+    return read_metric_lines
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
 from recipes import dpo, pretrain
 
+ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model-00001-of-00001.safetensors"
 OPTIMIZER = "training/optimizer/shard-00001-model-00001-of-00001.safetensors"
 ALONE = Ranks(torch.device("cpu"))
@@ -29,7 +32,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def settings_of(tiny_settings):
-    return lambda out: tiny_settings("pretrain", out, steps=4, checkpoint_every=1, keep_checkpoints=3)
+    return lambda out: tiny_settings("pretrain", out, steps=4, checkpoint_every=1, keep_checkpoints=1, keep_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def original(settings_of, tmp_path_factory):
 
 @pytest.fixture
 def run_folder(original, tmp_path):
-    """A run of four steps of which the last three checkpoints are kept."""
+    """A run of four steps of which every second checkpoint is kept."""
     return Path(shutil.copytree(original, tmp_path / "run"))
 
 
@@ -76,13 +79,19 @@ def test_a_checkpoint_loads_in_transformers(tiny_settings, tmp_path, dtype):
 
 
 def test_the_newest_are_kept_and_the_newest_is_named(run_folder):
-    assert [path.name for path in checkpoints(run_folder)] == ["step-00000002", "step-00000003", "step-00000004"]
+    assert [path.name for path in checkpoints(run_folder)] == ["step-00000002", "step-00000004"]
     assert newest_checkpoint(run_folder).name == "step-00000004"
     assert (run_folder / "latest").read_text() == "step-00000004\n"
     assert {path.name for path in run_folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "tensorboard", "latest", "step-00000002", "step-00000003", "step-00000004",
+        "config.toml", "metrics.jsonl", "tensorboard", "latest", "step-00000002", "step-00000004",
     }  # fmt: skip
-    assert [read_state(path).step for path in checkpoints(run_folder)] == [2, 3, 4]
+    assert [read_state(path).step for path in checkpoints(run_folder)] == [2, 4]
+
+
+def test_checkpoints_that_are_never_written_cannot_be_kept(tiny_settings, tmp_path):
+    for changes in ({"keep_every": 3}, {"keep_every": 3, "checkpoint_every": 2}):
+        with pytest.raises(ValueError, match=r"keep_every = 3: must be a multiple of checkpoint_every = "):
+            tiny_settings("pretrain", tmp_path, **changes)
 
 
 def test_a_run_folder_names_its_newest_model(run_folder, tiny_model):
@@ -145,13 +154,17 @@ def test_the_remedy_works(settings, run_folder, metric_lines):
     assert metric_lines(run_folder) == lines
 
 
-def test_optimizer_state_of_the_right_size_but_broken(settings, run_folder):
-    newest = run_folder / "step-00000004"
-    file = newest / OPTIMIZER
-    file.write_bytes(b"\xff" * file.stat().st_size)
-    optimizer = AdamW(load_model(newest).named_parameters(), OptimizerSettings())
-    with pytest.raises(ValueError, match=rf"{file}: damaged, .*; delete {newest} to resume"):
-        load_optimizer(newest, optimizer, ALONE)
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER])
+def test_a_flipped_bit_is_found_before_a_run_goes_on(settings, run_folder, name):
+    shutil.rmtree(run_folder / "step-00000004")
+    newest = run_folder / "step-00000002"
+    content = bytearray((newest / name).read_bytes())
+    content[-5] ^= 1
+    (newest / name).write_bytes(content)
+    lines = (run_folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"{newest / name}: damaged, .*SHA-256 .*; delete {newest} to resume"):
+        pretrain.run(settings)
+    assert (run_folder / "metrics.jsonl").read_bytes() == lines
 
 
 def test_optimizer_state_comes_back(run_folder):
@@ -180,6 +193,61 @@ def test_state_larger_than_a_shard_is_written_in_several_files(tiny_settings, tm
         load_optimizer(folder, optimizer, ALONE)
         states.append(optimizer.state)
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_saving_takes_the_copies_and_one_file_of_memory(tiny_settings, tmp_path):
+    """In a process of its own: the most that is allocated beyond what was before, with files of a sixteenth of the state."""
+    code = """
+import os, sys, threading, torch
+import engine.checkpoint_writer
+from engine.checkpoint import TrainingState
+from engine.checkpoint_writer import Checkpointer
+from engine.optimizer import AdamW, OptimizerSettings
+from engine.parallel import Ranks
+from model.config import MistralConfig
+from model.mistral import Mistral
+from model.vocabulary.tokenizer import Tokenizer
+from pathlib import Path
+
+def allocated():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+os.fsync = lambda handle: None
+engine.checkpoint_writer.MAX_SHARD_BYTES = 2**22
+config = MistralConfig(vocab_size=512, unpadded_vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=8,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+model = Mistral(config)
+optimizer = AdamW(model.named_parameters(), OptimizerSettings())
+tensors = [*model.parameters(), *optimizer.state.values()]
+for tensor in tensors:
+    tensor.data.normal_()
+tokenizer = Tokenizer.load(sys.argv[2])
+checkpointer = Checkpointer(Path(sys.argv[1]), model, optimizer, tokenizer, Ranks(torch.device("cpu")), keep=1)
+for step in (1, 2):  # the first allocates what libraries keep
+    before, peak, done = allocated(), 0, threading.Event()
+    def watch():
+        global peak
+        while not done.wait(0.005):
+            peak = max(peak, allocated())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    checkpointer.save(TrainingState(step, {}, ""))
+    checkpointer.wait()
+    done.set()
+    watcher.join()
+checkpointer.close()
+print(sum(tensor.nbytes for tensor in tensors), peak - before)
+"""
+    settings = tiny_settings("pretrain", tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "out", settings.model], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    state, above = map(int, done.stdout.split())
+    assert state > 16 * 2**22
+    assert 0.9 * state < above < state + 2 * 2**22
 
 
 def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import engine.loop
 import engine.optimizer
@@ -18,6 +16,7 @@ import model.mistral
 from engine.checkpoint import checkpoints, read_state
 from engine.config import to_toml
 from recipes import dpo, pretrain, sft
+from tests.engine.trajectories import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
@@ -190,7 +189,7 @@ def faults(tiny_settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault)))
-def test_a_run_in_which_something_goes_wrong_is_continued(faults, assert_same_end, metric_lines, fault):
+def test_a_run_in_which_something_goes_wrong_is_continued(faults, assert_same_end, fault):
     """From the last complete checkpoint, by any number of ranks: by as many as before, to the same bits."""
     point, _, ranks, then = fault
     out, result = faults[fault]
@@ -202,23 +201,10 @@ def test_a_run_in_which_something_goes_wrong_is_continued(faults, assert_same_en
     if then in (0, ranks, "restart"):
         assert_same_end(whole, out)
     else:
-        assert_close(whole, out, metric_lines)
+        assert_close(whole, out)
     said = {
         "disk": f"training/optimizer: rank {fault[1]} could not write: [Errno 27] File too large; free the disk",
         "term": f"stopped by SIGTERM after step {newest}; start again to continue",
     }.get(point, "another rank stopped or did not answer" if ERROR in codes else "")
     assert said in result["output"]
     assert "Traceback" not in result["output"]
-
-
-def assert_close(a, b, metric_lines):
-    """Two runs on other numbers of ranks: sums are added in another order."""
-    lines, others = metric_lines(a), metric_lines(b)
-    assert [line["step"] for line in lines] == [line["step"] for line in others]
-    for line, other in zip(lines, others, strict=True):
-        for name in line.keys() & {"loss", "gradient_norm"}:
-            assert line[name] == pytest.approx(other[name], rel=1e-6)
-    ours, theirs = (load_file(out / "step-00000005" / "model-00001-of-00001.safetensors") for out in (a, b))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6)

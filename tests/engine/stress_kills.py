@@ -1,0 +1,125 @@
+"""A campaign of kills at random moments, for `make stress`; its result is stress_kills.json beside this file.
+
+    KILLS=100 SEED=0 python -m pytest tests/engine/stress_kills.py
+
+Runs of the three objectives are killed again and again by SIGKILL, one process of them or all, or told to stop by SIGTERM, and
+resumed by another number of processes, HSDP included, until they come to their end. After every kill each complete checkpoint
+must be whole, as recipes.verify says, and the newest not older than before. The end must be that of a run on one process
+without kills. The seed decides everything but where in its work a process is when its moment comes.
+"""
+
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import checkpoints as complete
+from engine.checkpoint import newest_checkpoint
+from engine.checkpoint_verify import problems
+from engine.config import to_toml
+from tests.engine.killed_runs import end_of, ready, start_all
+from tests.engine.trajectories import assert_close
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = Path(__file__).with_suffix(".json")
+STAGES = ("pretrain", "sft", "dpo")
+# Processes and replicas.
+LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (4, 2))
+STEPS = 8
+# Within which a kill falls after a run has begun its steps; about what eight steps and checkpoints take.
+SECONDS = 2.5
+
+
+def test_random_kills(tiny_settings, tmp_path):
+    configs: dict[str, list[str]] = {}
+    for stage in STAGES:
+        for replicas in (1, 2):
+            settings = tiny_settings(
+                stage, tmp_path / stage, steps=STEPS, checkpoint_every=1, keep_checkpoints=2, pack_tokens=64, heldout=None,
+                optimizer={"eps": 1e-6}, log={"every": 2, "tensorboard": False},
+                parallel={"timeout": 60.0, "replicas": replicas},
+            )  # fmt: skip
+            path = tmp_path / f"{stage}-{replicas}.toml"
+            path.write_text(to_toml(settings))
+            configs.setdefault(stage, []).append(str(path))
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    size = (os.environ.get("KILLS", "100"), os.environ.get("SEED", "0"))
+    subprocess.run(
+        [sys.executable, "-m", "tests.engine.stress_kills", tmp_path, *size], check=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+
+
+def main():
+    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    configs = json.loads((folder / "configs.json").read_text())
+    ready()
+    rng, counts, start = random.Random(seed), Counter(), time.time()
+    whole = {}
+    for stage in STAGES:
+        attempt(folder, stage, configs, (1, 1), None, rng, counts)
+        whole[stage] = (folder / stage).rename(folder / f"{stage}-whole")
+    while counts["kills"] < kills:
+        stage = rng.choice(STAGES)
+        out = folder / stage
+        while not attempt(folder, stage, configs, rng.choice(LAYOUTS), rng.choice(("one", "all", "term")), rng, counts):
+            pass
+        assert_close(whole[stage], out)
+        counts["runs that ended as one without kills"] += 1
+        out.rename(folder / f"ended-{counts['runs that ended as one without kills']}")
+        print(dict(counts), flush=True)
+    RESULT.write_text(json.dumps({
+        "command": f"KILLS={kills} SEED={seed} make stress", "counts": dict(sorted(counts.items())),
+        "seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version(),
+    }, indent=2) + "\n")  # fmt: skip
+
+
+def attempt(folder, stage, configs, layout, kill, rng, counts):
+    """Begin or resume a run, and do to it what `kill` says, at a random moment. Returns whether it came to its end."""
+    ranks, replicas = layout
+    out, config = folder / stage, configs[stage][replicas - 1]
+    before = newest_checkpoint(out)
+    moment, victim = rng.uniform(0, SECONDS), rng.randrange(ranks)
+    with tempfile.TemporaryFile() as output:
+        children = start_all({"stage": stage, "config": config}, ranks, output)
+        if kill:
+            while b"start      step" not in os.pread(output.fileno(), 2**20, 0):
+                time.sleep(0.01)
+            time.sleep(moment)
+            for child in children if kill == "all" else [children[victim]]:
+                os.kill(child, signal.SIGTERM if kill == "term" else signal.SIGKILL)
+        codes = end_of(children)
+        output.seek(0)
+        said = output.read().decode()
+    ended = not any(codes)
+    assert ended or kill, said
+    assert "Traceback" not in said, said
+    for checkpoint in complete(out):
+        assert not list(problems(checkpoint)), said
+        counts["checkpoints verified"] += 1
+    newest = newest_checkpoint(out)
+    assert newest == before or (newest is not None and (before is None or newest.name > before.name)), said
+    if not ended:
+        counts["kills"] += 1
+        counts[{"one": "SIGKILL to one process", "all": "SIGKILL to all", "term": "SIGTERM to one process"}[kill]] += 1
+        counts[f"kills on {ranks} processes" + (" in 2 replicas" if replicas == 2 else "")] += 1
+        if kill == "term" and codes[victim] == -signal.SIGTERM:
+            counts["SIGTERM before the first step or after the last"] += 1
+        elif kill == "term":
+            assert set(codes) == {128 + signal.SIGTERM}, said
+        elif list(out.glob(".step-*.partial")):
+            counts["SIGKILL while a checkpoint was written"] += 1
+    return ended
+
+
+if __name__ == "__main__":
+    main()
