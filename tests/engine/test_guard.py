@@ -1,6 +1,7 @@
 """What goes wrong in a run: spikes and their replay, ranks that die, hang or lag, profiles of chosen steps."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 
 import engine.loop
 from engine.data.batches import make_step
+from engine.garbage import GarbageAtLogLines
 from engine.guard import GuardSettings, SpikeLog, documents_of
 from engine.profile import CATEGORIES, ProfileSettings, memory_curve
 from engine.run import open_run
@@ -139,6 +141,27 @@ def test_a_spike_in_a_run_is_replayed_to_the_bit(tiny_settings, tmp_path, monkey
     assert len(losses) == min(5, len(documents_of(open_run(settings, (KINDS[stage],)).plan, 13)))
 
 
+def test_garbage_is_collected_at_log_lines(tiny_settings, tmp_path, monkeypatch):
+    collected, enabled = [], []
+    accumulate, collect = engine.loop.accumulate, GarbageAtLogLines.collect
+
+    def watched(model, objective, step):
+        enabled.append(gc.isenabled())
+        return accumulate(model, objective, step)
+
+    def counted(garbage):
+        collected.append(len(enabled))
+        collect(garbage)
+
+    monkeypatch.setattr(engine.loop, "accumulate", watched)
+    monkeypatch.setattr(GarbageAtLogLines, "collect", counted)
+    pretrain.run(tiny_settings("pretrain", tmp_path / "run", heldout=[], log={"every": 4, "tensorboard": False}))
+    assert enabled == [False] * 6
+    assert collected == [4, 6]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 def test_a_step_that_is_not_in_the_run_cannot_be_replayed(tiny_settings, tmp_path):
     with pytest.raises(ValueError, match=r"replay = 9: the run has 6 steps"):
         pretrain.run(tiny_settings("pretrain", tmp_path / "run", replay=9))
@@ -230,11 +253,12 @@ def test_the_slowest_rank_waits_least(waits, expected):
 
 
 def test_a_profile_holds_trace_times_and_memory_and_changes_nothing(tiny_settings, tmp_path, metric_lines):
-    for name, profile in (("plain", {}), ("run", {"steps": [2, 3]})):
-        pretrain.run(tiny_settings("pretrain", tmp_path / name, steps=3, heldout=[], log=QUIET, profile=profile))
+    for name, profile in (("plain", {}), ("run", {"steps": [2]})):
+        pretrain.run(tiny_settings("pretrain", tmp_path / name, steps=2, step_size=64, heldout=[], log=QUIET, profile=profile))
     assert metric_lines(tmp_path / "run") == metric_lines(tmp_path / "plain")
-    assert [path.name for path in sorted((tmp_path / "run" / "profile").iterdir())] == ["step-00000002", "step-00000003"]
-    folder = tmp_path / "run" / "profile" / "step-00000003" / "rank-0"
+    (step,) = (tmp_path / "run" / "profile").iterdir()
+    assert step.name == "step-00000002"
+    folder = step / "rank-0"
     shares = json.loads((folder / "time.json").read_text())["shares"]
     assert tuple(shares) == CATEGORIES
     assert sum(shares.values()) == pytest.approx(1)

@@ -235,9 +235,10 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
     """Two steps in four seconds; evaluation and checkpoints in between are not counted."""
     now = [100.0]
     monkeypatch.setattr("engine.metrics.time.perf_counter", lambda: now[0])
-    metrics = metrics_of(peak_flops=10_000.0)
-    metrics.step(record(1))
-    now[0] += 4
+    metrics = metrics_of(peak_flops=10_000.0, ceiling=8_000.0)
+    now[0] += 1
+    metrics.step(record(1, recomputed_flops=2_000))
+    now[0] += 3
     metrics.step(record(2, tokens=300, trained_tokens=60, flops=7_000, data_wait=0.75))
     now[0] += 1000
     metrics.restart_clock()
@@ -249,12 +250,14 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
         assert line["tokens_per_second"] == 100
         assert line["trained_tokens_per_second"] == 25
         assert line["mfu"] == pytest.approx(12_000 / 4 / 10_000)
-        assert line["step_seconds"] == 2
+        assert line["hfu"] == pytest.approx(14_000 / 4 / 10_000)
+        assert line["of_ceiling"] == pytest.approx(12_000 / 4 / 8_000)
+        assert (line["step_seconds"], line["step_seconds_p50"], line["step_seconds_p95"]) == (2, 2, 3)
         assert line["data_wait_seconds"] == 0.5
     assert lines[3]["tokens_per_second"] == 200
     assert [line["tokens"] for line in lines] == [100, 300, 100, 100]
     console = capsys.readouterr().out
-    assert "MFU 30.0%" in console
+    assert "MFU 30.0%  of ceiling 37.5%" in console
     assert "left 00:04" in console
 
 
