@@ -47,7 +47,8 @@ STAGES = {
 }
 TRAININGS = ("pretrain", "sft", "sft_ja", "dpo")
 # What decides nothing about the model that comes out, or is told by its absence.
-UNSTATED = {"tokenizer", "heldout", "heldout_limit", "steps", "epochs", "device", "resume", "dry_run", "reference_cache"}
+UNSTATED = {"tokenizer", "heldout", "heldout_limit", "steps", "epochs", "device", "resume", "dry_run", "reference_cache",
+            "offload"}  # fmt: skip
 
 
 def read(stage: str):
