@@ -39,6 +39,13 @@ class KeyValueCache:
         """Tokens that went through all layers, forgotten ones included: the position of the next token."""
         return self._rings[-1].seen
 
+    def keep(self, tokens: int) -> int:
+        """Forget all but the first tokens, or everything where some of these were overwritten. Returns how many are left."""
+        whole = all(ring.seen == tokens or tokens <= ring.seen <= ring.buffer_PCKE.shape[1] for ring in self._rings)
+        for ring in self._rings:
+            ring.seen = tokens if whole else 0
+        return len(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all rings: at most 2 * layers * places * K * E * itemsize, places being the window or the maximal length."""

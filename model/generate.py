@@ -113,11 +113,34 @@ def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tenso
     return logits_V
 
 
-def generate(model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = ()) -> Iterator[int]:
+class Past:
+    """What a model has read so far, so that a longer text that begins alike is not read anew: `generate` takes and keeps it."""
+
+    def __init__(self, model: Mistral) -> None:
+        weight = model.lm_head.weight
+        self.cache = KeyValueCache(model.config, dtype=weight.dtype, device=weight.device)
+        self.ids: list[int] = []
+
+    def keep(self, prompt_ids: Sequence[int]) -> int:
+        """Forget what a prompt does not begin with. Returns how many of its tokens need not be read; its last one has to."""
+        common = 0
+        for mine, other in zip(self.ids, prompt_ids[:-1], strict=False):
+            if mine != other:
+                break
+            common += 1
+        common = self.cache.keep(common)
+        del self.ids[common:]
+        return common
+
+
+def generate(
+    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = (), past: Past | None = None
+) -> Iterator[int]:
     """Continue a prompt, yielding each token as it is chosen; a stop token is yielded and ends the answer.
 
     The answer ends at a stop token, after max_new_tokens, or when the text reaches the model's max_position_embeddings.
-    The same model, prompt and sampling on the same device give the same tokens; no other random state is read or changed.
+    The same model, prompt and sampling on the same device give the same tokens; no other random state is read or changed. A
+    past only saves time: scores then differ by roundings from those of a text that is read anew.
 
     Raises: ValueError, before anything is computed, for an empty prompt, an id outside the vocabulary, or a prompt that leaves
         no position for an answer; while generating, for scores that are not finite.
@@ -134,21 +157,22 @@ def generate(model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, s
             f"prompt of {len(prompt_ids)} tokens: the model's max_position_embeddings = {config.max_position_embeddings} "
             "leaves no room for an answer; shorten it"
         )
-    return _continue(model, prompt_ids, sampling, frozenset(stop_ids), min(room, sampling.max_new_tokens))
+    return _continue(model, prompt_ids, sampling, frozenset(stop_ids), min(room, sampling.max_new_tokens), past or Past(model))
 
 
 @torch.inference_mode()
 def _continue(
-    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], most: int
+    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], most: int, past: Past
 ) -> Iterator[int]:
-    weight = model.lm_head.weight
-    generator = torch.Generator(weight.device).manual_seed(sampling.seed)
-    cache = KeyValueCache(model.config, dtype=weight.dtype, device=weight.device)
-    tokens_T = torch.tensor(prompt_ids, dtype=torch.int64, device=weight.device)
-    seen_V = torch.zeros(model.config.unpadded_vocab_size, dtype=torch.bool, device=weight.device)
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    tokens_T = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
+    seen_V = torch.zeros(model.config.unpadded_vocab_size, dtype=torch.bool, device=device).index_fill_(0, tokens_T, True)
+    unread = list(prompt_ids[past.keep(prompt_ids) :])
+    tokens_T = tokens_T[-len(unread) :]
     for _ in range(most):
-        seen_V.index_fill_(0, tokens_T, True)
-        logits_V = _next_logits(model, cache, tokens_T)
+        logits_V = _next_logits(model, past.cache, tokens_T)
+        past.ids += unread
         finite = logits_V.isfinite().all(dim=-1, keepdim=True)
         logits_V = filter_logits(logits_V, seen_V, sampling)
         if sampling.temperature == 0:
@@ -164,6 +188,8 @@ def _continue(
         yield token
         if token in stop_ids:
             return
+        seen_V.index_fill_(0, tokens_T, True)
+        unread = [token]
 
 
 def _next_logits(model: Mistral, cache: KeyValueCache, tokens_T: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from engine.checkpoint import model_folder
 from engine.environment import choose_device
-from model.generate import Sampling, generate
+from model.generate import Past, Sampling, generate
 from model.mistral import Mistral
 from model.vocabulary.chat import Message, encode_prompt
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
@@ -72,6 +72,8 @@ class Speaker:
         positions = model.config.max_position_embeddings
         self.longest_prompt = positions - min(sampling.max_new_tokens, positions // 2)
         self._answers = 0
+        # Of a conversation only what is new is read.
+        self._past = Past(model)
 
     def converse(self, history: list[Message], question: str) -> None:
         """Answer a question and add both to the history, as far as the answer got; a question without answer is not added.
@@ -115,7 +117,7 @@ class Speaker:
         start = time.perf_counter()
         # Another seed for each answer: the same draws would make a second answer resemble the first.
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % 2**63)
-        tokens = generate(self.model, prompt_ids, sampling, stop_ids=(self.tokenizer.eos_id,))
+        tokens = generate(self.model, prompt_ids, sampling, stop_ids=(self.tokenizer.eos_id,), past=self._past)
         self._answers += 1
         chosen: list[int] = []
         times: list[float] = []

@@ -88,3 +88,19 @@ def test_a_key_reaches_the_window_after_it_and_nothing_else_by_a_bit(chunks):
         other_value[place] -= 1
         differs = (attended(other_key, other_value) != before).flatten(1).any(dim=1)
         assert differs.tolist() == [place <= row < place + 4 for row in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("window", "first", "kept", "left"),
+    [(10, 9, 4, 4), (10, 10, 10, 10), (10, 30, 30, 30), (10, 30, 29, 0), (300, 290, 7, 7), (None, 60, 0, 0)],
+)
+def test_what_is_left_of_a_text_is_continued_as_if_there_had_been_no_more(small_model, window, first, kept, left):
+    """What was overwritten cannot be kept, and then nothing is."""
+    model = small_model(sliding_window=window, max_position_embeddings=700).to(torch.float64)
+    tokens = torch.randint(64, (first + 40,), generator=torch.Generator().manual_seed(0))
+    cache = KeyValueCache(model.config, dtype=torch.float64)
+    through_cache(model, cache, tokens[:first], [first])
+    assert cache.keep(kept) == left == len(cache)
+    text = torch.cat([tokens[:left], tokens[first:]])
+    whole = model(text, torch.arange(len(text)), packed_attention(torch.tensor([0, len(text)]), window))
+    torch.testing.assert_close(through_cache(model, cache, tokens[first:], [7] * 5 + [5]), whole[left:], rtol=0, atol=1e-11)

@@ -8,6 +8,7 @@ import torch
 from transformers.generation import logits_process as reference
 
 from model.generate import (
+    Past,
     Sampling,
     filter_logits,
     generate,
@@ -283,3 +284,28 @@ def test_the_host_waits_for_a_gpu_once_a_token(small_model, options):
     # The first compiles.
     waits(2)
     assert waits(12) - waits(4) == 8
+
+
+def test_a_past_changes_nothing_but_the_tokens_that_are_read(small_model, monkeypatch):
+    """Texts that continue, leave and forget what came before, and an answer that was stopped midway."""
+    model = small_model(sliding_window=12, max_position_embeddings=120).to(torch.float64)
+    past, read = Past(model), []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, tokens, *rest: (read.append(len(tokens)), forward(self, tokens, *rest))[1]
+    )
+    greedy = Sampling(temperature=0.0, max_new_tokens=4)
+    text = [1, 5, 9]
+    for question, unread in (([3, 4], 5), ([7], 2), ([8, 2, 6], 4)):
+        text += question
+        expected = list(generate(model, text, greedy))
+        read.clear()
+        assert list(generate(model, text, greedy, past=past)) == expected
+        # The last token of an answer was chosen, but not read.
+        assert read == [unread, 1, 1, 1]
+        text += expected
+    other = [1, 5, 9, 3, 4, 60]
+    stream = generate(model, other, greedy, past=past)
+    assert next(stream) == next(generate(model, other, greedy))
+    stream.close()
+    assert list(generate(model, [2, 2], greedy, past=past)) == list(generate(model, [2, 2], greedy))

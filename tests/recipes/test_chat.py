@@ -67,7 +67,7 @@ def scripted(monkeypatch, silent_model, tokenizer):
     def build(*answers, **changes):
         prompts, script = [], iter(answers)
 
-        def speak(model, prompt_ids, sampling, *, stop_ids):
+        def speak(model, prompt_ids, sampling, *, stop_ids, past):
             prompts.append(prompt_ids)
             answer = next(script)
             tokens = [*tokenizer.encode(f"{answer} "), tokenizer.eos_id] if isinstance(answer, str) else answer
