@@ -25,11 +25,12 @@ def hang_here():
     time.sleep(600)
 
 
-# What the second rank does before a step (from 0).
+# What the second rank does before a step (from 0), or to its part of the step's values.
 FAULTS = {
     "killed": lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == STEP else None,
     "hangs": lambda step: hang_here() if step == STEP else None,
     "lags": lambda step: time.sleep(0.5),
+    "poisoned": lambda step: None,
 }
 
 
@@ -39,7 +40,10 @@ def misbehaving(fault):
     def run(model, objective, step):
         if os.environ["RANK"] == "1":
             FAULTS[fault](step.index)
-        return accumulate(model, objective, step)
+        values = accumulate(model, objective, step)
+        if fault == "poisoned" and os.environ["RANK"] == "1" and step.index == STEP:
+            values["loss"] = values["loss"] * float("nan")
+        return values
 
     return accumulate, run
 

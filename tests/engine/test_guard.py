@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import engine.loop
+from engine.checkpoint import checkpoints
 from engine.data.batches import make_step
 from engine.garbage import GarbageAtLogLines
 from engine.guard import GuardSettings, SpikeLog, documents_of
@@ -194,7 +195,7 @@ def faults(tiny_model, tiny_data, tmp_path_factory):
             stages.append(["pretrain", {**settings, "replay": 4}])
         return [fault, str(folder / f"{fault}.txt"), stages]
 
-    jobs = [job("killed", 60.0), job("hangs", 6.0), job("lags", 60.0, profile={"steps": [2]})]
+    jobs = [job("killed", 60.0), job("hangs", 6.0), job("lags", 60.0, profile={"steps": [2]}), job("poisoned", 60.0)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.faulty_ranks", str(folder / "jobs.json")], check=True, cwd=ROOT,
@@ -211,6 +212,14 @@ def test_ranks_end_when_one_is_killed_in_a_step(faults):
     codes, said, _ = faults["killed"]
     assert codes == [1, -signal.SIGKILL]
     assert re.search(LOST, said)
+
+
+def test_ranks_stop_together_where_one_computes_nonsense(faults):
+    codes, said, out = faults["poisoned"]
+    assert codes == [1, 1]
+    assert said.count("FloatingPointError: step 3: loss nan") == 2
+    assert [note["step"] for note in lines_of(out / "spikes.jsonl")] == [3]
+    assert checkpoints(out) == []
 
 
 def test_a_rank_that_hangs_says_where_and_ends(faults):
