@@ -3,6 +3,7 @@
     python -m recipes.vocabulary --text texts/ja --new-pieces 88000 --out runs/vocabulary
     python -m recipes.vocabulary --text texts/ja --new-pieces 88000 --out runs/vocabulary \\
         --model mistralai/Mistral-7B-v0.1 --model-out runs/resized
+    python -m recipes.vocabulary --text texts/ja --heldout news.txt english.txt --compare --out runs/comparison
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.checkpoint import model_folder
+from engine.config import to_table
 from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
 from model.config import read_config
@@ -30,6 +32,7 @@ from model.vocabulary.resize import Method, check_rows, padded_size, resize_mode
 from model.vocabulary.scripts import JAPANESE, Scripts
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
 from model.vocabulary.train import distinct, sample
+from recipes import vocabulary_comparison
 from recipes.command import command
 
 HELDOUT_SHARE = 0.02
@@ -78,9 +81,24 @@ class VocabularySettings:
     """Of the choice of documents, and of new rows."""
     overwrite: bool = False
     """Replace existing folders."""
+    compare: bool = False
+    """Write no tokenizer: measure vocabularies of several `sizes` on `heldout`, each file apart, beside the tokenizers that
+    mistral-common carries; print them, and write comparison.json and comparison.svg to `out`."""
+    sizes: tuple[int, ...] = (8_000, 16_000, 32_000, 64_000, 88_000)
+    """Of new pieces, to compare."""
+    against: tuple[str, ...] = ()
+    """Folders of further tokenizers to compare with."""
 
     def __post_init__(self) -> None:
-        if (self.new_pieces is None) == (self.size is None):
+        if self.compare:
+            for name in ("new_pieces", "size", "model", "model_out"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect with compare, which has sizes: leave it out")
+            if not self.heldout:
+                raise ValueError("compare needs heldout: text of each kind that matters, to measure on")
+            if not self.sizes or min(self.sizes) < 1:
+                raise ValueError(f"sizes = {self.sizes}: each must be at least 1, and there must be one")
+        elif (self.new_pieces is None) == (self.size is None):
             raise ValueError("give either new_pieces (how many to add) or size (how many to have in the end)")
         if self.new_pieces is not None and self.new_pieces < 1:
             raise ValueError(f"new_pieces = {self.new_pieces}: must be at least 1")
@@ -106,7 +124,10 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
 
     Returns:
         The report, which is printed too and lies in the tokenizer folder as vocabulary.json (there without the seconds).
+        With `compare`, the comparison.
     """
+    if settings.compare:
+        return _compare(settings)
     clock = _Clock()
     find_sources(settings.text, TEXT_SUFFIXES)
     model = None if settings.model is None else model_folder(settings.model)
@@ -163,6 +184,28 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
     report["seconds"] = clock.seconds
     print("\n".join(_lines(report, settings)))
     return report
+
+
+def _compare(settings: VocabularySettings) -> dict[str, Any]:
+    """The comparison of sizes and tokenizers; printed, and written as JSON and drawn."""
+    base, base_name = _base(settings, None)
+    check_base(base.model_bytes, base_name)
+    scripts = Scripts(settings.script.split(","))
+    others = [*vocabulary_comparison.carried(), *map(vocabulary_comparison.in_folder, settings.against)]
+    with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
+        documents = _sampled(settings, Counter())
+        _, heldout = _hold_out(documents, settings)
+        merged = vocabulary_comparison.merged_contenders(base, documents, settings.sizes, scripts, settings.coverage)
+        names = [Path(path).name for path in heldout]
+        if len(set(names)) == len(names):
+            heldout = dict(zip(names, heldout.values(), strict=True))
+        comparison = vocabulary_comparison.compare(base, [*merged, *others], heldout, scripts)
+        comparison["settings"] = to_table(settings)
+        comparison["trained_on"] = {"documents": len(documents), "characters": sum(map(len, documents))}
+        write_file(folder / "comparison.json", json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
+        vocabulary_comparison.draw(comparison, folder / "comparison.svg")
+    print("\n".join(vocabulary_comparison.lines(comparison)))
+    return comparison
 
 
 def main(argv: Sequence[str] | None = None) -> None:

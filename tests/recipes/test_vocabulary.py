@@ -111,6 +111,49 @@ def test_the_command_reads_options_and_refuses_in_one_line(text, tmp_path):
     assert Tokenizer.load(out).vocab_size == 32023
 
 
+def test_weights_and_repeated_documents(text, tmp_path):
+    given = {"text": (str(text / "a.txt"), str(text / "b.jsonl.gz")), "text_field": "body", "new_pieces": 20}
+    (text / "a.txt").write_text("\n\n".join(DOCUMENTS[:50] * 3) + "\n", encoding="utf-8")
+    assert run(VocabularySettings(**given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "all")))["documents"] == 100
+    lengths = [len(document) for document in DOCUMENTS]
+    mixed = run(VocabularySettings(**given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "mixed"), max_characters=1200,
+                                   weights=(3.0, 1.0)))  # fmt: skip
+    assert 1200 <= mixed["characters"] < 1200 + 2 * max(lengths)
+
+
+def test_comparison(text, english, tmp_path, capsys):
+    """Its figures against a count of our own, for a size, another folder and a tokenizer of mistral-common."""
+    other = tmp_path / "other"
+    run(VocabularySettings(text=(str(text / "a.txt"),), new_pieces=30, out=str(other)))
+    (tmp_path / "heldout.txt").write_text("\n\n".join(DOCUMENTS[60:70]), encoding="utf-8")
+    held = (str(tmp_path / "heldout.txt"), str(english))
+    main(["--text", str(text / "a.txt"), "--heldout", *held, "--compare", "--sizes", "10", "30", "--against", str(other),
+          "--out", str(tmp_path / "comparison")])  # fmt: skip
+    printed = capsys.readouterr().out
+    comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text(encoding="utf-8"))
+    assert "<svg" in (tmp_path / "comparison" / "comparison.svg").read_text(encoding="utf-8")
+    rows = {row["name"]: row for row in comparison["tokenizers"]}
+    assert list(rows)[:6] == ["base", "10 by use", "10 first trained", "30 by use", "30 first trained",
+                              "mistral_instruct_tokenizer_240216.model.v2"]  # fmt: skip
+    assert all(name in printed for name in rows)
+    tokens = sum(map(len, Tokenizer.load(other).encode_batch(DOCUMENTS[60:70])))
+    characters = sum(map(len, DOCUMENTS[60:70]))
+    assert rows["other"]["characters_per_token"]["heldout.txt"] == round(characters / tokens, 4)
+    languages = {name: about["language"] for name, about in comparison["texts"].items()}
+    assert languages == {"heldout.txt": "hira,kata,han", "english.txt": "other"}
+    for name, count in (("10 by use", 10), ("30 by use", 30)):
+        row = rows[name]
+        assert (row["new_pieces"], row["unreachable"]) == (count, {"new": 0, "base": 0})
+        assert row["lines_without_the_scripts"] == {"lines": 2, "changed": 0}
+        assert row["parameters_added"] == 128 * 2 * 4096  # rows come in multiples of 128
+        assert row["languages"]["other"]["ratio"] == 1
+    before, after = rows["base"]["languages"]["hira,kata,han"], rows["30 by use"]["languages"]["hira,kata,han"]
+    assert after["ratio"] > 1.3
+    # A million characters through the head and blocks of Mistral 7B: at least 6 operations a parameter and token.
+    assert before["training_pflop"] > 6 * 7.1e9 * 1e6 / before["characters_per_token"] / 1e15
+    assert after["training_pflop"] < before["training_pflop"] / 1.3
+
+
 def settings_for(folder, tmp_path, **changes):
     given = {"text": (str(folder / "a.txt"),), "new_pieces": 20, "out": str(tmp_path / "out")}
     return VocabularySettings(**(given | changes))
@@ -126,6 +169,9 @@ def settings_for(folder, tmp_path, **changes):
         ({"method": "mean"}, "method = 'mean' has no effect without a model"),
         ({"max_characters": 0}, "max_characters = 0"),
         ({"coverage": 1.5}, r"coverage = 1\.5"),
+        ({"compare": True}, "new_pieces has no effect with compare"),
+        ({"compare": True, "new_pieces": None}, "compare needs heldout"),
+        ({"compare": True, "new_pieces": None, "heldout": ("x",), "sizes": (0,)}, r"sizes = \(0,\)"),
         ({"weights": (1.0, 2.0)}, "weights: 2 for 1 of text"),
         ({"weights": (0.0,)}, r"weights = \(0\.0,\): each must be above 0"),
         ({"script": "hira,kanji"}, "script 'kanji'"),

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from model.vocabulary.chat import CHAT_TEMPLATE
-from model.vocabulary.export import write_tokenizer_folder
-from model.vocabulary.merge import extend
+from model.vocabulary.export import CHATML, write_tokenizer_folder
+from model.vocabulary.merge import extend, merge
+from model.vocabulary.resize import padded_size
 from model.vocabulary.tokenizer import Tokenizer
 
-SPECIALS = ("<s>", "</s>", "<unk>")
+SPECIALS = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = (
     "あいうがぎ日本語人。、「」（）！？・ー々〆ｶﾞﾊﾟａＡ１①㎡😀👨‍👩‍👧\u3099\u309a\u200d\ufe0fé\u0301ß\u00a0\u2003\u3000한국어ไทย"
     "العربيةעברית中文简体abTZ019 \n\t\r\x00\x1f\x7f\u2028\ufeff\u2581<>/[]"
@@ -80,6 +81,29 @@ def test_transformers_knows_the_specials_and_the_template(extended, loaded):
     assert len(loaded) == tokenizer.vocab_size
     assert loaded.decode([1, *tokenizer.encode(" 日本 x"), 2], skip_special_tokens=True) == " 日本 x"
     assert json.loads((extended.folder / "tokenizer_config.json").read_text())["chat_template"] == CHAT_TEMPLATE
+
+
+def test_chatml_stands_in_the_padding(mistral, tmp_path):
+    merged = merge(mistral.model_bytes, ["日月", "土日"], 2, controls=[*CHATML, "<s>"])
+    assert merged.controls == list(CHATML)
+    assert merge(merged.model_bytes, ["火水"], 1, controls=CHATML).controls == []
+    write_tokenizer_folder(tmp_path, merged.model_bytes)
+    tokenizer, loaded = Tokenizer(merged.model_bytes), AutoTokenizer.from_pretrained(tmp_path)
+    start, end = 32002, 32003
+    assert padded_size(tokenizer.vocab_size) == padded_size(32002) == 32128
+    assert loaded("<|im_start|>日月<|im_end|>", add_special_tokens=False)["input_ids"] == [
+        start,
+        *tokenizer.encode("日月"),
+        end,
+    ]
+    assert loaded.decode([start, *tokenizer.encode("日月"), end], skip_special_tokens=True) == "日月"
+    # What a message says stays text for us, and decodes to itself.
+    ids = tokenizer.encode("<|im_start|>")
+    assert start not in ids
+    assert tokenizer.decode([start, *ids, end]) == "<|im_start|>"
+    stream = tokenizer.stream_decoder()
+    spaced = [start, *tokenizer.encode(" 日月"), end, *tokenizer.encode(" a b")]
+    assert "".join(map(stream.push, spaced)) + stream.finish() == tokenizer.decode(spaced)
 
 
 def test_writing_repeats_byte_for_byte_and_replaces(extended, mistral, tmp_path):

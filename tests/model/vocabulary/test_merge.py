@@ -1,9 +1,8 @@
 """Merging: the base is kept, every new piece can be produced, order and errors."""
 
 import argparse
-import heapq
+import gzip
 import itertools
-import random
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +68,59 @@ def test_ids_without_japanese_characters_are_the_base_s(extended, mistral, text)
         assert extended.tokenizer.encode(text) == mistral.encode(text)
 
 
-def test_code_and_other_scripts_keep_their_ids(extended, mistral):
-    lines = [line for module in (argparse, heapq, random) for line in Path(module.__file__).read_text().split("\n")]
-    lines += ["Größe naïve", "Привет, мир", "مرحبا بالعالم", "नमस्ते", "สวัสดี", "שלום", "γειά σου", "안녕하세요", "Xin chào"]
-    plain = [line for line in lines if not JAPANESE.occur_in(line)]
-    assert len(plain) > 3000
-    assert extended.tokenizer.encode_batch(plain) == mistral.encode_batch(plain)
+SENTENCES = [
+    "Größe und Übermut: naïve Fächer aus Köln, ça va déjà, señor.", "Привет, мир! Съешь ещё этих мягких булок.",
+    "مرحبا بالعالم، كيف حالكم اليوم؟", "नमस्ते दुनिया, आप कैसे हैं?", "สวัสดีชาวโลก วันนี้อากาศดี", "שלום עולם, מה שלומכם?",
+    "Γειά σου Κόσμε, τι κάνεις;", "안녕하세요, 오늘 날씨가 좋네요.", "გამარჯობა მსოფლიო", "Բարեւ աշխարհ", "வணக்கம் உலகம்",
+    "Xin chào thế giới, tiếng Việt rất đẹp.",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unrelated(mistral):
+    """Four million characters of the standard library and sentences in twelve languages, with the base's ids."""
+    texts, characters = list(SENTENCES), 0
+    for path in sorted(Path(argparse.__file__).parent.rglob("*.py")):
+        texts.append(path.read_text(encoding="utf-8", errors="ignore"))
+        characters += len(texts[-1])
+        if characters > 4_000_000:
+            break
+    plain = [text for text in texts if not JAPANESE.occur_in(text)]
+    assert set(SENTENCES) <= set(plain)
+    assert sum(map(len, plain)) > 3_900_000
+    return plain, mistral.encode_batch(plain)
+
+
+def test_code_and_other_scripts_keep_their_ids(extended, unrelated):
+    texts, ids = unrelated
+    assert extended.tokenizer.encode_batch(texts) == ids
+
+
+def test_english_keeps_its_ids(extended, mistral, shared_data):
+    for path in sorted((shared_data / "text").glob("en_*.txt.gz")):
+        lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+        plain = [line for line in lines[:: len(lines) // 2000] if not JAPANESE.occur_in(line)]
+        assert extended.tokenizer.encode_batch(plain) == mistral.encode_batch(plain)
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [("hang", "학교에서 공부하는 학생들이 도서관에서 책을 읽습니다. "), ("thai", "นักเรียนอ่านหนังสือในห้องสมุดของโรงเรียน "),
+     ("deva", "छात्र पुस्तकालय में किताबें पढ़ते हैं। "), ("cyrl", "Ученики читают книги в школьной библиотеке. ")],
+)  # fmt: skip
+def test_another_language(mistral, script, text):
+    scripts = Scripts([script])
+    merged, _ = extend(
+        mistral.model_bytes, [text * 20 + f"{number} 日本語 English" for number in range(20)], 12, scripts=scripts
+    )
+    assert unreachable(merged.model_bytes) == []
+    assert all(scripts.allow(piece) for piece in merged.pieces)
+    tokenizer = Tokenizer(merged.model_bytes)
+    assert len(tokenizer.encode(text)) < len(mistral.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    others = [sentence for sentence in [*SENTENCES, "日本語"] if not scripts.occur_in(sentence)]
+    assert len(others) >= len(SENTENCES)
+    assert tokenizer.encode_batch(others) == mistral.encode_batch(others)
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
