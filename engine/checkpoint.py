@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def _check_fits(folder: Path, reader: dcp.HuggingFaceStorageReader, optimizer: A
 
 def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
     """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
-    return None if ranks.mesh is None else dist.new_group(backend="gloo")
+    return None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
 
 
 def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:

@@ -45,12 +45,14 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several."""
+    """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several.
+    timeout: seconds that they wait for one another."""
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
     mesh: DeviceMesh | None = None
+    timeout: float = ParallelSettings.timeout
 
     @property
     def main(self) -> bool:
@@ -112,7 +114,7 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
     shards = ranks // settings.replicas
     shape, names = ((settings.replicas, shards), (REPLICATE, SHARD)) if settings.replicas > 1 else ((shards,), (SHARD,))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return Ranks(device, dist.get_rank(), ranks, mesh)
+    return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
 
 
 def _connect(device: torch.device, settings: ParallelSettings) -> None:
