@@ -48,7 +48,7 @@ STAGES = {
 TRAININGS = ("pretrain", "sft", "sft_ja", "dpo")
 # What decides nothing about the model that comes out, or is told by its absence.
 UNSTATED = {"tokenizer", "heldout", "heldout_limit", "steps", "epochs", "device", "resume", "dry_run", "reference_cache",
-            "offload"}  # fmt: skip
+            "offload", "parallel", "guard", "profile", "replay"}  # fmt: skip
 
 
 def read(stage: str):
@@ -203,7 +203,7 @@ def test_the_whole_chain_runs_on_a_tiny_model(tiny_model, tiny_tokenizer, tmp_pa
             run = {"pretrain": pretrain.run, "sft": sft.run, "sft_ja": sft.run, "dpo": dpo.run}[stage]
             checkpoint = run(dataclasses.replace(
                 settings, step_size=4 if stage == "dpo" else 128, context_length=64, pack_tokens=128, device="cpu",
-                dtype="float32", steps=2, epochs=None, evaluate_every=0, checkpoint_every=0,
+                dtype="float32", steps=2, epochs=None, evaluate_every=0, checkpoint_every=0, keep_every=0,
                 schedule=dataclasses.replace(settings.schedule, warmup_steps=1),
                 log=dataclasses.replace(settings.log, tensorboard=False),
             ))  # fmt: skip
