@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.checkpoint import checkpoints, load_optimizer, model_folder, newest_checkpoint, read_state
+from engine.checkpoint_staging import Staging
 from engine.optimizer import AdamW, OptimizerSettings
 from engine.parallel import Ranks
 from model.mistral import packed_attention
@@ -193,6 +194,22 @@ def test_state_larger_than_a_shard_is_written_in_several_files(tiny_settings, tm
         load_optimizer(folder, optimizer, ALONE)
         states.append(optimizer.state)
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_copies_are_of_what_was_before_the_update(device):
+    tensors = {"weight": torch.randn(700, 300, device=device).bfloat16(), "moment": torch.randn(5, device=device)}
+    expected = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    staging = Staging(tensors, device)
+    copies = staging.copy()
+    staging.before_update()
+    for tensor in tensors.values():
+        tensor.zero_()
+    staging.wait()
+    for name, copy in copies.items():
+        assert torch.equal(copy, expected[name])
+        assert copy.device.type == "cpu"
+        assert copy.untyped_storage().nbytes() == copy.nbytes
+    staging.close()
 
 
 def test_saving_takes_the_copies_and_one_file_of_memory(tiny_settings, tmp_path):
