@@ -187,16 +187,13 @@ class Bench:
 
     def _distilled_tflop(self) -> float:
         """Operations of distillation: a training step, and the base's forward pass through the blocks over all its tokens."""
-        expanded = 0
-        left = self.settings.distilled_tokens
+        ids: list[int] = []
         for text in self._documents("ja_train")[1::2]:
-            ids = self.merged.encode(text)[:left]
-            expanded += sum(self._spelled[id] for id in ids)
-            left -= len(ids)
-            if not left:
-                break
-        blocks = self._place_flops(self.base, head=False) / 3
-        return (self.settings.distilled_tokens * self._place_flops(self.merged) + expanded * blocks) / 1e12
+            if len(ids) < self.settings.distilled_tokens:
+                ids += self.merged.encode(text)
+        ids = ids[: self.settings.distilled_tokens]
+        base_tokens = sum(self._spelled[id] for id in ids)
+        return (len(ids) * self._place_flops(self.merged) + base_tokens * self._place_flops(self.base, head=False) / 3) / 1e12
 
     @cached_property
     def _spelled(self) -> list[int]:
