@@ -100,7 +100,7 @@ def compare(
         Mistral 7B with that vocabulary, for a million characters of each language.
     """
     languages: dict[str, list[str]] = {}
-    about = {}
+    about: dict[str, dict[str, Any]] = {}
     for name, documents in texts.items():
         characters = sum(map(len, documents))
         own = sum(map(scripts.occur_in, chain(*documents)))
