@@ -55,25 +55,19 @@ class SpikeLog:
         """Take a step's logged values. Returns: a message where it stands out, None otherwise."""
         if not self._settings.spike:
             return None
-        loss, median, deviations = line["loss"], None, None
-        finite = math.isfinite(loss) and math.isfinite(line["gradient_norm"])
-        if finite:
-            median, deviations = self._compared(loss)
-            self._losses.append(loss)
+        values = {name: line[name] if math.isfinite(line[name]) else None for name in ("loss", "gradient_norm")}
+        median = deviations = None
+        what = ""
+        if None not in values.values():
+            median, deviations = self._compared(line["loss"])
+            self._losses.append(line["loss"])
             if deviations is None or deviations < self._settings.spike:
                 return None
-        note = {
-            "step": line["step"],
-            **{name: line[name] if math.isfinite(line[name]) else None for name in ("loss", "gradient_norm")}, "median": median,
-            "deviations": deviations, "documents": documents_of(self._plan, line["step"] - 1),
-        }  # fmt: skip
+            what = f"loss {line['loss']:.4f} is {deviations:.1f} deviations above the median {median:.4f} of the steps before; "
+        documents = documents_of(self._plan, line["step"] - 1)
+        note = {"step": line["step"], **values, "median": median, "deviations": deviations, "documents": documents}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(note, ensure_ascii=False) + "\n")
-        what = (
-            f"loss {loss:.4f} is {deviations:.1f} deviations above the median {median:.4f} of the steps before; "
-            if finite
-            else ""
-        )
         return f"step {line['step']}: {what}its documents are in {self.file}, --replay {line['step']} runs it again"
 
     def _compared(self, loss: float) -> tuple[float | None, float | None]:

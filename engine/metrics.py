@@ -291,9 +291,9 @@ def _memory() -> dict[str, float]:
 
 
 def _losses(file: Path) -> list[float]:
-    """The finite losses of the steps in a file of metrics."""
+    """The losses of the steps in a file of metrics, but for those without an update."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [line["loss"] for line in map(json.loads, lines) if line.get("loss") is not None]
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line and "skipped" not in line]
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
