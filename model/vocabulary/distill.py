@@ -27,14 +27,15 @@ class Distillation:
     """How new rows learn.
 
     tokens: of the merged tokenizer, read of the text at most. context_length: of them, in a part of a document. step_tokens:
-    of a step. rate: Adam's learning rate at first, in root mean squares of the base's rows; it falls to 0. device: where.
+    of a step. rate: Adam's learning rate at first, in root mean squares of the base's rows; it falls to 0. device: auto is
+    CUDA if there is a GPU.
     """
 
     tokens: int = 1_000_000
     context_length: int = 512
     step_tokens: int = 4096
     rate: float = 0.02
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context_length", "step_tokens"):
@@ -62,7 +63,8 @@ def distill(
         raise ValueError("the text to learn new rows from holds none of the new pieces: give text of their language")
     with TensorFolder(folder) as tensors:
         dtype = tensors.dtype("model.norm.weight")
-    model = load_model(folder, dtype=dtype, device=settings.device).requires_grad_(False)
+    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(folder, dtype=dtype, device=device).requires_grad_(False)
     matrices = [model.embed_tokens.weight.requires_grad_(), model.lm_head.weight.requires_grad_()]
     # In float32: what bfloat16 rounds off is most of an update.
     masters = [nn.Parameter(matrix.detach()[base_size : merged.vocab_size].float()) for matrix in matrices]
