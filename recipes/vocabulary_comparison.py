@@ -215,7 +215,7 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
     others = [row for row in rows[1:] if "new_pieces" not in row]
     sizes = [row["pieces"] / 1000 for row in ours]
     with matplotlib.rc_context({"svg.hashsalt": "vocabulary", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        figure = Figure(figsize=(13, 4.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         for name, about in comparison["texts"].items():
             own = about["language"] != "other"
@@ -234,5 +234,5 @@ def draw(comparison: Mapping[str, Any], path: Path) -> None:
         right.set(title="Cost of the same text, base = 1 (Mistral 7B)", xlabel="thousand pieces", ylim=(0, None))
         for axes in (left, right):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(path, format="svg", metadata={"Date": None})
