@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.loop
 from engine.checkpoint import checkpoints
@@ -140,6 +141,39 @@ def test_a_spike_in_a_run_is_replayed_to_the_bit(tiny_settings, tmp_path, monkey
     losses = [float(text) for text in re.findall(r"^loss (\d\S+) in", said, flags=re.MULTILINE)]
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == min(5, len(documents_of(open_run(settings, (KINDS[stage],)).plan, 13)))
+
+
+class _Reads(TorchDispatchMode):
+    """Counts operations for whose result the host would wait, if they ran on a GPU."""
+
+    WAITING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"})
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, _types, arguments=(), keywords=None):
+        name = operation.name().removeprefix("aten::").split(".")[0]
+        self.found.extend([name] if name in self.WAITING else [])
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("stage", KINDS)
+def test_the_host_reads_no_value_of_a_step(tiny_settings, tmp_path, monkeypatch, stage):
+    """Forward and backward, NEFTune and shared prompts included; the update on a GPU is the fused one's."""
+    reads, accumulate = _Reads(), engine.loop.accumulate
+
+    def watched(*arguments):
+        with reads:
+            return accumulate(*arguments)
+
+    monkeypatch.setattr(engine.loop, "accumulate", watched)
+    changes = {} if stage == "pretrain" else {"neftune_alpha": 5.0}
+    RECIPES[stage].run(tiny_settings(stage, tmp_path / "run", steps=1, heldout=[], log=QUIET, **changes))
+    assert reads.found == []
+    with reads:
+        assert float(torch.ones(())) == 1.0
+    assert reads.found == ["_local_scalar_dense"]
 
 
 def test_garbage_is_collected_at_log_lines(tiny_settings, tmp_path, monkeypatch):
