@@ -2,8 +2,9 @@
 
 Merging keeps the base's merges, so that the merged ids of a text are its base ids in groups, and the hidden state after a group
 is known: the base model's after the group's last sub-piece. New input rows are trained so that the model comes to that state
-from the group's one row, and with the new head rows so that it predicts the next group (after Dobler et al. 2025, "Token
-Distillation", https://arxiv.org/abs/2505.20133, where input rows alone are). Nothing else changes.
+from the group's one row, and with the new head rows so that it predicts the next group. Nothing else changes. After Dobler,
+Elliott and de Melo 2025, "Token Distillation: Attention-aware Input Embeddings For New Tokens",
+https://arxiv.org/abs/2505.20133.
 
 Shapes: T places in the merged ids, D width, N new pieces.
 """
