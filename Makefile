@@ -1,7 +1,7 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
 # make test         installs into .venv, then runs the tests
 # make lint         style, types
-# make stress       kills training runs at random moments (KILLS=100, SEED=0), a quarter of an hour
+# make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
 # PIP_ARGS="..."           passed to pip install

@@ -46,7 +46,7 @@ def test_random_kills(tiny_settings, tmp_path):
             settings = tiny_settings(
                 stage, tmp_path / stage, steps=STEPS, checkpoint_every=1, keep_checkpoints=2, pack_tokens=64, heldout=None,
                 optimizer={"eps": 1e-6}, log={"every": 2, "tensorboard": False},
-                parallel={"timeout": 60.0, "replicas": replicas},
+                parallel={"timeout": 20.0, "replicas": replicas},
             )  # fmt: skip
             path = tmp_path / f"{stage}-{replicas}.toml"
             path.write_text(to_toml(settings))
