@@ -148,7 +148,9 @@ class Checkpointer:
         """Write shards of tensors, each rank its own; of equal ones that replicas have, one."""
         shards = 1 if self._ranks.mesh is None else self._ranks.mesh[SHARD].size()
         sizes = {name: -(-len(t) // shards) * math.prod(t.shape[1:]) * t.dtype.itemsize for name, t in tensors.items()}
-        files = {name: number for number, names in enumerate(plan_shards(sizes, MAX_SHARD_BYTES), start=1) for name in names}
+        # Half, as safetensors holds a file that it serialises twice.
+        parts = plan_shards(sizes, MAX_SHARD_BYTES // 2)
+        files = {name: number for number, names in enumerate(parts, start=1) for name in names}
         try:
             dcp.save(
                 {name: tensor for name, tensor in tensors.items() if name in copies},
