@@ -8,6 +8,7 @@
 # TORCH=keep               use the torch that PYTHON has, and do not pin its version
 # DEVICE=cpu               device of quickstart: auto, cpu or cuda
 # EXTRAS=data,flash        optional dependencies to install besides
+# WORKERS=4                processes that share the tests
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +16,7 @@ PIP_ARGS ?=
 TORCH ?= install
 DEVICE ?= auto
 EXTRAS ?=
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 RUN := $(VENV)/bin/python
@@ -34,7 +36,7 @@ quickstart: $(VENV)/installed
 	$(RUN) -m recipes.quickstart --device $(DEVICE)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check

@@ -253,6 +253,12 @@ def test_attention_backend_that_needs_a_gpu(backend, tiny_settings, tmp_path, mo
     assert message.startswith(f"backend = '{backend}': attention backend {backend} ")
 
 
+def overwrite(path, content):
+    """In place: a mapped file that was cut would end the process that reads it."""
+    with path.open("r+b") as file:
+        file.write(content)
+
+
 def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, tiny_data, tmp_path):
     """Whatever dataset.json says: a token of a file is another, and no size has changed."""
     data = shutil.copytree(tiny_data.text, tmp_path / "text")
@@ -265,12 +271,12 @@ def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, t
     assert next(stream).index == 2
     tokens = bytearray((data / "tokens-00000.bin").read_bytes())
     tokens[100] ^= 1
-    (data / "tokens-00000.bin").write_bytes(tokens)
+    overwrite(data / "tokens-00000.bin", tokens)
     with pytest.raises(ValueError, match=r"tokens-00000.bin: changed while it was being read; restore it and start again"):
         list(stream)
     with pytest.raises(ValueError, match=r"tokens-00000.bin: its content is not what was written: prepare the dataset again"):
         pretrain.run(settings)
     # Restored, though newer than the rest.
     tokens[100] ^= 1
-    (data / "tokens-00000.bin").write_bytes(tokens)
+    overwrite(data / "tokens-00000.bin", tokens)
     assert pretrain.run(settings).name == "step-00000006"

@@ -1,6 +1,8 @@
 """The tests of an operator run three ways from one text: on a CPU against the eager reference, in Triton's interpreter
 (`test_processes.py` starts them again with TRITON_INTERPRET=1), and on a GPU (marked `gpu`)."""
 
+import os
+
 import pytest
 import torch
 
@@ -40,21 +42,17 @@ _PROCESSES = pytest.StashKey[Processes]()
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Those that wait for processes come last."""
-    items.sort(key=lambda item: "processes" in getattr(item, "fixturenames", ()))
+    items.sort(key=lambda item: "job" in getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish(session):
     """Start what runs in processes of its own beside the other tests."""
-    names = [item.callspec.params["job"] for item in session.items if "processes" in getattr(item, "fixturenames", ())]
-    if names and not session.config.option.collectonly:
+    names = [item.callspec.params["job"] for item in session.items if "job" in getattr(item, "fixturenames", ())]
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if names and first and not session.config.option.collectonly:
         session.config.stash[_PROCESSES] = Processes(names)
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     if _PROCESSES in session.config.stash:
-        session.config.stash[_PROCESSES].stop()
-
-
-@pytest.fixture
-def processes(pytestconfig):
-    return pytestconfig.stash[_PROCESSES]
+        session.config.stash[_PROCESSES].finish(kill=exitstatus == pytest.ExitCode.INTERRUPTED)

@@ -4,15 +4,17 @@ The interpreter is chosen when Triton is imported, and offline compilation needs
 the tests are collected and run beside the others, so that no core idles; `test_processes.py` waits for them.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable
-from concurrent.futures import Future
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.kernels.cases import cases
@@ -40,43 +42,73 @@ JOBS = _jobs()
 
 
 class Processes:
-    """Runs named jobs: those of the interpreter, and those without it, each in forks of one process."""
+    """Runs named jobs: those of the interpreter, and those without it, each in forks of one process.
+
+    Outcomes are files of a folder, as the tests that ask for them may be in another process of this session.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.running: list[subprocess.Popen] = []
-        self.done: dict[str, Future] = {name: Future() for name in names}
+        self._folder = _folder()
+        self._folder.mkdir()
+        self._running: list[subprocess.Popen] = []
+        self._threads: list[threading.Thread] = []
         for interpret in ("1", "0"):
-            jobs = {name: JOBS[name][0] for name in self.done if JOBS[name][1] == interpret}
+            jobs = {name: JOBS[name][0] for name in names if JOBS[name][1] == interpret}
             if jobs:
-                threading.Thread(target=self._run, args=(jobs, interpret), daemon=True).start()
+                self._threads.append(threading.Thread(target=self._run, args=(jobs, interpret), daemon=True))
+                self._threads[-1].start()
 
     def _run(self, jobs: dict[str, list[str]], interpret: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
+        missing = set(jobs)
         with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             process = subprocess.Popen(
                 [sys.executable, str(FOLDER / "forks.py"), json.dumps(jobs)], cwd=ROOT, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=errors, process_group=0,
             )  # fmt: skip
-            # The session's own tests have one core to themselves: they take longer than any of these.
-            os.setpriority(os.PRIO_PROCESS, process.pid, 10)
-            self.running.append(process)
+            self._running.append(process)
             assert process.stdout is not None
             for line in process.stdout:
                 name, *outcome = json.loads(line)
-                self.done[name].set_result(outcome)
+                self._write(name, outcome)
+                missing.discard(name)
             status = process.wait()
             errors.seek(0)
             said = errors.read()
-        for name in jobs:
-            if not self.done[name].done():
-                self.done[name].set_result([status or 1, f"the process of all jobs has ended with status {status}\n{said}"])
+        for name in missing:
+            self._write(name, [status or 1, f"the process of all jobs has ended with status {status}\n{said}"])
 
-    def result(self, name: str) -> tuple[int, str]:
-        """(status, output) of a job, when it has ended."""
-        return self.done[name].result()
+    def _write(self, name: str, outcome: Sequence) -> None:
+        partial = self._folder / "partial" / name.replace("/", " ")
+        partial.parent.mkdir(exist_ok=True)
+        partial.write_text(json.dumps(outcome), encoding="utf-8")
+        partial.rename(self._folder / partial.name)
 
-    def stop(self) -> None:
-        """End what still runs: the session was cut short."""
-        for process in self.running:
+    def finish(self, *, kill: bool) -> None:
+        """Wait for what still runs, or end it: the session was cut short."""
+        for process in self._running if kill else ():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+        for thread in self._threads:
+            thread.join()
+        if kill:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def result(name: str) -> tuple[int, str]:
+    """(status, output) of a job, when it has ended."""
+    path = _folder() / name.replace("/", " ")
+    while not path.exists():
+        time.sleep(0.1)
+    status, output = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    # Whoever reads the last one leaves nothing behind.
+    with contextlib.suppress(OSError):
+        (path.parent / "partial").rmdir()
+        path.parent.rmdir()
+    return status, output
+
+
+def _folder() -> Path:
+    """One for all processes of this session."""
+    return Path(tempfile.gettempdir(), f"komainu-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")

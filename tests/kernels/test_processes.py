@@ -3,14 +3,14 @@
 import pytest
 
 from tests.kernels.cases import cases
-from tests.kernels.processes import JOBS, ROOT
+from tests.kernels.processes import JOBS, ROOT, result
 
 MUTANTS = {name: case.MUTANTS for name, case in cases().items()}
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_process(job, processes):
-    status, output = processes.result(job)
+def test_process(job):
+    status, output = result(job)
     assert status == 0, output[-8000:]
 
 
