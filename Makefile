@@ -1,6 +1,7 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
 # make test         installs into .venv, then runs the tests
 # make lint         style, types
+# make mutants      checks that the tests find out every wrong kernel; make test takes a third of them
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
@@ -30,7 +31,7 @@ SYSTEM :=
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: quickstart test lint stress clean check-python
+.PHONY: quickstart test lint stress mutants clean check-python
 
 quickstart: $(VENV)/installed
 	$(RUN) -m recipes.quickstart --device $(DEVICE)
@@ -45,6 +46,9 @@ lint: $(VENV)/installed-dev
 
 stress: $(VENV)/installed-dev
 	$(RUN) -m pytest --capture=no tests/engine/stress_kills.py
+
+mutants: $(VENV)/installed-dev
+	MUTANTS=all $(RUN) -m pytest tests/kernels/test_processes.py -k mutants
 
 clean:
 	rm -rf $(VENV) build *.egg-info

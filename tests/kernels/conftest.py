@@ -41,8 +41,8 @@ _PROCESSES = pytest.StashKey[Processes]()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Those that wait for processes come last."""
-    items.sort(key=lambda item: "job" in getattr(item, "fixturenames", ()))
+    """The file that waits for processes comes last."""
+    items.sort(key=lambda item: item.path.name == "test_processes.py")
 
 
 def pytest_collection_finish(session):

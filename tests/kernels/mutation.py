@@ -1,6 +1,7 @@
 """The tests of one operator, and of each of its mutants, in Triton's interpreter: python tests/kernels/mutation.py rms_norm.
 
-Prints the mutants that the tests let pass, and ends with status 1 where there are any.
+With a number behind the name, of every so manieth mutant. Prints the mutants that the tests let pass, and ends with status 1
+where there are any.
 """
 
 import contextlib
@@ -82,8 +83,8 @@ def outcome(name: str, source: str, path: Path, order: FindersFirst) -> tuple[in
     return status, log.read_text(encoding="utf-8")
 
 
-def main(name: str) -> int:
-    mutants = cases()[name].MUTANTS
+def main(name: str, every: str = "1") -> int:
+    mutants = cases()[name].MUTANTS[:: int(every)]
     source = Path(kernels.__path__[0], f"{name}.py").read_text(encoding="utf-8")
     survivors = 0
     # In this process, so that what the forks import and prepare is ready.
@@ -107,4 +108,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

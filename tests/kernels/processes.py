@@ -29,8 +29,10 @@ FIXTURE = "triton_device"
 def _jobs() -> dict[str, tuple[list[str], str]]:
     """(arguments of Python, TRITON_INTERPRET) of each process by its name."""
     mutated = [name for name, case in cases().items() if case.MUTANTS]
+    # All of them take ten minutes of a core: `make mutants`.
+    every = "1" if os.environ.get("MUTANTS") == "all" else "3"
     # The run of an operator's mutants begins with its tests as they are.
-    found = {f"interpreted {name}, then its mutants": ([str(FOLDER / "mutation.py"), name], "1") for name in mutated}
+    found = {f"interpreted {name}, then its mutants": ([str(FOLDER / "mutation.py"), name, every], "1") for name in mutated}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = path.stem.removeprefix("test_")
         if FIXTURE in path.read_text(encoding="utf-8") and name not in mutated:

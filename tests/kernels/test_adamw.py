@@ -67,6 +67,12 @@ def test_kernel_and_reference_give_the_same_bits(parameter, gradient, moments, t
         assert same(updated(given, first_index=first_index), expected)
 
 
+@pytest.mark.parametrize("parameter", FLOATS)
+def test_a_scale_below_0_is_no_update(parameter, device):
+    tensors = state(1030, device, parameter)
+    assert same(updated(tensors, gradient_scale=torch.tensor(-1.0, device=device)), tensors)
+
+
 @NO_WARNINGS
 @pytest.mark.parametrize("moments", FLOATS)
 def test_every_kind_of_number_is_kept(moments, device):
