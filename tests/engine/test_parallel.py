@@ -80,6 +80,6 @@ def test_bfloat16_differs_by_roundings(runs):
     (lines, weights), (expected_lines, expected) = runs("4", "sft", "bfloat16"), runs("1", "sft", "bfloat16")
     for line, one in zip(lines, expected_lines, strict=True):
         if "loss" in line:
-            assert line["loss"] == pytest.approx(one["loss"], rel=1e-2)
+            assert line["loss"] == pytest.approx(one["loss"], rel=2e-3)
     for name, tensor in weights.items():
-        assert (tensor.float() - expected[name].float()).abs().max() < 20 * 1e-3, name
+        assert (tensor.float() - expected[name].float()).abs().max() <= 2**-7, name
