@@ -39,7 +39,7 @@ from engine.environment import choose_device
 from engine.optimizer import AdamW, OptimizerSettings
 from engine.parallel import Ranks
 from model.config import MistralConfig, preset
-from model.folder import sync
+from model.folder import sync_all
 from model.mistral import Mistral
 from model.weights import load_model
 
@@ -330,8 +330,7 @@ def save(settings: dict[str, Any], provider: str, folder: str) -> dict[str, Any]
             blocked.append(time.perf_counter() - start)
             if hasattr(pending, "result"):
                 pending.result()
-            for path in (*target.rglob("*"), target):
-                sync(path)
+            sync_all(target)
             seconds.append(time.perf_counter() - start)
     return _described(target, seconds, memory) | {
         "blocked_seconds": measure.spread(blocked), "digest": digest(tensors_of(model, optimizer)),

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from benchmarks.measure import ceilings
-from benchmarks.parts import planned_gib, references
+from benchmarks.parts import references
 from benchmarks.peers.worker import Worker, cpu_seconds
-from engine.checkpoint import gather, host_group
 from engine.config import from_table, to_table
 from engine.data.batches import Step, make_step, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import use_deterministic_algorithms
 from engine.loop import Objective, accumulate
+from engine.memory import planned
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
 from engine.optimizer import AdamW, OptimizerSettings
-from engine.parallel import ParallelSettings, Ranks, join, leave, reshard
+from engine.parallel import ParallelSettings, Ranks, gather, host_group, join, leave, reshard
 from engine.profile import OPTIMIZER, breakdown, replaced
 from engine.run import Run
 from engine.schedule import learning_rate
@@ -89,7 +89,7 @@ def measure_steps(worker: RankWorker) -> None:
 
     worker.answers["ceilings"] = lambda: ceilings(run.device, run.dtype)
     worker.answers["breakdown"] = lambda: breakdown(step, run.device)
-    worker.ready(plan_gib=planned_gib(run), **facts)
+    worker.ready(plan_gib=planned(run).peak / 2**30, **facts)
     worker.serve(step)
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from typing import Any
 
 import torch
 
@@ -50,14 +49,6 @@ def missing_ranks(ranks: int, device: torch.device) -> str | None:
     if device.type != "cuda" or ranks <= torch.cuda.device_count():
         return None
     return f"this machine has {torch.cuda.device_count()} GPUs"
-
-
-def planned_gib(run: Any) -> float | dict[str, str]:
-    """Peak GiB of a run by the memory plan, from `engine.memory.planned_peak_bytes(run)`."""
-    if importlib.util.find_spec("engine.memory") is None:
-        return {"missing": "the engine has no memory plan"}
-    planned = getattr(importlib.import_module("engine.memory"), "planned_peak_bytes", None)
-    return planned(run) / 2**30 if planned else {"missing": "engine.memory has no planned_peak_bytes"}
 
 
 def references(parts: Iterable[str]) -> Iterator[tuple[Callable, Callable]]:

@@ -28,7 +28,7 @@ from benchmarks.checkpoint import forget_files
 from benchmarks.command import benchmark
 from engine.config import to_table
 from model.config import MistralConfig, preset, read_config, write_config
-from model.folder import complete_folder, sync
+from model.folder import complete_folder, sync_all
 from model.tensor_file import BLOCK_BYTES
 from model.vocabulary.resize import Method, resize_model
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
@@ -123,7 +123,7 @@ def make(settings: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     write_config(folder, config, torch.bfloat16)
     write_tensors(folder, shapes, torch.bfloat16, parts_of, max_shard_bytes=PUBLISHED_SHARD)
     write_tokenizer_folder(folder, Tokenizer.load(mistral_tokenizer_path()).model_bytes)
-    _sync(folder)
+    sync_all(folder)
     return {"gb_written": _gigabytes(folder)}
 
 
@@ -133,7 +133,7 @@ def copy(settings: dict[str, Any], source: str, target: str) -> dict[str, Any]:
 
     def work() -> None:
         shutil.copytree(source, target)
-        _sync(Path(target))
+        sync_all(Path(target))
 
     return _measured(work, source, target)
 
@@ -194,7 +194,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _measured(work: Any, source: str, target: str) -> dict[str, Any]:
-    _sync(Path(source))
+    sync_all(Path(source))
     forget_files(Path(source))
     measure.reset_peak_resident()
     start, cpu = time.perf_counter(), time.process_time()
@@ -207,11 +207,6 @@ def _measured(work: Any, source: str, target: str) -> dict[str, Any]:
         "gb_per_second": (read + written) / seconds,
         "peak_resident_gib": measure.peak_memory(torch.device("cpu"))["resident_gib"],
     }  # fmt: skip
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
 
 
 def _gigabytes(folder: Path) -> float:

@@ -12,18 +12,15 @@ be saved.
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from engine.optimizer import AdamW
-from engine.parallel import Ranks, local
+from engine.parallel import Ranks, gather, host_group, local
 from model.config import read_json
 from model.folder import write_file
 from model.weights import resolve_folder
@@ -156,18 +153,3 @@ def _check_fits(folder: Path, reader: dcp.HuggingFaceStorageReader, optimizer: A
         found = f"{list(stored.size)} {stored.properties.dtype}" if isinstance(stored, TensorStorageMetadata) else "missing"
         if found != wanted:
             raise ValueError(f"{folder / OPTIMIZER}: optimizer state {name}: {found}, the model needs {wanted}")
-
-
-def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
-    """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
-    return None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
-
-
-def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all ranks, rank by rank, on every rank."""
-    mine = list(values)
-    if group is None:
-        return mine
-    everyone: list[Any] = [None] * ranks.ranks
-    dist.all_gather_object(everyone, mine, group=group)
-    return [value for one in everyone for value in one]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from engine.checkpoint import OPTIMIZER, STATE, Fingerprint, changed, fingerprints, read_state
+from engine.optimizer import AdamW, OptimizerSettings
 from model.config import read_config
 from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer
@@ -110,12 +111,9 @@ def _check_weights(folder: Path) -> None:
 
 def _check_optimizer(folder: Path) -> None:
     """Raises: ValueError naming a tensor that is missing, too many, of another shape, or has rows that no shard holds."""
-    with torch.device("meta"):
-        parameters = dict(Mistral(read_config(folder)).named_parameters())
-    with TensorFolder(folder) as tensors:
-        halves = tensors.dtype("model.norm.weight") == torch.bfloat16
-    kinds = ("exp_avg", "exp_avg_sq", "remainder") if halves else ("exp_avg", "exp_avg_sq")
-    shapes = {f"{name}.{kind}": parameter.shape for name, parameter in parameters.items() for kind in kinds}
+    with TensorFolder(folder) as tensors, torch.device("meta"):
+        model = Mistral(read_config(folder)).to(tensors.dtype("model.norm.weight"))
+    shapes = {name: tensor.shape for name, tensor in AdamW(model.named_parameters(), OptimizerSettings()).state.items()}
     saved = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
     for name in sorted(saved.keys() ^ shapes.keys()):
         raise ValueError(f"{folder / OPTIMIZER}: {name} is {'missing' if name in shapes else 'of no parameter'}")

@@ -6,7 +6,6 @@ shards, then put together as a Hugging Face folder, one rank a file; everything 
 on one rank is the failure of all, and leaves nothing under the checkpoint's name.
 """
 
-import itertools
 import json
 import math
 import shutil
@@ -22,15 +21,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from engine.checkpoint import OPTIMIZER, STATE, Fingerprint, TrainingState, checkpoints, gather, host_group, point_latest_at
+from engine.checkpoint import OPTIMIZER, STATE, Fingerprint, TrainingState, checkpoints, point_latest_at
 from engine.checkpoint_staging import Staging
 from engine.optimizer import AdamW
-from engine.parallel import SHARD, Ranks, local
+from engine.parallel import SHARD, Ranks, gather, host_group, local
 from model.config import write_config
 from model.folder import complete_folder, sync
 from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
-from model.weights import MAX_SHARD_BYTES, hugging_face_parts, hugging_face_shapes, plan_shards, write_tensors
+from model.weights import MAX_SHARD_BYTES, hugging_face_rows, hugging_face_shapes, plan_shards, write_tensors
 
 _SHARDS = "shards"
 Result = TypeVar("Result")
@@ -170,13 +169,10 @@ class Checkpointer:
         if self._group is not None:
             self._together(lambda: self._save_shards(partial / _SHARDS, self._weights, copies))
             whole = _Whole(partial / _SHARDS, self._weights)
-        parts = {}
-        for ours, stack in hugging_face_parts(self._config).items():
-            stops = itertools.accumulate(rows for _, rows in stack)
-            parts.update({name: (ours, stop - rows, stop) for (name, rows), stop in zip(stack, stops, strict=True)})
+        rows = hugging_face_rows(self._config)
 
         def rows_of(name: str) -> tuple[Tensor]:
-            ours, start, stop = parts[name]
+            ours, start, stop = rows[name]
             return (whole(ours)[start:stop],)
 
         def write() -> None:

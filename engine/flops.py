@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from engine.clock import mark, seconds_between
 from kernels.attention_work import AttentionWork
 from model.config import MistralConfig
 from model.mistral import Recompute
@@ -81,12 +82,12 @@ def product_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
     size, repeats = 8192, 10
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for mark in marks:
+    marks = []
+    for _ in range(repeats + 1):
         torch.mm(left, right, out=out)
-        mark.record()
+        marks.append(mark(device))
     torch.cuda.synchronize(device)
-    seconds = statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) / 1e3
+    seconds = statistics.median(itertools.starmap(seconds_between, itertools.pairwise(marks)))
     del left, right, out
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -99,10 +99,6 @@ def planned(run: Run) -> MemoryPlan:
     )  # fmt: skip
 
 
-def planned_peak_bytes(run: Run) -> int:
-    return planned(run).peak
-
-
 def largest_micro_batch(training: Training, limit: int, *, most: int, multiple: int = 1024) -> int:
     """Most tokens of a micro-batch, in multiples of `multiple` up to `most`, whose peak is at most `limit` bytes; 0 for none.
 

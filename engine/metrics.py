@@ -1,5 +1,6 @@
 """Metrics of a run: a line on the console, metrics.jsonl, TensorBoard, and Weights & Biases where installed."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from engine.clock import mark, seconds_between
 from engine.guard import SpikeLog
 from engine.parallel import Ranks
 from engine.waiting import slowest
@@ -87,7 +88,7 @@ class Metrics:
             _drop_lines_after(self._file, kept)
             if spikes is not None:
                 _drop_lines_after(spikes.file, kept)
-                spikes.resume(_losses(self._file))
+                spikes.resume(line["loss"] for line in logged_steps(self._file) if "skipped" not in line)
             if settings.tensorboard:
                 self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=kept + 1)
             if settings.wandb:
@@ -103,7 +104,7 @@ class Metrics:
     def step(self, record: StepRecord) -> bool:
         """Take a step's values; written every `log.every` steps and at the last. Returns: whether they were written."""
         self._pending.append(record)
-        self._marks.append(_now(self._ranks.device))
+        self._marks.append(mark(self._ranks.device))
         self.bar.update()
         due = len(self._pending) == self.settings.every or record.step == self.steps
         if due:
@@ -162,7 +163,7 @@ class Metrics:
         if self._ranks.main:
             self.bar.write(text, file=sys.stdout)
 
-    @contextmanager
+    @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """The seconds within are those that a checkpoint holds training up, and none of its speed."""
         start = time.perf_counter()
@@ -172,7 +173,7 @@ class Metrics:
 
     def restart_clock(self) -> None:
         """Do not count the time since the last log line: evaluation and checkpoints are no training."""
-        self._interval_start, self._marks = time.perf_counter(), [_now(self._ranks.device)]
+        self._interval_start, self._marks = time.perf_counter(), [mark(self._ranks.device)]
 
     def close(self) -> None:
         self.bar.close()
@@ -185,7 +186,7 @@ class Metrics:
         ranks = self._ranks.ranks
         flops = sum(record.flops for record in self._pending) / seconds / ranks
         recomputed = sum(record.recomputed_flops for record in self._pending) / seconds / ranks
-        self._latest.extend(_seconds_between(self._marks))
+        self._latest.extend(itertools.starmap(seconds_between, itertools.pairwise(self._marks)))
         tokens = sum(record.tokens for record in self._pending) / seconds
         return {
             "tokens_per_second": tokens,
@@ -252,20 +253,6 @@ class Metrics:
                 self._wandb.log(values, step=line["step"])
 
 
-def _now(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds_between(marks: list[Any]) -> list[float]:
-    if isinstance(marks[0], float):
-        return [after - before for before, after in itertools.pairwise(marks)]
-    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -290,10 +277,13 @@ def _memory() -> dict[str, float]:
     return {"memory_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def _losses(file: Path) -> list[float]:
-    """The losses of the steps in a file of metrics, but for those without an update."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line and "skipped" not in line]
+def logged_steps(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of metrics that are of steps; one that a kill has cut short is passed over."""
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if "loss" in line:
+                yield line
 
 
 def _drop_lines_after(file: Path, step: int) -> None:

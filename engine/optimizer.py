@@ -160,9 +160,8 @@ class AdamW:
 def norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The Euclidean norm of the whole gradient, of all ranks: a float32 scalar on the parameters' device."""
     norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
-    if not isinstance(parameters[0], DTensor):
-        return norm
-    return sum_over_shards(norm.double().square(), parameters).sqrt().float()
+    sharded = parameters[0]
+    return sum_over_shards(norm.double().square(), sharded).sqrt().float() if isinstance(sharded, DTensor) else norm
 
 
 def _accumulate_in_float32(parameter: nn.Parameter) -> None:

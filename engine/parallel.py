@@ -7,7 +7,7 @@ all ranks already.
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,10 +81,6 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.sum_(torch.zeros(()))
-
 
 def join(device: torch.device, settings: ParallelSettings) -> Ranks:
     """Join the processes that a launcher such as torchrun started; alone where there is none, or only one.
@@ -137,6 +133,21 @@ def _connect(device: torch.device, settings: ParallelSettings) -> None:
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}; is the port in use, or a "
             "machine unreachable? Start with torchrun --standalone, or choose another --master-port"
         ) from None
+
+
+def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
+    return None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
+
+
+def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all ranks, rank by rank, on every rank."""
+    mine = list(values)
+    if group is None:
+        return mine
+    everyone: list[Any] = [None] * ranks.ranks
+    dist.all_gather_object(everyone, mine, group=group)
+    return [value for one in everyone for value in one]
 
 
 def leave() -> None:
@@ -230,9 +241,8 @@ def first_row(tensor: Tensor) -> int:
     return min(mesh.get_local_rank() * rows, len(tensor))
 
 
-def sum_over_shards(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """A number of this rank's shards summed over all of them, each counted once, whatever the replicas."""
-    sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
-    if sharded is not None:
-        dist.all_reduce(value, group=sharded.device_mesh[SHARD].get_group())
+def sum_over_shards(value: Tensor, sharded: DTensor) -> Tensor:
+    """A number of this rank's shards, of which one is given, summed over all shards in place, each counted once, whatever the
+    replicas."""
+    dist.all_reduce(value, group=sharded.device_mesh[SHARD].get_group())
     return value

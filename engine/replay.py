@@ -1,18 +1,17 @@
 """One step of a run once more, with the same batch: what it computed, by micro-batch and by document."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint import gather, host_group
 from engine.data.batches import Batch, Step, make_step
 from engine.loop import accumulate
+from engine.metrics import logged_steps
 from engine.optimizer import norm_of_gradients
-from engine.parallel import lost_ranks_named, reshard
+from engine.parallel import gather, host_group, lost_ranks_named, reshard
 from engine.run import Run
 from model.mistral import Mistral
 
@@ -90,7 +89,8 @@ def _began(run: Run) -> str:
 
 def _compared(run: Run, values: dict[str, Tensor]) -> list[str]:
     """The step's values beside those that the run logged."""
-    logged, lines = _logged(run), []
+    steps = logged_steps(run.out / "metrics.jsonl")
+    logged, lines = next((line for line in steps if line["step"] == run.settings.replay), {}), []
     for name, value in values.items():
         found, then = float(value), logged.get(name)
         beside = (
@@ -98,18 +98,6 @@ def _compared(run: Run, values: dict[str, Tensor]) -> list[str]:
         )
         lines.append(f"{name:<10} {found!r} ({beside})")
     return lines
-
-
-def _logged(run: Run) -> dict[str, Any]:
-    file = run.out / "metrics.jsonl"
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # the last one, cut short by a kill
-            continue
-        if line["step"] == run.settings.replay and "loss" in line:
-            return line
-    return {}
 
 
 def _described(run: Run, found: _Document) -> str:

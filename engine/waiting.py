@@ -5,16 +5,16 @@ its host, is the one that waits least. What is measured are the waits of the for
 step's sums. On CUDA these are times on the device's own stream, and the host waits for none of them.
 """
 
+import itertools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from engine.clock import mark, seconds_between
 from engine.parallel import Ranks
 
 
@@ -22,7 +22,7 @@ class RankWaits:
     """Adds up what this rank waits while it trains a sharded model; nothing for one rank."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._cuda, self._several = ranks.device.type == "cuda", ranks.mesh is not None
+        self._device, self._several = ranks.device, ranks.mesh is not None
         self._waits: list[tuple[Any, Any]] = []
         self._begun: list[Any] = []
         # FSDP's own hook, which waits, runs between these two.
@@ -33,33 +33,24 @@ class RankWaits:
 
     def _before(self, unit: nn.Module, _arguments: Any) -> None:
         if unit.training:
-            self._begun.append(self._now())
+            self._begun.append(mark(self._device))
 
     def _after(self, unit: nn.Module, _arguments: Any) -> None:
         if unit.training:
-            self._waits.append((self._begun.pop(), self._now()))
+            self._waits.append((self._begun.pop(), mark(self._device)))
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Count a collective that is called within."""
-        start = self._now() if self._several else None
+        start = mark(self._device) if self._several else None
         yield
         if self._several:
-            self._waits.append((start, self._now()))
+            self._waits.append((start, mark(self._device)))
 
     def take(self) -> float:
         """Seconds since the last call. The device has to be idle."""
         waits, self._waits = self._waits, []
-        if self._cuda:
-            return sum(start.elapsed_time(end) for start, end in waits) / 1e3
-        return float(sum(end - start for start, end in waits))
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return sum(itertools.starmap(seconds_between, waits), 0.0)
 
 
 def slowest(waits: Sequence[float]) -> tuple[int, float]:

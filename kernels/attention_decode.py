@@ -50,15 +50,7 @@ def decode_attention(
     return decode_attention_reference(query_THE, key_TKE, value_TKE, ring_key_CKE, ring_value_CKE, seen, window)
 
 
-def decode_attention_reference(
-    query_THE: Tensor,
-    key_TKE: Tensor,
-    value_TKE: Tensor,
-    ring_key_CKE: Tensor,
-    ring_value_CKE: Tensor,
-    seen: int,
-    window: int | None,
-) -> Tensor:
+def decode_attention_reference(query_THE, key_TKE, value_TKE, ring_key_CKE, ring_value_CKE, seen, window) -> Tensor:
     device, kv_heads, group = query_THE.device, key_TKE.shape[1], query_THE.shape[1] // key_TKE.shape[1]
     reach = UNBOUNDED if window is None else window
     oldest = max(0, seen - reach + 1)

@@ -35,8 +35,7 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         try:
             _empty(partial)
             yield partial
-            for entry in (*partial.rglob("*"), partial):
-                sync(entry)
+            sync_all(partial)
             replace_folder(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -96,3 +95,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """Flush a folder and all that is in it to the disk."""
+    for entry in (*folder.rglob("*"), folder):
+        sync(entry)

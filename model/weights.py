@@ -4,6 +4,7 @@ Our packed matrices are Hugging Face's stacked: reading concatenates, writing sl
 run of rows at a time.
 """
 
+import itertools
 import json
 import math
 import re
@@ -135,12 +136,13 @@ class TensorFolder:
         return self._open_files[file]
 
 
-def hugging_face_parts(config: MistralConfig) -> dict[str, list[tuple[str, int]]]:
-    """Our parameter name -> the Hugging Face tensors stacked in it, each with its rows, in order."""
+def hugging_face_rows(config: MistralConfig) -> dict[str, tuple[str, int, int]]:
+    """The Hugging Face tensors of a model in its order, each as (our parameter, its first row in that, the row after its last):
+    those that are packed in one of ours follow one another."""
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     feed_forward, width = config.intermediate_size, config.hidden_size
-    parts: dict[str, list[tuple[str, int]]] = {
+    stacks: dict[str, list[tuple[str, int]]] = {
         "embed_tokens.weight": [("model.embed_tokens.weight", config.vocab_size)],
         "norm.weight": [("model.norm.weight", width)],
         "lm_head.weight": [("lm_head.weight", config.vocab_size)],
@@ -155,16 +157,20 @@ def hugging_face_parts(config: MistralConfig) -> dict[str, list[tuple[str, int]]
     }
     for layer in range(config.num_hidden_layers):
         for ours, theirs in stacked.items():
-            parts[f"layers.{layer}.{ours}.weight"] = [(f"model.layers.{layer}.{name}.weight", rows) for name, rows in theirs]
-    return parts
+            stacks[f"layers.{layer}.{ours}.weight"] = [(f"model.layers.{layer}.{name}.weight", rows) for name, rows in theirs]
+    found = {}
+    for ours, stack in stacks.items():
+        stops = itertools.accumulate(rows for _, rows in stack)
+        found.update({name: (ours, stop - rows, stop) for (name, rows), stop in zip(stack, stops, strict=True)})
+    return found
 
 
 def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
     """The Hugging Face tensors of a model, in its order, and their shapes."""
     with torch.device("meta"):
         parameters = dict(Mistral(config).named_parameters())
-    parts = hugging_face_parts(config)
-    return {name: (rows, *parameters[ours].shape[1:]) for ours, stack in parts.items() for name, rows in stack}
+    rows = hugging_face_rows(config)
+    return {name: (stop - start, *parameters[ours].shape[1:]) for name, (ours, start, stop) in rows.items()}
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
@@ -188,14 +194,11 @@ def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, t
     """
     with TensorFolder(folder) as tensors:
         tensors.check(config)
-        for ours, stack in hugging_face_parts(config).items():
+        for name, (ours, start, stop) in hugging_face_rows(config).items():
             target, first = targets[ours]
-            start = 0
-            for name, rows in stack:
-                begin, end = max(first, start), min(first + len(target), start + rows)
-                if begin < end:
-                    target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
-                start += rows
+            begin, end = max(first, start), min(first + len(target), stop)
+            if begin < end:
+                target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
 
 
 def save_model(
@@ -207,10 +210,8 @@ def save_model(
     """
     parameters = dict(model.named_parameters())
     dtype = dtype or parameters["norm.weight"].dtype
-    source: dict[str, Tensor] = {}
-    for ours, stack in hugging_face_parts(model.config).items():
-        slices = parameters[ours].detach().split([rows for _, rows in stack])
-        source.update({name: part for (name, _), part in zip(stack, slices, strict=True)})
+    rows = hugging_face_rows(model.config)
+    source = {name: parameters[ours].detach()[start:stop] for name, (ours, start, stop) in rows.items()}
     write_config(folder, model.config, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
     write_tensors(folder, shapes, dtype, lambda name: (source[name],), max_shard_bytes=max_shard_bytes)

@@ -7,7 +7,6 @@ exit codes of each job's ranks, negative for the signal that ended one.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 import torch._dynamo  # what several ranks import on first use
 
 import engine.loop
-from tests.engine.several_ranks import start
+from tests.engine.forked_ranks import end_of, fork_ranks
+from tests.engine.several_ranks import runs
 
 RANKS, STEP = 2, 2
 
@@ -50,15 +50,13 @@ def misbehaving(fault):
 
 def start_job(fault, output, stages):
     """Process ids of a job's ranks, which say all they have to say in the file `output`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     kept = [os.dup(1), os.dup(2)]
     with open(output, "wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     original, engine.loop.accumulate = misbehaving(fault)
     try:
-        return [start(rank, RANKS, port, stages) for rank in range(RANKS)]
+        return fork_ranks(RANKS, lambda _: runs(stages))
     finally:
         engine.loop.accumulate = original
         for number, copy in zip((1, 2), kept, strict=True):
@@ -69,7 +67,7 @@ def start_job(fault, output, stages):
 def main():
     torch.set_num_threads(1)
     started = [start_job(*job) for job in json.loads(Path(sys.argv[1]).read_text())]
-    print(json.dumps([[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in job] for job in started]))
+    print(json.dumps([end_of(job) for job in started]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ import model.weights
 from engine.checkpoint import newest_checkpoint
 from engine.checkpoint_writer import Checkpointer
 from recipes import dpo, pretrain, sft
+from tests.engine.forked_ranks import end_of, fork_ranks
 
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 
@@ -124,25 +124,9 @@ def rank_of(job, point, output):
     return code
 
 
-def start(job, rank, ranks, port, point, output):
-    """Process id of one rank."""
-    child = os.fork()
-    if not child:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        os._exit(rank_of(job, point, output))
-    return child
-
-
 def start_all(job, ranks, output, point="never", faulty=0):
     """Process ids of the ranks of a run."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return [start(job, rank, ranks, port, point if rank == faulty else "never", output.fileno()) for rank in range(ranks)]
-
-
-def end_of(children):
-    """Exit codes of processes, negative for the signal that ended one."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return fork_ranks(ranks, lambda rank: rank_of(job, point if rank == faulty else "never", output.fileno()))
 
 
 def restarted_rank(job, output):

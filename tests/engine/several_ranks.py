@@ -5,10 +5,7 @@ the other.
 """
 
 import json
-import os
-import socket
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from recipes import dpo, pretrain, sft
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
+from tests.engine.forked_ranks import end_of, fork_ranks
 
 RECIPES = {"pretrain": (pretrain, PretrainSettings), "sft": (sft, SftSettings), "dpo": (dpo, DpoSettings)}
 
@@ -30,30 +28,11 @@ def runs(stages: list) -> None:
     leave()
 
 
-def start(rank: int, ranks: int, port: int, stages: list) -> int:
-    """Process id of a rank, which has its environment as torchrun would have set it."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    try:
-        runs(stages)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     for ranks, stages in json.loads(Path(sys.argv[1]).read_text()):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        children = [start(rank, ranks, port, stages) for rank in range(ranks)]
-        for child in children:
-            if os.waitpid(child, 0)[1]:
-                raise SystemExit(f"a process of {ranks} failed")
+        if any(end_of(fork_ranks(ranks, lambda _, stages=stages: runs(stages)))):
+            raise SystemExit(f"a process of {ranks} failed")
 
 
 if __name__ == "__main__":

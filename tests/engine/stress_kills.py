@@ -26,7 +26,8 @@ from engine.checkpoint import checkpoints as complete
 from engine.checkpoint import newest_checkpoint
 from engine.checkpoint_verify import problems
 from engine.config import to_toml
-from tests.engine.killed_runs import end_of, ready, start_all
+from tests.engine.forked_ranks import end_of
+from tests.engine.killed_runs import ready, start_all
 from tests.engine.trajectories import assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
