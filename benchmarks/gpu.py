@@ -1,12 +1,13 @@
 """Everything that needs a GPU, unattended, in one command, for a GPU that is there for half an hour.
 
-    python -m benchmarks.gpu [--out FOLDER] [--minutes 9] [--parts tests,kernels] [--resume] [--rehearse]
+    python -m benchmarks.gpu [--out FOLDER] [--minutes 9] [--parts tests,kernels] [--resume] [--rehearse [DEVICE]]
 
 Parts run in order of value. Each of their tasks is a process of its own with a time limit: what is left of the time is divided
 among the tasks still to run in the proportion of their usual length, so that one that ends early leaves its time to the later
 ones. One that fails or is cut off takes no other with it and leaves the rows it has. The folder is flat and small (at most 8
 files), so that it can be carried off as it is: gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs the parts that
-are not whole in the folder; `--rehearse` runs every part tiny on the CPU, in files of another name. Status 0: all was done and
+are not whole in the folder; `--rehearse` runs every part tiny, on the CPU or on another device that it names, in files of
+another name. Status 0: all was done and
 no test failed; 1: not so; 130: interrupted, with what was measured until then kept. Where the files were copied without their
 repository, KOMAINU_COMMIT says which commit they are.
 """
@@ -49,18 +50,19 @@ class Task:
     def label(self) -> str:
         return f"{self.part} {self.name}".strip()
 
-    def arguments(self, out: Path, rehearse: bool) -> list[str]:
-        return [*self.module, self.part, self.name, str(out), *(["--rehearse"] if rehearse else [])]
+    def arguments(self, out: Path, rehearsal: str) -> list[str]:
+        return [*self.module, self.part, self.name, str(out), *([rehearsal] if rehearsal else [])]
 
 
 TASKS = (
-    Task("environment", 25),
-    Task("tests", 150),
-    Task("kernels", 140),
-    Task("train", 100, "next-token"),
-    Task("train", 50, "ladder"),
-    Task("train", 30, "sft"),
-    Task("train", 30, "dpo"),
+    Task("environment", 20),
+    Task("tests", 120),
+    Task("kernels", 130),
+    Task("train", 90, "next-token"),
+    Task("train", 60, "whole"),
+    Task("train", 60, "ladder"),
+    Task("train", 40, "sft"),
+    Task("train", 40, "dpo"),
     Task("finetune", 50),
     Task("checkpoint", 40),
     Task("data", 15),
@@ -72,10 +74,10 @@ IN_SUMMARY = frozenset({"tests"})
 class Run:
     """One call: its folder, its clock, what has been done so far."""
 
-    def __init__(self, out: Path, tasks: Sequence[Task], *, seconds: float, resume: bool = False, rehearse: bool = False):
-        self.out, self.tasks, self.resume, self.rehearse = out, tuple(tasks), resume, rehearse
+    def __init__(self, out: Path, tasks: Sequence[Task], *, seconds: float, resume: bool = False, rehearsal: str = ""):
+        self.out, self.tasks, self.resume, self.rehearsal = out, tuple(tasks), resume, rehearsal
         self.parts = list(dict.fromkeys(task.part for task in tasks))
-        self.prefix = "rehearsal" if rehearse else "gpu"
+        self.prefix = "rehearsal" if rehearsal else "gpu"
         self.seconds, self.start = seconds, time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         before = read_json(self.file("summary")) or {}
@@ -127,7 +129,7 @@ class Run:
             try:
                 # What a task that is cut off leaves behind, weights among it, must not fill the disk.
                 temporary = {"TMPDIR": scratch}
-                arguments = task.arguments(file, self.rehearse)
+                arguments = task.arguments(file, self.rehearsal)
                 status, output = measure.run_part(arguments, limit=limit, log=self.log, environment=temporary)
             finally:
                 content = read_json(file)
@@ -158,7 +160,9 @@ class Run:
         statuses = [entry["status"] for label, entry in self.statuses.items() if label.split()[0] == task.part]
         content["complete"] = last and all(status.startswith("done") for status in statuses)
         # How to have it again: the task's own command names a file that is gone.
-        content["command"] = f"python -m benchmarks.gpu --parts {task.part}{' --rehearse' if self.rehearse else ''}"
+        content["command"] = (
+            f"python -m benchmarks.gpu --parts {task.part}{f' --rehearse {self.rehearsal}' if self.rehearsal else ''}"
+        )
         if task.part in IN_SUMMARY:
             self.kept[task.part] = content
         else:
@@ -171,7 +175,7 @@ class Run:
     def write(self) -> None:
         """The summary, as far as the run has come."""
         content = {
-            "rehearsal": self.rehearse,
+            "rehearsal": self.rehearsal,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": measure.commit(),
             "seconds": round(time.monotonic() - self.start, 1),
@@ -255,7 +259,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together (default 9)")
     parser.add_argument("--parts", default=",".join(names), help=f"which, separated by commas (default {','.join(names)})")
     parser.add_argument("--resume", action="store_true", help="only parts of which the folder has no whole result")
-    parser.add_argument("--rehearse", action="store_true", help="every part tiny and on the CPU")
+    parser.add_argument(
+        "--rehearse", nargs="?", const="cpu", default="", choices=("cpu", "cuda"), help="every part tiny, by default on the CPU"
+    )
     parsed = parser.parse_args(argv)
     chosen = [name.strip() for name in parsed.parts.split(",")]
     for name in chosen:
@@ -273,12 +279,12 @@ def _interrupt(_signal: int, _frame: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parsed = _arguments(argv)
-    if not parsed.rehearse:
+    if parsed.rehearse != "cpu":
         try:
             choose_device("cuda")
         except DeviceError as error:
             raise SystemExit(f"error: {error}; --rehearse tries every part on the CPU") from None
-    run = Run(parsed.out, parsed.tasks, seconds=60 * parsed.minutes, resume=parsed.resume, rehearse=parsed.rehearse)
+    run = Run(parsed.out, parsed.tasks, seconds=60 * parsed.minutes, resume=parsed.resume, rehearsal=parsed.rehearse)
     # What stops a machine's command ends the part that is running, too, and leaves the summary.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

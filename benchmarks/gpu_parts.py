@@ -1,9 +1,12 @@
-"""What each part of `benchmarks.gpu` does in its own process: python -m benchmarks.gpu_parts PART FILE [--rehearse].
+"""What each part of `benchmarks.gpu` does in its own process: python -m benchmarks.gpu_parts PART TASK FILE [REHEARSAL].
+
+REHEARSAL is the device of one that is tiny: cpu or cuda.
 
 Settings are made here in code, as a borrowed machine need not have what reads command lines.
 """
 
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -22,14 +25,27 @@ SETTINGS = {
     "kernels": "KernelSettings", "train": "TrainBenchSettings", "finetune": "FinetuneBenchSettings",
     "checkpoint": "CheckpointSettings", "data": "DataSettings",
 }  # fmt: skip
-_TRAIN: dict[str, Any] = {"preset": "shisa-7b", "layers": 8, "sequence": 4096, "rounds": 3, "limit": 60.0}
+_TRAIN: dict[str, Any] = {
+    "preset": "shisa-7b", "layers": 8, "sequence": 4096, "micro_batch": 2, "rounds": 3, "limit": 60.0,
+}  # fmt: skip
 _OBJECTIVES: dict[str, dict[str, Any]] = {
     "next-token": {"peers": ("transformers eager", "transformers compile", "transformers + Liger", "torchtitan Llama")},
     "ladder": {"ladder": True},
+    # All of Shisa 7B, its plan beside what it takes.
+    "whole": {
+        "layers": 0,
+        "micro_batch": 4,
+        "recompute": "light",
+        "warmup": 1,
+        "steps": 1,
+        "sweep": ("offload=none,moments",),
+    },
     "sft": {"objective": "sft", "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
     "dpo": {"objective": "dpo", "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},
 }
 _CHECKPOINTS = ("komainu", "torch.distributed.checkpoint")
+# Each holds a CUDA context and the tensors of one test.
+_MOST_TEST_PROCESSES = 10
 # What a GPU is to measure. Shisa 7B's shapes; as many layers as leave room for the state of an optimizer that keeps everything.
 TASKS: dict[tuple[str, str], dict[str, Any]] = {
     ("kernels", ""): {},
@@ -55,30 +71,31 @@ REHEARSALS: dict[tuple[str, str], dict[str, Any]] = {
 }  # fmt: skip
 
 
-def environment(out: Path, rehearse: bool) -> None:
+def environment(out: Path, rehearsal: str) -> None:
     """What the machine reaches, of which all fractions are; what is installed goes to the log."""
-    device = choose_device("cpu" if rehearse else "cuda")
+    device = choose_device(rehearsal or "cuda")
     for what, value in report():
         print(f"{what:<16} {value}")
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
         # A processor without bfloat16 products takes seconds for one.
-        reached = measure.ceilings(device, dtype, repeats=1 if rehearse else 10)
+        reached = measure.ceilings(device, dtype, repeats=1 if rehearsal else 10)
         name = str(dtype).removeprefix("torch.")
         rows.append({"what": f"matrix product, {name}", "unit": "TFLOP/s", "reached": reached["product_flops"] / 1e12})
     rows.append({"what": "copy", "unit": "GB/s, read and written", "reached": reached["copy_bytes"] / 1e9})
     _write(out, "environment", device, rows)
 
 
-def gpu_tests(out: Path, rehearse: bool, folder: Path = measure.ROOT / "tests") -> None:
+def gpu_tests(out: Path, rehearsal: str, folder: Path = measure.ROOT / "tests", processes: int = 0) -> None:
     """The tests in `folder` that need a GPU. Those of the rehearsal are collected and skip, as there is none.
 
-    Only files that name the mark are collected, so that what others need and a machine lacks is no failure.
+    Only files that name the mark are collected, so that what others need and a machine lacks is no failure. Where pytest-xdist
+    is installed, processes share the tests: most of their time is the host's, which compiles kernels.
     """
     import pytest
 
-    device = choose_device("cpu" if rehearse else "cuda")
-    if rehearse:
+    device = choose_device(rehearsal or "cuda")
+    if rehearsal:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # `triton_device` is the fixture that runs a test of the kernels on a GPU.
     named = re.compile(r"mark\.gpu|triton_device")
@@ -87,7 +104,11 @@ def gpu_tests(out: Path, rehearse: bool, folder: Path = measure.ROOT / "tests") 
     order = {"kernels": 0, "benchmarks": 2}
     files = [str(path) for path in sorted(found, key=lambda path: order.get(path.parent.name, 1))]
     record = _Record(out, device)
-    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *files], [record])
+    arguments = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    processes = processes or min(_MOST_TEST_PROCESSES, (os.cpu_count() or 1) - 1)
+    if processes > 1 and importlib.util.find_spec("xdist"):
+        arguments += ["-n", str(processes), "--dist", "loadgroup"]
+    status = pytest.main([*arguments, *files], [record])
     record.write(complete=True)
     raise SystemExit(0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else int(status))
 
@@ -128,23 +149,23 @@ def _write(out: Path, name: str, device: torch.device, rows: list[dict[str, Any]
     measure.write_result(out, measure.result(name, " ".join(sys.argv), device, {}, rows, complete=complete))
 
 
-CHECKS: dict[str, Callable[[Path, bool], None]] = {"environment": environment, "tests": gpu_tests}
+CHECKS: dict[str, Callable[[Path, str], None]] = {"environment": environment, "tests": gpu_tests}
 
 
-def benchmark(part: str, name: str, out: str, *, rehearse: bool) -> tuple[Any, Callable[[Any], Any]]:
+def benchmark(part: str, name: str, out: str, *, rehearsal: str) -> tuple[Any, Callable[[Any], Any]]:
     """(settings, what to call with them) of a benchmark's task."""
     module = importlib.import_module(f"benchmarks.{part}")
-    table = {**(REHEARSALS if rehearse else TASKS)[part, name], "device": "cpu" if rehearse else "cuda", "out": out}
+    table = {**(REHEARSALS if rehearsal else TASKS)[part, name], "device": rehearsal or "cuda", "out": out}
     return getattr(module, SETTINGS[part])(**table), module.run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     part, name, out, *rest = list(sys.argv[1:] if argv is None else argv)
-    rehearse = rest == ["--rehearse"]
+    rehearsal = rest[0] if rest else ""
     if part in CHECKS:
-        CHECKS[part](Path(out), rehearse)
+        CHECKS[part](Path(out), rehearsal)
         return
-    settings, run = benchmark(part, name, out, rehearse=rehearse)
+    settings, run = benchmark(part, name, out, rehearsal=rehearsal)
     run(settings)
 
 

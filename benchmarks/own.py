@@ -77,6 +77,9 @@ def measure_steps(worker: RankWorker) -> None:
     if run.device.type == "cuda":
         use_deterministic_algorithms()
     model = run.load_model() if run.settings.model else fresh_model(run)
+    if worker.job.get("compiled"):
+        for block in model.layers:
+            block.compile(dynamic=False)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
     stream = step_stream(

@@ -11,7 +11,9 @@ import torch
 from engine.profile import OPERATORS
 from engine.settings import TrainSettings
 
-LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer")
+# torch.compile over each block, around the operators: beside all parts, as the engine does not use it.
+COMPILED = "compiled blocks"
+LADDER = ("eager", "fused operators", "attention", "fused head", "light recompute", "fused optimizer", COMPILED)
 
 
 def reference_name(name: str) -> str:
@@ -25,8 +27,10 @@ def is_fused(module: str, name: str) -> bool:
     return bool(set(function.__code__.co_names) - {reference_name(name)})
 
 
-def missing_part(part: str) -> str | None:
-    """Why a part of the ladder cannot be measured yet; None where it can."""
+def missing_part(part: str, device: str) -> str | None:
+    """Why a part of the ladder cannot be measured; None where it can."""
+    if part == COMPILED:
+        return None if device == "cuda" else "compiling takes a CPU minutes"
     if part == "light recompute":
         return missing_setting("recompute", "light")
     if part == "eager" or any(is_fused(*operator) for operator in OPERATORS[part]):

@@ -13,7 +13,7 @@ _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machin
 KEYS: dict[str, tuple[str, ...]] = {
     "train": (
         "task", "objective", "preset", "layers", "sequence", "micro_batch", "accumulate", "documents", "dtype", "recompute",
-        "backend", "ranks", "name",
+        "backend", "offload", "ranks", "name",
     ),
     "finetune": ("task", "stage", "name"),
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),
@@ -24,6 +24,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("task", "operation", "provider"),
     "resize": ("after", "method"),
     "streaming": ("operation",),
+    "tune": ("kernel", "direction", "candidate"),
     "environment": ("what",),
 }  # fmt: skip
 _UNITS = {"gib": "GiB", "mib": "MiB", "tflops": "TFLOP/s", "mhz": "MHz"}

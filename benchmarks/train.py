@@ -25,12 +25,13 @@ from benchmarks.contest import Candidate, Outcome, contest
 from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import Documents, export_steps, write_synthetic
-from benchmarks.parts import LADDER, missing_part, missing_ranks, missing_setting
+from benchmarks.parts import COMPILED, LADDER, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
 from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.flops import peak_flops
+from engine.optimizer import OptimizerSettings
 from engine.profile import OPERATORS
 from model.config import MistralConfig, preset
 
@@ -63,6 +64,8 @@ class TrainBenchSettings:
     """Recompute mode; default: the engine's."""
     backend: str = ""
     """Attention backend; default: the engine's."""
+    offload: Literal["none", "moments"] = "none"
+    """What the optimizer keeps in the host's memory."""
     ranks: int = 1
     """Processes that train together, under torchrun; peers train in one."""
     peers: tuple[str, ...] = ()
@@ -142,6 +145,7 @@ _AXES = (
     "dtype",
     "recompute",
     "backend",
+    "offload",
     "ranks",
 )
 
@@ -276,7 +280,9 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
             Path(data), KINDS[point.objective], config, places=places, sequence=point.sequence, documents=point.documents,
             seed=point.seed,
         )  # fmt: skip
-    engine = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
+    engine: dict[str, Any] = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
+    if point.offload != "none":
+        engine["optimizer"] = to_table(OptimizerSettings(offload=point.offload))
     job = new_job(
         point.objective, config, data, folder, device=device, dtype=point.dtype, threads=point.threads, context=point.sequence,
         step_size=point.micro_batch * point.accumulate * point.ranks * (1 if pairs else point.sequence), pack_tokens=room,
@@ -308,14 +314,15 @@ def ladder(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[Candida
     references = list(OPERATORS)
     settings = job["settings"] | {"recompute": "none"}
     for part in LADDER:
-        why = missing_part(part)
+        why = missing_part(part, job["device"])
         if why:
             absent[part] = why
             continue
         references = [other for other in references if other != part]
         if part == "light recompute":
             settings["recompute"] = "light"
-        present.append(own(job, point, part, references=references, settings=dict(settings)))
+        changes = {"compiled": True} if part == COMPILED else {}
+        present.append(own(job, point, part, references=references, settings=dict(settings), **changes))
     return present, absent
 
 

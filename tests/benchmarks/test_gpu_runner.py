@@ -142,8 +142,8 @@ def test_resume_runs_only_what_is_not_whole(tmp_path):
     assert summary["tasks"]["first"]["status"] == "done"
     assert "tests" in summary["results"]
     # What a rehearsal leaves is not what a GPU was to measure.
-    assert not Run(tmp_path, [], seconds=1, rehearse=True).kept
-    assert Run(tmp_path, [_task("first")], seconds=1, rehearse=True).result("first") is None
+    assert not Run(tmp_path, [], seconds=1, rehearsal="cpu").kept
+    assert Run(tmp_path, [_task("first")], seconds=1, rehearsal="cpu").result("first") is None
 
 
 def test_all_done_is_told_from_failed_tests(tmp_path):
@@ -216,8 +216,8 @@ def test_tests_leave_each_outcome(tmp_path):
     (folder / "benchmarks" / "test_late.py").write_text(f"import pytest\n@{mark}\ndef test_last():\n    pass\n")
     (folder / "test_other.py").write_text("import there_is_no_such_module\n")
     out = tmp_path / "out.json"
-    code = f"import pathlib\nfrom benchmarks.gpu_parts import gpu_tests\ngpu_tests(*map(pathlib.Path, [{str(out)!r}]), True, "
-    status, output = run_part(["-c", f"{code}pathlib.Path({str(folder)!r}))"], limit=60)
+    code = f"import pathlib\nfrom benchmarks.gpu_parts import gpu_tests\ngpu_tests(*map(pathlib.Path, [{str(out)!r}]), 'cpu', "
+    status, output = run_part(["-c", f"{code}pathlib.Path({str(folder)!r}), processes=1)"], limit=60)
     assert status == "done", output
     content = json.loads(out.read_text())
     assert content["complete"]
@@ -237,15 +237,15 @@ def test_the_command_line_runs_the_chosen_parts(tmp_path):
     content = json.loads((tmp_path / "rehearsal-environment.json").read_text())
     assert content["complete"]
     assert all(row["reached"] > 0 for row in content["rows"])
-    assert content["command"] == "python -m benchmarks.gpu --parts environment --rehearse"
+    assert content["command"] == "python -m benchmarks.gpu --parts environment --rehearse cpu"
     assert "matrix product, bfloat16" in output
 
 
-@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("rehearsal", ["", "cpu", "cuda"])
 @pytest.mark.parametrize("task", [task for task in gpu.TASKS if task.part not in gpu_parts.CHECKS], ids=lambda task: task.label)
-def test_each_task_has_settings_that_its_benchmark_takes(task, rehearse):
-    settings, run = gpu_parts.benchmark(task.part, task.name, "file", rehearse=rehearse)
-    assert settings.device == ("cpu" if rehearse else "cuda")
+def test_each_task_has_settings_that_its_benchmark_takes(task, rehearsal):
+    settings, run = gpu_parts.benchmark(task.part, task.name, "file", rehearsal=rehearsal)
+    assert settings.device == (rehearsal or "cuda")
     assert settings.out == "file"
     assert callable(run)
 
@@ -257,7 +257,7 @@ def test_no_package_is_needed_that_a_machine_with_torch_may_lack():
         "from benchmarks import gpu, gpu_parts\n"
         "for task in gpu.TASKS:\n"
         "    if task.part not in gpu_parts.CHECKS:\n"
-        "        print(task.label, gpu_parts.benchmark(task.part, task.name, 'file', rehearse=False)[0].out)\n"
+        "        print(task.label, gpu_parts.benchmark(task.part, task.name, 'file', rehearsal='')[0].out)\n"
     )
     status, output = run_part(["-c", code], limit=60)
     assert status == "done", output

@@ -276,13 +276,13 @@ def test_a_part_exists_when_its_operator_does_more_than_call_its_reference(monke
     def rms_norm(hidden, weight, eps):
         return kernels.rms_norm.rms_norm_triton(hidden, weight, eps)
 
-    assert parts.missing_part("eager") is None
-    assert parts.missing_part("fused head") is None
+    assert parts.missing_part("eager", "cpu") is None
+    assert parts.missing_part("fused head", "cpu") is None
     for module, name in (operator for group in OPERATORS.values() for operator in group):
         assert callable(getattr(sys.modules[module], name))
         assert callable(getattr(sys.modules[module], parts.reference_name(name)))
     monkeypatch.setattr("kernels.rms_norm.rms_norm", rms_norm)
-    assert parts.missing_part("fused operators") is None
+    assert parts.missing_part("fused operators", "cpu") is None
 
 
 def test_a_grid_is_the_product_of_its_axes():
@@ -352,22 +352,23 @@ def test_ours_and_a_peer_train_alike_and_what_is_not_there_is_named(tmp_path, ca
 
 
 def test_a_ladder_has_a_rung_for_each_part_that_exists(monkeypatch):
-    monkeypatch.setattr(train, "missing_part", {"attention": "not yet"}.get)
-    rungs, absent = train.ladder({"settings": {}}, TrainBenchSettings())
+    monkeypatch.setattr(train, "missing_part", lambda part, device: {"attention": "not yet"}.get(part))
+    rungs, absent = train.ladder({"settings": {}, "device": "cuda"}, TrainBenchSettings())
     assert absent == {"attention": "not yet"}
     assert [rung.name for rung in rungs] == [name for name in parts.LADDER if name != "attention"]
     kept = ["attention"]
     assert [rung.job["references"] for rung in rungs] == [
         ["fused operators", *kept, "fused head", "fused optimizer"], [*kept, "fused head", "fused optimizer"],
-        [*kept, "fused optimizer"], [*kept, "fused optimizer"], kept,
+        [*kept, "fused optimizer"], [*kept, "fused optimizer"], kept, kept,
     ]  # fmt: skip
-    assert [rung.job["settings"]["recompute"] for rung in rungs] == ["none", "none", "none", "light", "light"]
+    assert [rung.job["settings"]["recompute"] for rung in rungs] == ["none", "none", "none", "light", "light", "light"]
+    assert [rung.name for rung in rungs if rung.job.get("compiled")] == [parts.COMPILED]
 
 
 def test_a_ladders_rungs_train_alike(monkeypatch):
     """Two of them: each is a process."""
     monkeypatch.setattr(train, "LADDER", ("eager", "attention", "fused head"))
-    monkeypatch.setattr(train, "missing_part", {"attention": "not yet"}.get)
+    monkeypatch.setattr(train, "missing_part", lambda part, device: {"attention": "not yet"}.get(part))
     result = train.run(TrainBenchSettings(sequence=32, rounds=1, steps=1, warmup=1, threads=1, device="cpu", ladder=True,
                                           breakdown=False))  # fmt: skip
     rows = {row["name"]: row for row in result["rows"]}

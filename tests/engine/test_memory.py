@@ -142,6 +142,7 @@ def test_shards_divide_what_they_hold(accumulates):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large models, one at a time")
 @pytest.mark.parametrize("log_probs", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_planned_peak_is_the_allocators(mode, log_probs):
