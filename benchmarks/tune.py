@@ -26,7 +26,6 @@ from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Case, Operator, Sizes
 from engine.config import to_table
 from engine.environment import choose_device
-from kernels.attention_work import attention_work
 from kernels.configurations import TABLES, Configuration, chip
 from model.config import preset
 
@@ -39,7 +38,7 @@ Grid = dict[str, tuple[int | bool, ...]]
 @dataclass(frozen=True)
 class Search:
     """Where a kernel is tried: the operator and direction that launch it, and grids of its configuration's fields, of each of
-    which all combinations are candidates. "tile" stands for that of the attention's lists of work."""
+    which all combinations are candidates."""
 
     operator: str
     direction: str
@@ -50,19 +49,16 @@ _ATTENTION = "sliding_window_attention"
 _STREAMED: Grid = {"block": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}
 SEARCHES: dict[str, Search] = {
     "attention_forward": Search(_ATTENTION, "forward", (
-        {"block": (64, 128), "warps": (8,), "stages": (2, 3, 4), "descriptors": (False, True)},
-        {"tile": (64,), "block": (64, 128), "warps": (4,), "stages": (2, 3), "descriptors": (True,)},
-        {"tile": (256,), "block": (64, 128), "warps": (16,), "stages": (2,), "descriptors": (True,)},
+        {"rows": (128,), "block": (64, 128), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
+        {"rows": (64,), "block": (32, 64, 128), "warps": (4,), "stages": (2, 3, 4), "descriptors": (False, True)},
     )),
     "attention_queries": Search(_ATTENTION, "backward", (
-        {"block": (32, 64, 128), "warps": (8,), "stages": (1, 2, 3), "descriptors": (False, True)},
-        {"block": (64, 128), "warps": (16,), "stages": (1, 2), "descriptors": (True,)},
+        {"rows": (128,), "block": (64, 128), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
+        {"rows": (64,), "block": (32, 64, 128), "warps": (4,), "stages": (1, 2, 3), "descriptors": (False, True)},
     )),
     "attention_keys": Search(_ATTENTION, "backward", (
-        {"block": (32, 64, 128), "warps": (8,), "stages": (1, 2, 3), "descriptors": (True,)},
-        {"block": (32, 64, 128), "warps": (16,), "stages": (1, 2), "descriptors": (True,)},
-        {"block": (32, 64), "warps": (8,), "stages": (2,), "descriptors": (False,)},
-        {"tile": (64,), "block": (32, 64, 128), "warps": (4,), "stages": (1, 2), "descriptors": (True,)},
+        {"rows": (128,), "block": (32, 64), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
+        {"rows": (64,), "block": (32, 64), "warps": (4,), "stages": (2, 3), "descriptors": (False, True)},
     )),
     "attention_decode": Search(
         "decode_attention", "forward", ({"block": (32, 64, 128), "warps": (4, 8), "programs": (1, 2, 4), "stages": (2, 3)},),
@@ -81,17 +77,15 @@ SEARCHES: dict[str, Search] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel's configuration, and the tile of the attention's lists of work (0: that in use)."""
+    """A kernel and how it might be launched."""
 
     kernel: str
     configuration: Configuration
-    tile: int = 0
 
     @property
     def text(self) -> str:
         varied = {name for grid in SEARCHES[self.kernel].grids for name in grid}
-        values = asdict(self.configuration) | ({"tile": self.tile} if self.tile else {})
-        return ", ".join(f"{name} {value}" for name, value in values.items() if name in varied)
+        return ", ".join(f"{name} {value}" for name, value in asdict(self.configuration).items() if name in varied)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +122,7 @@ def candidates(kernel: str, entry: Configuration) -> list[Candidate]:
     for grid in SEARCHES[kernel].grids:
         for chosen in itertools.product(*grid.values()):
             values: dict[str, Any] = dict(zip(grid, chosen, strict=True))
-            found.append(Candidate(kernel, tile=values.pop("tile", 0), configuration=dataclasses.replace(entry, **values)))
+            found.append(Candidate(kernel, dataclasses.replace(entry, **values)))
     return list(dict.fromkeys(found))
 
 
@@ -145,32 +139,25 @@ def in_table(candidate: Candidate, device: torch.device) -> Iterator[None]:
 
 
 class Bench:
-    """Cases of the operators, made once each, and what a candidate's call of them takes."""
+    """An operator's data, and what a candidate's call of it takes."""
 
     def __init__(self, settings: TuneSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.sizes = Sizes.of(SMALL if settings.preset == "small" else preset(settings.preset), settings.tokens)
-        self.cases: dict[tuple[str, int], Case] = {}
+        self.operator: Operator | None = None
+        self.case: Case | None = None
 
     def work(self, candidate: Candidate) -> tuple[Callable[..., Any], Callable[[], Any]]:
         """(what is timed, what makes its argument) of a candidate's operator."""
         search = SEARCHES[candidate.kernel]
-        operator: Operator = next(operator for operator in OPERATORS if operator.name == search.operator)
-        case = self._case(operator, candidate.tile)
-        return Trial(operator, next(iter(operator.providers())), case).timed(search.direction)
-
-    def _case(self, operator: Operator, tile: int) -> Case:
-        key = (operator.name, tile)
-        if key not in self.cases:
+        operator = next(operator for operator in OPERATORS if operator.name == search.operator)
+        if operator is not self.operator:
             # One operator's data at a time.
-            self.cases = {}
-            case = operator.case(self.sizes, self.dtype, self.device)
-            if tile:
-                bounds = case.constants["cu_docs"].tolist()
-                case.constants["work"] = attention_work(bounds, self.sizes.window, tile=tile).to(self.device)
-            self.cases[key] = case
-        return self.cases[key]
+            self.case = None
+            self.operator, self.case = operator, operator.case(self.sizes, self.dtype, self.device)
+        assert self.case is not None
+        return Trial(operator, next(iter(operator.providers())), self.case).timed(search.direction)
 
     def compile(self, candidate: Candidate) -> str | None:
         """Run a candidate once. Returns: why it cannot run."""
@@ -211,7 +198,7 @@ def run(settings: TuneSettings, command: str = "benchmarks.tune") -> dict[str, A
         for candidate in mine:
             row: dict[str, Any] = {
                 "kernel": kernel, "direction": SEARCHES[kernel].direction, "candidate": candidate.text,
-                "configuration": asdict(candidate.configuration), "tile": candidate.tile, "in_table": candidate == mine[0],
+                "configuration": asdict(candidate.configuration), "in_table": candidate == mine[0],
             }  # fmt: skip
             new.append(row)
             why = reasons[candidate] or bench.compile(candidate)

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_forward import LOG2_E, columns, load_rows, own_tile, sections, sources, strides, tile_rows, within
+from kernels.attention_forward import (
+    LOG2_E,
+    columns,
+    load_rows,
+    own_range,
+    own_tile,
+    sections,
+    sources,
+    strides,
+    tile_rows,
+    within,
+)
 from kernels.configurations import configuration
 from kernels.launch import launch
 
@@ -31,28 +42,28 @@ def attention_backward(
     delta_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
     scale = size**-0.5
     scale_log2 = scale * LOG2_E.value
-    rows = tile_rows(tile)
-    shape: dict[str, Any] = {"HEADS": heads, "GROUP": heads // kv_heads, "SIZE": size, "COLUMNS": columns(size), "TILE": rows}
+    shape: dict[str, Any] = {"HEADS": heads, "GROUP": heads // kv_heads, "SIZE": size, "COLUMNS": columns(size)}
     ranges = query_tiles + key_tiles
     config = configuration("attention_queries", device)
-    block = config.block
+    block, (rows, parts) = config.block, tile_rows(tile, config)
     descriptors, (query, key, value, grad, out) = sources(
         config, (query_THE, rows), (key_TKE, block), (value_TKE, block), (grad_THE, rows), (out_THE, rows)
     )
     launch(
-        _query_kernel, (query_tiles * heads,), query, key, value, grad, out, log_sum_exp_HT, delta_HT, grad_query_THE, work,
-        ranges, tokens, window, scale, scale_log2, *strides(query_THE, key_TKE, value_TKE, grad_THE, out_THE), **shape,
-        BLOCK=block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
+        _query_kernel, (query_tiles * parts * heads,), query, key, value, grad, out, log_sum_exp_HT, delta_HT, grad_query_THE,
+        work, ranges, tokens, window, scale, scale_log2, *strides(query_THE, key_TKE, value_TKE, grad_THE, out_THE), **shape,
+        TILE=rows, PARTS=parts, BLOCK=block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     config = configuration("attention_keys", device)
-    block = config.block
+    block, (rows, parts) = config.block, tile_rows(tile, config)
     descriptors, (query, key, value, grad) = sources(
         config, (query_THE, block), (key_TKE, rows), (value_TKE, rows), (grad_THE, block)
     )
     launch(
-        _key_kernel, (key_tiles * kv_heads,), query, key, value, grad, log_sum_exp_HT, delta_HT, grad_key_TKE, grad_value_TKE,
-        work, query_tiles, ranges, tokens, window, scale, scale_log2, *strides(query_THE, key_TKE, value_TKE, grad_THE),
-        **shape, BLOCK=block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
+        _key_kernel, (key_tiles * parts * kv_heads,), query, key, value, grad, log_sum_exp_HT, delta_HT, grad_key_TKE,
+        grad_value_TKE, work, query_tiles, ranges, tokens, window, scale, scale_log2,
+        *strides(query_THE, key_TKE, value_TKE, grad_THE), **shape, TILE=rows, PARTS=parts, BLOCK=block,
+        DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     return grad_query_THE, grad_key_TKE, grad_value_TKE
 
@@ -83,11 +94,11 @@ def _query_kernel(
     query, key, value, grad, out, log_sum_exp, delta, grad_query, work, ranges, tokens, window, scale, scale_log2, query_stride,
     query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, grad_stride, grad_head_stride, out_stride,
     out_head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries; D of its rows is left for the other pass."""
-    head, start, end, first_range, last_range = own_tile(work, 0, HEADS)
-    if start == end:
+    head, start, end, first_range, last_range = own_tile(work, 0, HEADS, TILE, PARTS)
+    if start >= end:
         return
     kv_head = head // GROUP
     row = start + tl.arange(0, TILE)
@@ -103,8 +114,7 @@ def _query_kernel(
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
     acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
     for listed in range(first_range, last_range):
-        found = work + (ranges + listed) * 4
-        kv_start, kv_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
+        kv_start, kv_end, shift = own_range(work, ranges + listed, start, end, window)
         left, whole, blocks = sections(start, end, kv_start, kv_end, shift, window, BLOCK)
         acc = _key_blocks(
             acc, q, g, lse, d, key, value, 0, left, kv_start, kv_end, row, shift, window, scale_log2, key_stride, value_stride,
@@ -128,12 +138,12 @@ def _key_kernel(
     query, key, value, grad, log_sum_exp, delta, grad_key, grad_value, work, first_tile, ranges, tokens, window, scale,
     scale_log2, query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, grad_stride,
     grad_head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, over all query heads that read them."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
-    kv_head, start, end, first_range, last_range = own_tile(work, first_tile, KV_HEADS)
-    if start == end:
+    kv_head, start, end, first_range, last_range = own_tile(work, first_tile, KV_HEADS, TILE, PARTS)
+    if start >= end:
         return
     place = start + tl.arange(0, TILE)
     k = load_rows(key, start, end, key_stride, kv_head, key_head_stride, TILE, SIZE, COLUMNS, DESCRIPTORS)

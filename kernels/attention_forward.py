@@ -1,4 +1,5 @@
-"""Attention by ranges of keys, forward: one program a tile of queries and head (Dao 2023, https://arxiv.org/abs/2307.08691).
+"""Attention by ranges of keys, forward: one program a head and a tile of queries, or a part of one (Dao 2023,
+https://arxiv.org/abs/2307.08691). A part narrows its tile's ranges to what its own queries see.
 
 Each range is walked in three sections, so that only its ends pay for masks: blocks that the window's edge cuts for some query,
 blocks that every query sees whole, blocks that the diagonal or the range's end cuts. Only blocks of those seen whole lie inside
@@ -40,13 +41,13 @@ def attention_forward(
     out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=device)
     log_sum_exp_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
     config = configuration("attention_forward", device)
-    rows = tile_rows(tile)
+    rows, parts = tile_rows(tile, config)
     descriptors, (query, key, value) = sources(config, (query_THE, rows), (key_TKE, config.block), (value_TKE, config.block))
     launch(
-        _forward_kernel, (query_tiles * heads,), query, key, value, out_THE, log_sum_exp_HT, work, query_tiles + key_tiles,
-        tokens, window, size**-0.5 * LOG2_E.value, *strides(query_THE, key_TKE, value_TKE), HEADS=heads,
-        GROUP=heads // key_TKE.shape[1], SIZE=size, COLUMNS=columns(size), TILE=rows, BLOCK=config.block,
-        DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
+        _forward_kernel, (query_tiles * parts * heads,), query, key, value, out_THE, log_sum_exp_HT, work,
+        query_tiles + key_tiles, tokens, window, size**-0.5 * LOG2_E.value, *strides(query_THE, key_TKE, value_TKE),
+        HEADS=heads, GROUP=heads // key_TKE.shape[1], SIZE=size, COLUMNS=columns(size), TILE=rows, PARTS=parts,
+        BLOCK=config.block, DESCRIPTORS=descriptors, device=device, warps=config.warps, stages=config.stages,
     )  # fmt: skip
     return out_THE, log_sum_exp_HT
 
@@ -56,9 +57,11 @@ def columns(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def tile_rows(tile: int) -> int:
-    """Rows of a kernel's tile: a power of two of at least 16."""
-    return max(16, triton.next_power_of_2(tile))
+def tile_rows(tile: int, config: Configuration) -> tuple[int, int]:
+    """(rows of a program, programs of a tile of the lists): rows are a power of two of at least 16."""
+    whole = max(16, triton.next_power_of_2(tile))
+    rows = min(whole, config.rows)
+    return rows, whole // rows
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -89,11 +92,22 @@ def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 @triton.jit
-def own_tile(work, first_tile, HEADS: tl.constexpr):
-    """(head, start, end, first range, end of its ranges) of this program's tile."""
+def own_tile(work, first_tile, HEADS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """(head, start, end, first range, end of its ranges) of this program's part of a tile; start >= end where it has none."""
     # Heads of one tile are neighbours in time: they read the same rows.
-    tile = work + (first_tile + tl.program_id(0) // HEADS) * 4
-    return tl.program_id(0) % HEADS, tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    part = tl.program_id(0) // HEADS
+    tile = work + (first_tile + part // PARTS) * 4
+    start = tl.load(tile) + part % PARTS * TILE
+    end = tl.minimum(tl.load(tile + 1), start + TILE)
+    return tl.program_id(0) % HEADS, start, end, tl.load(tile + 2), tl.load(tile + 3)
+
+
+@triton.jit
+def own_range(work, number, start, end, window):
+    """(start, end, shift) of a listed range of keys, as far as queries [start, end) see it."""
+    found = work + number * 4
+    shift = tl.load(found + 2)
+    return tl.maximum(tl.load(found), start - shift - window + 1), tl.minimum(tl.load(found + 1), end - shift), shift
 
 
 @triton.jit
@@ -147,7 +161,7 @@ def _blocks(
 @triton.jit
 def sections(start, end, kv_start, kv_end, shift, window, BLOCK: tl.constexpr):
     """(blocks that the window's edge cuts, end of those seen whole, all blocks) of a range, for queries [start, end)."""
-    blocks = tl.cdiv(kv_end - kv_start, BLOCK)
+    blocks = tl.cdiv(tl.maximum(kv_end - kv_start, 0), BLOCK)
     # The last query sees no key before this one.
     left = tl.cdiv(tl.maximum(end - shift - window - kv_start, 0), BLOCK)
     whole = tl.maximum(tl.minimum(start - shift + 1, kv_end) - kv_start, 0) // BLOCK
@@ -159,10 +173,10 @@ def sections(start, end, kv_start, kv_end, shift, window, BLOCK: tl.constexpr):
 def _forward_kernel(
     query, key, value, out, log_sum_exp, work, ranges, tokens, window, scale, query_stride, query_head_stride, key_stride,
     key_head_stride, value_stride, value_head_stride, HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    head, start, end, first_range, last_range = own_tile(work, 0, HEADS)
-    if start == end:
+    head, start, end, first_range, last_range = own_tile(work, 0, HEADS, TILE, PARTS)
+    if start >= end:
         return
     kv_head = head // GROUP
     row = start + tl.arange(0, TILE)
@@ -172,8 +186,7 @@ def _forward_kernel(
     peak = tl.full((TILE,), -1.0e30, dtype=tl.float32)
     acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
     for listed in range(first_range, last_range):
-        found = work + (ranges + listed) * 4
-        kv_start, kv_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
+        kv_start, kv_end, shift = own_range(work, ranges + listed, start, end, window)
         left, whole, blocks = sections(start, end, kv_start, kv_end, shift, window, BLOCK)
         total, peak, acc = _blocks(
             total, peak, acc, q, key, value, 0, left, kv_start, kv_end, row, shift, window, scale, key_stride, value_stride,

@@ -33,20 +33,20 @@ class Configuration:
 
 _HOPPER = {
     "rms_norm": Configuration(per_thread=16),
-    "rms_norm_backward": Configuration(per_thread=16, programs=2),
+    "rms_norm_backward": Configuration(per_thread=8, programs=2),
     "sum_rows": Configuration(block=64, rows=32, warps=4),
     "adamw": Configuration(block=1024, warps=4),
     "gradient_norm": Configuration(block=16384, warps=16),
     "gradient_norm_total": Configuration(block=8192, warps=16),
-    "attention_forward": Configuration(block=64, warps=8, stages=3, descriptors=True),
-    "attention_queries": Configuration(block=64, warps=8, stages=2, descriptors=True),
-    "attention_keys": Configuration(block=32, warps=8, stages=2, descriptors=True),
-    "attention_decode": Configuration(block=64, rows=64, warps=4, programs=2, stages=3),
+    "attention_forward": Configuration(block=64, rows=64, warps=4, stages=3, descriptors=True),
+    "attention_queries": Configuration(block=64, rows=128, warps=8, stages=3, descriptors=True),
+    "attention_keys": Configuration(block=64, rows=128, warps=8, stages=2, descriptors=True),
+    "attention_decode": Configuration(block=64, rows=64, warps=4, programs=1, stages=3),
     "attention_combine": Configuration(rows=1, warps=1),
     "swiglu": Configuration(block=2048, warps=4),
     "swiglu_backward": Configuration(block=1024, warps=4),
     "embedding": Configuration(block=1024, warps=4),
-    "embedding_backward": Configuration(block=512, rows=8, warps=4),
+    "embedding_backward": Configuration(block=1024, rows=8, warps=4),
     "rotary": Configuration(rows=32, warps=4),
     "row_log_prob": Configuration(block=4096, warps=8),
     "move_rows": Configuration(block=2048, warps=4),
@@ -54,11 +54,15 @@ _HOPPER = {
 }
 # By compute capability: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200).
 _AMPERE = _HOPPER | {
-    "attention_forward": Configuration(block=64, warps=8, stages=2),
-    "attention_queries": Configuration(block=64, warps=8, stages=2),
-    "attention_keys": Configuration(block=32, warps=8, stages=2),
+    "attention_forward": Configuration(block=64, rows=128, warps=8, stages=2),
+    "attention_queries": Configuration(block=64, rows=128, warps=8, stages=2),
+    "attention_keys": Configuration(block=32, rows=128, warps=8, stages=2),
 }
-TABLES: dict[int, dict[str, Configuration]] = {80: _AMPERE, 90: _HOPPER, 100: {**_HOPPER}}
+_BLACKWELL = _HOPPER | {
+    "attention_forward": Configuration(block=64, rows=128, warps=8, stages=3, descriptors=True),
+    "attention_keys": Configuration(block=32, rows=128, warps=8, stages=2, descriptors=True),
+}
+TABLES: dict[int, dict[str, Configuration]] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 
 
 def configuration(kernel: str, device: torch.device) -> Configuration:

@@ -84,7 +84,8 @@ def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
     """
     sorted_V, order_V = logits_V.sort()
     dropped_V = sorted_V.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    dropped_V[-1] = False
+    # As one element, which a GPU fills by itself; one that is set by its index makes the host wait.
+    dropped_V[-1:].fill_(False)
     return logits_V.masked_fill(torch.empty_like(dropped_V).scatter_(0, order_V, dropped_V), -math.inf)
 
 

@@ -58,6 +58,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _free_device_memory(request):
+    """What a test on the GPU leaves in torch's cache goes, as several processes may share the GPU."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 WORDS = ("the", "cat", "sees", "a", "red", "dog", "and", "it", "runs", "ねこ", "は", "赤い", "いぬ", "を", "見る", "です")
 
 

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 import engine.memory
 import kernels.linear_log_prob
@@ -19,7 +20,7 @@ from engine.preview import describe
 from engine.run import open_run
 from kernels.attention_work import attention_work
 from model.config import PRESETS, MistralConfig
-from model.mistral import Mistral, Recompute, attention_by, initialize
+from model.mistral import Mistral, Recompute, attention_by
 from tests.engine.live_bytes import LiveBytes
 
 MODES = get_args(Recompute)
@@ -35,9 +36,10 @@ AMPLE, SCARCE = 2**29, 2**18
 
 def steps(training: Training, device: torch.device, count: int = 1) -> Iterator[tuple[Mistral, AdamW]]:
     """A model and its optimizer, then that many steps of two micro-batches (one, where nothing accumulates)."""
-    model = Mistral(training.config)
-    initialize(model, 0)
-    model = model.to(device=device, dtype=training.dtype)
+    with device:
+        model = Mistral(training.config).to(training.dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
     model.recompute = training.recompute
     optimizer = AdamW(model.named_parameters(), training.optimizer)
     yield model, optimizer

@@ -71,6 +71,7 @@ ROWS = {
     "blocks seen whole": Row((75,), 52, 16),
     "shared prompt": Row((20, 13, 17), 64, 16, (2, 2), (-1, 0, 0)),
     "prompt beyond the window": Row((37, 18, 5, 4), 18, 32, (1, 1), (-1, 0, 0, -1), padding=1),
+    "prompt that only a tile's first part sees": Row((20, 3, 70), 8, 64, (1, 1), (-1, 0, 0)),
     "empty prompt": Row((0, 9, 17), 16, 16, (1, 1), (-1, 0, 0)),
     "odd head size": Row((21, 5), 8, 16, size=12),
 }
@@ -85,11 +86,11 @@ WITH_DTYPES = [
 
 
 def small_blocks(monkeypatch, *, descriptors=None):
-    """Blocks of 16, so that short rows have many, read in the one way or the other."""
+    """Blocks and parts of tiles of 16, so that short rows have many, read in the one way or the other."""
     for table in configurations.TABLES.values():
         for name in KERNELS:
             changed = {} if descriptors is None else {"descriptors": descriptors}
-            monkeypatch.setitem(table, name, replace(table[name], block=16, warps=4, **changed))
+            monkeypatch.setitem(table, name, replace(table[name], block=16, rows=16, warps=4, **changed))
 
 
 def plain(query, key, value, seen):

@@ -23,8 +23,9 @@ from tests.kernels.cases import cases
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes of spilled registers that a kernel may have on sm_80.
-SPILLS = {"query_kernel": 128, "key_kernel": 128}
+# Bytes of spilled registers that a kernel may have on a chip. On sm_90 key_kernel is 9 % faster in blocks of 64, in spite of
+# these, than in blocks of 32 (`benchmarks.tune`).
+SPILLS = {(80, "query_kernel"): 128, (80, "key_kernel"): 128, (90, "key_kernel"): 64}
 # The instructions of warpgroups' matrix products, which kernels with products there must have: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose tiles may have fewer rows than these instructions take: what they read costs more than what they compute.
@@ -88,7 +89,7 @@ def test_compiles_without_spills(name, chip, compiled, tmp_path):
             end="",
         )
         spilled = usage["STACK"] + usage["LOCAL"]
-        assert spilled <= (SPILLS.get(title, 0) if chip == 80 else 0), f"{title} spills {spilled} B of registers"
+        assert spilled <= SPILLS.get((chip, title), 0), f"{title} spills {spilled} B of registers"
         assert binary.metadata.shared <= SHARED[chip], f"{title} needs {binary.metadata.shared} B of shared memory"
         wide = [load for load in loads if load.startswith("ld") and load.endswith(("v4.b32", "v8.b32", "v2.b64", "v4.b64"))]
         copied = "cp.async.bulk.tensor" in binary.asm["ptx"] or "cp.async.cg" in binary.asm["ptx"]

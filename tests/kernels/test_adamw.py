@@ -35,8 +35,9 @@ def state(shape, device, parameter=torch.bfloat16, gradient=torch.bfloat16, mome
 
 
 def update_(tensors, function=adamw_, **changes):
-    scale = torch.tensor(0.3, device=tensors[0].device)
-    settings = {"learning_rate": 1e-2, "step": 3, "gradient_scale": scale, "seed": 11, "parameter_id": 5, **SETTINGS}
+    if "gradient_scale" not in changes:
+        changes["gradient_scale"] = torch.tensor(0.3, device=tensors[0].device)
+    settings = {"learning_rate": 1e-2, "step": 3, "seed": 11, "parameter_id": 5, **SETTINGS}
     function(*tensors, **(settings | changes))
 
 

@@ -29,5 +29,5 @@ MUTANTS = [
     ("(dk * scale).to(", "dk.to("),
     ("- d[None, :])", ")"),
     ("- delta[:, None])", ")"),
-    ("own_tile(work, first_tile, KV_HEADS)", "own_tile(work, 0, KV_HEADS)"),
+    ("own_tile(work, first_tile, KV_HEADS,", "own_tile(work, 0, KV_HEADS,"),
 ]
