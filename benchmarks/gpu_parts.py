@@ -29,26 +29,23 @@ _TRAIN: dict[str, Any] = {
     "preset": "shisa-7b", "layers": 8, "sequence": 4096, "micro_batch": 2, "rounds": 3, "limit": 60.0,
 }  # fmt: skip
 _OBJECTIVES: dict[str, dict[str, Any]] = {
-    "next-token": {"peers": ("transformers eager", "transformers compile", "transformers + Liger", "torchtitan Llama")},
-    "ladder": {"ladder": True},
+    "next-token": {"peers": ("transformers eager", "transformers + Liger", "torchtitan Llama")},
+    "ladder": {"ladder": True, "layers": 4},
     # All of Shisa 7B, its plan beside what it takes.
     "whole": {
-        "layers": 0,
-        "micro_batch": 4,
-        "recompute": "light",
-        "warmup": 1,
-        "steps": 1,
-        "sweep": ("offload=none,moments",),
+        "layers": 0, "micro_batch": 4, "recompute": "light", "warmup": 1, "steps": 1, "sweep": ("offload=none,moments",),
     },
-    "sft": {"objective": "sft", "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
-    "dpo": {"objective": "dpo", "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},
-}
+    "sft": {"objective": "sft", "layers": 4, "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
+    "dpo": {"objective": "dpo", "layers": 4, "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},
+    # Apart, as it takes a minute to compile.
+    "compiled": {"peers": ("transformers compile",), "layers": 4, "limit": 90.0},
+}  # fmt: skip
 _CHECKPOINTS = ("komainu", "torch.distributed.checkpoint")
 # Each holds a CUDA context and the tensors of one test.
 _MOST_TEST_PROCESSES = 10
 # What a GPU is to measure. Shisa 7B's shapes; as many layers as leave room for the state of an optimizer that keeps everything.
 TASKS: dict[tuple[str, str], dict[str, Any]] = {
-    ("kernels", ""): {},
+    ("kernels", ""): {"rounds": 2},
     **{("train", name): {**_TRAIN, **more} for name, more in _OBJECTIVES.items()},
     ("finetune", ""): {"rounds": 3, "steps": 2, "limit": 60.0},
     ("checkpoint", ""): {"preset": "mistral-7b", "layers": 1, "rounds": 2, "limit": 60.0, "providers": _CHECKPOINTS},

@@ -155,8 +155,11 @@ def _key_kernel(
         base = head.to(tl.int64) * tokens
         for listed in range(first_range, last_range):
             found = work + (ranges + listed) * 4
-            query_start, query_end, shift = tl.load(found), tl.load(found + 1), tl.load(found + 2)
-            for block in range(tl.cdiv(query_end - query_start, BLOCK)):
+            shift = tl.load(found + 2)
+            # As far as its queries see these keys.
+            query_start = tl.maximum(tl.load(found), start + shift)
+            query_end = tl.minimum(tl.load(found + 1), end - 1 + shift + window)
+            for block in range(tl.cdiv(tl.maximum(query_end - query_start, 0), BLOCK)):
                 first = query_start + block * BLOCK
                 row = first + tl.arange(0, BLOCK)
                 inside = row < query_end

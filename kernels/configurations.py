@@ -40,7 +40,7 @@ _HOPPER = {
     "gradient_norm_total": Configuration(block=8192, warps=16),
     "attention_forward": Configuration(block=64, rows=64, warps=4, stages=3, descriptors=True),
     "attention_queries": Configuration(block=64, rows=128, warps=8, stages=3, descriptors=True),
-    "attention_keys": Configuration(block=64, rows=128, warps=8, stages=2, descriptors=True),
+    "attention_keys": Configuration(block=64, rows=64, warps=4, stages=2, descriptors=True),
     "attention_decode": Configuration(block=64, rows=64, warps=4, programs=1, stages=3),
     "attention_combine": Configuration(rows=1, warps=1),
     "swiglu": Configuration(block=2048, warps=4),

@@ -5,11 +5,16 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+import engine.metrics
+import engine.run
 from engine.checkpoint import read_state
 from engine.data.batches import make_step, step_stream
 from engine.flops import product_ceiling
 from engine.optimizer import AdamW
+from engine.parallel import SHARD, Ranks, leave
 from engine.profile import memory_curve
 from engine.run import open_run
 from model.generate import Sampling, generate
@@ -69,6 +74,34 @@ def test_greedy_generation_equals_the_cpus(tiny_model):
     prompt, sampling = [1, 50, 60, 70], Sampling(temperature=0, max_new_tokens=40)
     answers = [list(generate(load_model(tiny_model, device=device), prompt, sampling)) for device in ("cpu", "cuda")]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatch, stage):
+    """One rank with a mesh: FSDP2, NCCL, and checkpoints of sharded tensors, as far as a single GPU goes."""
+
+    def join(device, settings):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
+        )
+        return Ranks(device, mesh=init_device_mesh("cuda", (1,), mesh_dim_names=(SHARD,)))
+
+    finished = {}
+    for name in ("whole", "sharded"):
+        with monkeypatch.context() as patch:
+            if name == "sharded":
+                patch.setattr(engine.run, "join", join)
+                # A mesh without others has nobody to wait for.
+                patch.setattr(engine.metrics, "slowest", lambda waits: (0, 0.0))
+            finished[name] = STAGES[stage].run(
+                tiny_settings(stage, tmp_path / name, device="cuda", dtype="float32", step_size=8 if stage == "dpo" else 512)
+            )
+            leave()
+    torch.testing.assert_close(_losses(tmp_path / "sharded"), _losses(tmp_path / "whole"), rtol=1e-5, atol=1e-5)
+    expected = dict(read_tensors(finished["whole"]))
+    for name, tensor in read_tensors(finished["sharded"]):
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert read_state(finished["sharded"]).step == 6
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -46,7 +46,9 @@ def test_is_right(name, dtype, device):
         name: tensor if row.window != 1 or name == "value" else tensor.detach()
         for name, tensor in zip(NAMES, tensors, strict=True)
     }
-    sums = {f"d {name}": row.heads[0] // row.heads[1] for name in NAMES}
+    # A key's gradient is added up over the query heads that read it, and over the segments that see it.
+    segments = 1 + sum(prefix >= 0 for prefix in row.prefixes or ())
+    sums = {f"d {name}": row.heads[0] // row.heads[1] * segments for name in NAMES}
     compare(lambda *inputs: sliding_window_attention(*inputs, work=work), lambda *inputs: plain(*inputs, seen)[0], given,
             {"out": grad}, sums)  # fmt: skip
 

@@ -29,5 +29,7 @@ MUTANTS = [
     ("(dk * scale).to(", "dk.to("),
     ("- d[None, :])", ")"),
     ("- delta[:, None])", ")"),
+    ("tl.maximum(tl.load(found), start + shift)", "tl.maximum(tl.load(found), start + shift + 1)"),
+    ("end - 1 + shift + window)", "end - 2 + shift + window)"),
     ("own_tile(work, first_tile, KV_HEADS,", "own_tile(work, 0, KV_HEADS,"),
 ]
