@@ -63,7 +63,7 @@ TASKS = (
     Task("train", 80, "ladder"),
     Task("train", 45, "sft"),
     Task("train", 45, "dpo"),
-    Task("train", 80, "compiled"),
+    Task("train", 45, "compiled"),
     Task("finetune", 50),
     Task("checkpoint", 40),
     Task("data", 15),
