@@ -55,18 +55,18 @@ class Task:
 
 
 TASKS = (
-    Task("environment", 20),
+    Task("environment", 15),
     Task("tests", 120),
+    Task("train", 75, "whole"),
+    Task("train", 85, "next-token"),
     Task("kernels", 100),
-    Task("train", 65, "whole"),
-    Task("train", 75, "next-token"),
-    Task("train", 80, "ladder"),
-    Task("train", 45, "sft"),
-    Task("train", 45, "dpo"),
-    Task("train", 45, "compiled"),
-    Task("finetune", 50),
+    Task("train", 75, "sft"),
+    Task("train", 75, "dpo"),
+    Task("train", 100, "ladder"),
+    Task("train", 80, "compiled"),
     Task("checkpoint", 40),
     Task("data", 15),
+    Task("finetune", 60),
 )
 # Outcomes of tests are no benchmark's result: they stand in the summary instead of a file of their own.
 IN_SUMMARY = frozenset({"tests"})

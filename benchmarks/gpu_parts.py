@@ -33,7 +33,8 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "ladder": {"ladder": True, "layers": 4},
     # All of Shisa 7B, its plan beside what it takes.
     "whole": {
-        "layers": 0, "micro_batch": 4, "recompute": "light", "warmup": 1, "steps": 1, "sweep": ("offload=none,moments",),
+        "layers": 0, "micro_batch": 4, "recompute": "light", "moments": "bfloat16", "warmup": 1, "steps": 1,
+        "sweep": ("offload=none,moments",),
     },
     "sft": {"objective": "sft", "layers": 4, "documents": "mixed", "peers": ("TRL SFT padding-free", "TRL SFT packed")},
     "dpo": {"objective": "dpo", "layers": 4, "documents": "mixed", "peers": ("TRL DPO", "TRL DPO precomputed")},

@@ -200,7 +200,10 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" behind it where files differ from it; outside a checkout KOMAINU_COMMIT or "unknown"."""
+    """KOMAINU_COMMIT where it is set, as for files that were copied without their history; else the checkout's commit, with "+"
+    behind it where files differ from it; else "unknown"."""
+    if named := os.environ.get("KOMAINU_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -208,7 +211,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KOMAINU_COMMIT", "unknown")
+        return "unknown"
 
 
 def result(

@@ -156,6 +156,7 @@ def fresh_model(run: Run) -> Mistral:
     with torch.device("meta"):
         model = Mistral(run.config)
     model = model.to(run.dtype).to_empty(device=run.device)
+    model.recompute, model.attention_backend = run.settings.recompute, run.settings.backend
     torch.manual_seed(run.settings.seed)
     for parameter in model.parameters():
         nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=run.config.hidden_size**-0.5)

@@ -41,6 +41,9 @@ class View:
     """A field each of whose values has a table of its own."""
     apart: str = ""
     """A field whose rows have a table of their own, behind the others."""
+    first: int = 0
+    """Rows of a table that are shown, and those whose field `always` is true; 0: all."""
+    always: str = ""
 
 
 VIEWS: dict[str, View] = {
@@ -125,6 +128,16 @@ VIEWS: dict[str, View] = {
         "operation",
         bars=(("gb_per_second", "GB/s", 0),),
     ),
+    "tune": View(
+        "Launches",
+        "How each kernel might be launched, beside the entry of `kernels.configurations` of that commit (in table): the best, "
+        "timed by the operator that launches it. The file has all that were tried.",
+        "candidate",
+        brief=("candidate", "in_table", "seconds", "speed_over_table"),
+        split="kernel",
+        first=3,
+        always="in_table",
+    ),
     "environment": View("Ceilings", "What a machine reaches.", "what"),
 }  # fmt: skip
 _INTRODUCTION = """\
@@ -142,6 +155,7 @@ Medians with the 20th and 80th percentile in parentheses. What could not be meas
 | `python -m benchmarks.data` | tokenising, packing, loading, planning |
 | `python -m benchmarks.resize` | what new rows are worth: bits per character after each method of resizing |
 | `python -m benchmarks.streaming` | import, resize and export of a model of full size: memory, GB/s |
+| `python -m benchmarks.tune` | which launch of each kernel is the fastest on a GPU |
 | `python -m benchmarks.gpu` | all of them and the tests that need a GPU, unattended; `--rehearse` tries it on a CPU |
 | `python -m benchmarks.compare OLD NEW` | two result files, as ratios with the noise beside them |
 
@@ -244,7 +258,9 @@ def _tables(result: Result, *, everything: bool) -> str:
     said = {name: measured[0][name] for name in shared if name not in unknown and measured[0][name] != ""}
     if said and everything:
         blocks.append(f"All rows: {', '.join(_named(name, value) for name, value in said.items())}.\n")
-    for heading, rows in grouped(result.view, measured):
+    for heading, group in grouped(result.view, measured):
+        first, always = result.view.first or len(group), result.view.always
+        rows = [row for number, row in enumerate(group) if number < first or row[always]]
         if heading:
             blocks.append(f"**{heading}**\n")
         blocks.append(_grid(rows, main))

@@ -13,7 +13,7 @@ _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machin
 KEYS: dict[str, tuple[str, ...]] = {
     "train": (
         "task", "objective", "preset", "layers", "sequence", "micro_batch", "accumulate", "documents", "dtype", "recompute",
-        "backend", "offload", "ranks", "name",
+        "backend", "moments", "offload", "ranks", "name",
     ),
     "finetune": ("task", "stage", "name"),
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),

@@ -64,6 +64,8 @@ class TrainBenchSettings:
     """Recompute mode; default: the engine's."""
     backend: str = ""
     """Attention backend; default: the engine's."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What the optimizer keeps its moments in."""
     offload: Literal["none", "moments"] = "none"
     """What the optimizer keeps in the host's memory."""
     ranks: int = 1
@@ -145,6 +147,7 @@ _AXES = (
     "dtype",
     "recompute",
     "backend",
+    "moments",
     "offload",
     "ranks",
 )
@@ -281,8 +284,7 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
             seed=point.seed,
         )  # fmt: skip
     engine: dict[str, Any] = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
-    if point.offload != "none":
-        engine["optimizer"] = to_table(OptimizerSettings(offload=point.offload))
+    engine["optimizer"] = to_table(OptimizerSettings(moments=point.moments, offload=point.offload))
     job = new_job(
         point.objective, config, data, folder, device=device, dtype=point.dtype, threads=point.threads, context=point.sequence,
         step_size=point.micro_batch * point.accumulate * point.ranks * (1 if pairs else point.sequence), pack_tokens=room,

@@ -29,7 +29,7 @@ from engine.environment import choose_device
 from kernels.configurations import TABLES, Configuration, chip
 from model.config import preset
 
-COLUMNS = ("kernel", "direction", "candidate", "milliseconds", "speed_over_table", "missing")
+COLUMNS = ("kernel", "direction", "candidate", "in_table", "seconds", "speed_over_table")
 
 
 Grid = dict[str, tuple[int | bool, ...]]
@@ -198,7 +198,7 @@ def run(settings: TuneSettings, command: str = "benchmarks.tune") -> dict[str, A
         for candidate in mine:
             row: dict[str, Any] = {
                 "kernel": kernel, "direction": SEARCHES[kernel].direction, "candidate": candidate.text,
-                "configuration": asdict(candidate.configuration), "in_table": candidate == mine[0],
+                "in_table": candidate == mine[0],
             }  # fmt: skip
             new.append(row)
             why = reasons[candidate] or bench.compile(candidate)
@@ -206,13 +206,12 @@ def run(settings: TuneSettings, command: str = "benchmarks.tune") -> dict[str, A
                 row["missing"] = why
                 continue
             row["seconds"] = bench.seconds(candidate)
-            row["milliseconds"] = 1e3 * row["seconds"]["median"]
             base = base or row["seconds"]["median"]
             row["speed_over_table"] = base / row["seconds"]["median"]
-        new.sort(key=lambda row: row.get("milliseconds", float("inf")))
+        new.sort(key=lambda row: row["seconds"]["median"] if "seconds" in row else float("inf"))
         rows += new
         measured = [row for row in new if "missing" not in row]
-        print(measure.table([*measured[:6], *[row for row in measured[6:] if row["in_table"]]], COLUMNS[:-1]), flush=True)
+        print(measure.table([*measured[:6], *[row for row in measured[6:] if row["in_table"]]], COLUMNS), flush=True)
         if settings.out:
             measure.write_result(settings.out, _result(settings, command, device, rows, kernel == kernels[-1]))
     return _result(settings, command, device, rows, True)

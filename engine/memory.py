@@ -9,14 +9,14 @@ Shapes: T tokens, D width, A query heads' width, K key/value heads' width, F fee
 """
 
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from engine.data.batches import make_step
+from engine.data.batches import Batch, make_step
 from engine.optimizer import OptimizerSettings
 from engine.run import Run
 from kernels.attention_work import AttentionWork, attention_work
@@ -34,6 +34,8 @@ _ROWS = 128
 _CUBLAS_WORKSPACE = 2 * 8 * 2**22
 # Elements that the optimizer's eager reference updates at once.
 _UPDATE_BLOCK = 2**17
+# Parts of a run between which a step is looked at.
+_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,32 @@ def plan(training: Training) -> MemoryPlan:
 
 
 def planned(run: Run) -> MemoryPlan:
-    """The peak of a run on this rank, by the largest micro-batch of its first step."""
-    step = make_step(
-        run.plan, min(run.start, run.plan.steps - 1), window=run.config.sliding_window, pack_tokens=run.pack_tokens,
-        rank=run.ranks.rank, ranks=run.ranks.ranks,
-    )  # fmt: skip
-    largest = max(step.batches, key=lambda batch: len(batch.tokens_T))
+    """The peak of a run on this rank, by the micro-batches of some of its steps, from the first to the last."""
+    last = run.plan.steps - 1
+    start = min(run.start, last)
+    plans = []
+    for index in sorted({start + (last - start) * part // _LOOKED_AT for part in range(_LOOKED_AT + 1)}):
+        first, *later = make_step(
+            run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=run.ranks.rank,
+            ranks=run.ranks.ranks,
+        ).batches  # fmt: skip
+        # While a step's first micro-batch computes there are no gradients yet, so that a smaller later one may need more. Those
+        # of shards wait whole for the last one's.
+        plans.append(plan(_training(run, [first], accumulates=bool(later) and run.ranks.ranks > 1)))
+        if later:
+            plans.append(plan(_training(run, later, accumulates=True)))
+    return max(plans, key=lambda found: found.peak)
+
+
+def _training(run: Run, batches: Sequence[Batch], *, accumulates: bool) -> Training:
+    """What the memory of a run's step depends on, with the largest of some micro-batches."""
     settings = run.settings
-    return plan(
-        Training(
-            run.config, run.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
-            rows=max(int((batch.rows_N >= 0).sum()) for batch in step.batches), accumulates=len(step.batches) > 1,
-            log_probs=run.plan.paired, kernels=run.device.type == "cuda" and run.dtype == torch.bfloat16,
-            shards=run.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard,
-            documents=largest.attention,
-        )
+    largest = max(batches, key=lambda batch: len(batch.tokens_T))
+    return Training(
+        run.config, run.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
+        rows=max(int((batch.rows_N >= 0).sum()) for batch in batches), accumulates=accumulates, log_probs=run.plan.paired,
+        kernels=run.device.type == "cuda" and run.dtype == torch.bfloat16,
+        shards=run.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard, documents=largest.attention,
     )  # fmt: skip
 
 

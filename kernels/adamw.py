@@ -23,7 +23,8 @@ from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
 from kernels.philox import philox
 
-# Elements of one pass of the reference: small enough that a block's arrays stay in the cache between the operations.
+# Elements of one pass of the reference on a CPU: few enough that a block's arrays stay in the cache between operations. A GPU
+# takes 128 times as many, or it would wait for the host.
 _BLOCK = 1 << 17
 _QUIET_NAN = 0x7FC0
 _WORD = 0xFFFFFFFF
@@ -178,7 +179,8 @@ def adamw_reference_(
     arrays = [parameter.view(-1), gradient.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1)]
     if remainder is not None:
         arrays.append(remainder.view(-1))
-    for number, block in enumerate(zip(*(array.split(_BLOCK) for array in arrays), strict=True)):
+    size = _BLOCK if parameter.device.type == "cpu" else 128 * _BLOCK
+    for number, block in enumerate(zip(*(array.split(size) for array in arrays), strict=True)):
         value, grad, first, second = block[:4]
         master = value if remainder is None else join_master(value, block[4])
         wide_first, wide_second = first.float(), second.float()
@@ -194,7 +196,7 @@ def adamw_reference_(
             value.copy_(rounded)
             block[4].copy_(low)
         if first.dtype == torch.bfloat16:
-            start = first_index + number * _BLOCK
+            start = first_index + number * size
             noise = _noise(start, start + len(first), parameter_id & _WORD, (seed & _WORD, step & _WORD), first.device)
             first.copy_(_round_stochastically(wide_first, noise & 0xFFFF))
             second.copy_(_round_stochastically(wide_second, noise >> 16))

@@ -143,6 +143,7 @@ def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkey
     assert measure.commit() == "unknown"
     monkeypatch.setenv("KOMAINU_COMMIT", "abc")
     assert measure.commit() == "abc"
+    monkeypatch.delenv("KOMAINU_COMMIT")
     git("init", "-q")
     (tmp_path / "file").write_text("1")
     git("add", "file")

@@ -1,7 +1,8 @@
 """The memory plan against what real steps hold: tensor bytes on the CPU, the allocator's peak on a GPU."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import get_args
 
 import pytest
@@ -10,6 +11,9 @@ from torch import nn
 
 import engine.memory
 import kernels.linear_log_prob
+from benchmarks.measure import RESULTS
+from benchmarks.own import open_job
+from benchmarks.train import TrainBenchSettings, make_job
 from engine.data.batches import make_step
 from engine.loop import accumulate
 from engine.memory import Training, largest_micro_batch, plan, planned
@@ -163,19 +167,39 @@ def test_the_planned_peak_is_the_allocators(mode, log_probs):
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_runs_plan_is_what_its_first_step_holds(stage, tiny_settings, tmp_path):
-    settings = tiny_settings(stage, tmp_path)
+@pytest.mark.parametrize("step_tokens", [128, 256])
+def test_a_runs_plan_is_what_its_steps_hold(stage, step_tokens, tiny_settings, tmp_path):
+    """Steps of one micro-batch and of several, all different; the plan is of the largest."""
+    settings = tiny_settings(stage, tmp_path, step_size=step_tokens // (64 if stage == "dpo" else 1))
     run = open_run(settings, ("conversations",) if stage == "sft" else ("preferences",), share_prompts=stage == "dpo")
     model = run.load_model()
     optimizer = AdamW(model.named_parameters(), settings.optimizer)
-    step = make_step(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
     objective = NextToken(neftune_alpha=5.0)
     if stage == "dpo":
         objective = Preference(settings.preference, [torch.zeros(len(dataset) // 2, 2) for dataset in run.datasets])
     with LiveBytes(*model.parameters(), *optimizer.state.values()) as live:
-        accumulate(model, objective, step)
-        optimizer.step(1e-3)
+        for index in range(run.plan.steps):
+            step = make_step(run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
+            accumulate(model, objective, step)
+            optimizer.step(1e-3)
     found = planned(run)
     assert found.peak == pytest.approx(live.peak, rel=0.05)
     (line,) = (line for line in describe(run) if line.startswith("memory"))
     assert f" {found.peak / 2**20:.2f} MiB at most, in the {found.moment}: " in line
+
+
+MEASURED = json.loads((RESULTS / "train-nvidia-h200.json").read_text())
+OURS = [row for row in MEASURED["rows"] if row["name"] == "komainu" and "missing" not in row]
+
+
+@pytest.mark.parametrize("row", OURS, ids=lambda row: row["task"])
+def test_the_plan_is_what_a_gpu_held(row, tmp_path, monkeypatch):
+    """What the allocator held at most in runs that are on record, planned without their GPU."""
+    given = {field.name: row[field.name] for field in fields(TrainBenchSettings) if field.name in row}
+    given |= {name: MEASURED["settings"][row["task"]][name] for name in ("rounds", "steps", "warmup", "seed")}
+    run = open_job(make_job(TrainBenchSettings(**given, device="cpu"), torch.device("cpu"), tmp_path))
+    with_references = engine.memory._training
+    monkeypatch.setattr(
+        engine.memory, "_training", lambda *given, **more: replace(with_references(*given, **more), kernels=True)
+    )  # fmt: skip
+    assert planned(run).peak / 2**30 == pytest.approx(row["memory"]["allocated_gib"], rel=0.001)
