@@ -1,10 +1,12 @@
 """Speed on paper against published single-node figures, and against its own arithmetic."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.measure import RESULTS
 from engine.memory import Training
 from engine.optimizer import OptimizerSettings
 from engine.scaling import DEVICES, speed
@@ -41,6 +43,16 @@ def test_published_figures_are_met(config, recompute, device, context, gpus, pub
         training(config, recompute), DEVICES[device], context=context, step_tokens=gpus * 2**17, gpus=gpus, backward_products=5
     )
     assert found.hidden / gpus == pytest.approx(published, rel=0.1)
+
+
+def test_our_own_measured_step_is_met():
+    """Eight layers of Shisa 7B on one H200, as on record."""
+    content = json.loads((RESULTS / "train-nvidia-h200.json").read_text())
+    (row,) = (row for row in content["rows"] if (row["task"], row["name"]) == ("next-token", "komainu"))
+    config = replace(PRESETS["shisa-7b"], num_hidden_layers=row["layers"])
+    step = replace(training(config, tokens=row["tokens"]), optimizer=OptimizerSettings())
+    found = speed(step, DEVICES["h200"], context=row["sequence"], step_tokens=row["tokens"])
+    assert found.hidden == pytest.approx(row["tokens_per_second"]["median"], rel=0.05)
 
 
 def test_nothing_is_faster_than_the_ceiling():
