@@ -2,13 +2,12 @@
 
     python -m benchmarks.gpu [--out FOLDER] [--minutes 9] [--parts tests,kernels] [--resume] [--rehearse [DEVICE]]
 
-Parts run in order of value. Each of their tasks is a process of its own with a time limit: what is left of the time is divided
-among the tasks still to run in the proportion of their usual length, so that one that ends early leaves its time to the later
-ones. One that fails or is cut off takes no other with it and leaves the rows it has. The folder is flat and small (at most 8
-files), so that it can be carried off as it is: gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs the parts that
-are not whole in the folder; `--rehearse` runs every part tiny, on the CPU or on another device that it names, in files of
-another name. Status 0: all was done and
-no test failed; 1: not so; 130: interrupted, with what was measured until then kept. Where the files were copied without their
+Tasks run in order of value. Each is a process of its own with a time limit: one and a half times its usual length, more where
+time is plenty, what is left where it is short; the last ones may not start. One that fails or is cut off takes no other with it
+and leaves the rows it has. The folder is flat and small (at most 8 files), so that it can be carried off as it is:
+gpu-summary.json, gpu-<part>.json, gpu-log.txt. `--resume` runs the tasks that the folder does not have whole; `--rehearse` runs
+every part tiny, on the CPU or on another device that it names, in files of another name. Status 0: all was done and no test
+failed; 1: not so; 130: interrupted, with what was measured until then kept. Where the files were copied without their
 repository, KOMAINU_COMMIT says which commit they are.
 """
 
@@ -36,9 +35,9 @@ _MOST_LOG_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Task:
-    """One process of a part: what it is started with, before its result file; any time is divided in proportion to `seconds`.
+    """One process of a part: what it is started with, before its result file.
 
-    name: tells it from the part's other tasks; empty where it is the only one.
+    seconds: that it usually takes. name: tells it from the part's other tasks; empty where it is the only one.
     """
 
     part: str
@@ -83,6 +82,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         before = read_json(self.file("summary")) or {}
         self.kept: dict[str, Any] = before.get("results", {})
+        self.before: dict[str, dict[str, Any]] = before.get("tasks", {})
         self.statuses: dict[str, dict[str, Any]] = {}
         self.begun: set[str] = set()
 
@@ -100,29 +100,33 @@ class Run:
     def run(self) -> bool:
         """Run the tasks; True where all of them were done and no test failed."""
         waiting = []
-        for part in self.parts:
-            content = self.result(part)
-            if self.resume and content is not None and is_whole(content):
-                self.statuses[part] = {"status": _judged("done before", content), "rows": len(content["rows"])}
+        for task in self.tasks:
+            if self._is_done(task):
+                entry = self.before[task.label]
+                ended = entry["status"].removeprefix("done before").removeprefix("done")
+                self.statuses[task.label] = {**entry, "status": f"done before{ended}"}
             else:
-                waiting += [task for task in self.tasks if task.part == part]
+                waiting.append(task)
         while waiting:
             task, *waiting = waiting
-            limit = divide(self.seconds - (time.monotonic() - self.start), [task, *waiting])
-            self._run_task(task, limit, last=task.part not in [other.part for other in waiting])
+            remaining = self.seconds - (time.monotonic() - self.start)
+            self._run_task(task, limit_of(remaining, [task, *waiting]))
             self.write()
         self.write()
         return all(status["status"] in ("done", "done before") for status in self.statuses.values())
 
-    def _run_task(self, task: Task, limit: float, *, last: bool) -> None:
+    def _is_done(self, task: Task) -> bool:
+        """Whether the folder has a task's rows from an earlier call, which are to stay."""
+        content = self.result(task.part)
+        return self.resume and content is not None and self.before.get(task.label, {}).get("status", "").startswith("done")
+
+    def _run_task(self, task: Task, limit: float) -> None:
         if limit < _LEAST_SECONDS:
             self.statuses[task.label] = {"status": "not started: no time left"}
             return
         if task.part not in self.begun:
-            # What an earlier call left would read as this one's.
             self.begun.add(task.part)
-            self.file(task.part).unlink(missing_ok=True)
-            self.kept.pop(task.part, None)
+            self._forget(task.part)
         self.say(f"{task.label}: at most {limit:.0f} s")
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="komainu-", ignore_cleanup_errors=True) as scratch:
@@ -145,12 +149,23 @@ class Run:
                 self.statuses[task.label] = entry
                 if content is not None:
                     content["settings"].pop("out", None)
-                    self._keep(task, content, last=last)
+                    self._keep(task, content)
                 self._shorten_log()
         self.say(f"{task.label}: {status}, {entry['seconds']} s")
 
-    def _keep(self, task: Task, content: dict[str, Any], *, last: bool) -> None:
-        """Add a task's rows to those of its part, which is whole after its last task where all were."""
+    def _forget(self, part: str) -> None:
+        """Drop what an earlier call left of a part, which would read as this one's: all but the rows of tasks that stay."""
+        content = self.result(part)
+        names = {task.name for task in self.tasks if task.part == part and task.label in self.statuses}
+        rows = [row for row in content["rows"] if row.get("task") in names] if content is not None else []
+        self.file(part).unlink(missing_ok=True)
+        self.kept.pop(part, None)
+        if content is not None and rows:
+            settings = {name: value for name, value in content["settings"].items() if name in names}
+            self._write_part(part, {**content, "rows": rows, "settings": settings})
+
+    def _keep(self, task: Task, content: dict[str, Any]) -> None:
+        """Add a task's rows to those of its part, which is whole once all of its tasks were."""
         if task.name:
             content["settings"] = {task.name: content["settings"]}
             content["rows"] = [{"task": task.name, **row} for row in content["rows"]]
@@ -158,16 +173,18 @@ class Run:
         if before is not None:
             content["settings"] = before["settings"] | content["settings"]
             content["rows"] = before["rows"] + content["rows"]
-        statuses = [entry["status"] for label, entry in self.statuses.items() if label.split()[0] == task.part]
-        content["complete"] = last and all(status.startswith("done") for status in statuses)
+        statuses = [self.statuses.get(other.label, {}).get("status", "") for other in self.tasks if other.part == task.part]
+        content["complete"] = all(status.startswith("done") for status in statuses)
         # How to have it again: the task's own command names a file that is gone.
-        content["command"] = (
-            f"python -m benchmarks.gpu --parts {task.part}{f' --rehearse {self.rehearsal}' if self.rehearsal else ''}"
-        )
-        if task.part in IN_SUMMARY:
-            self.kept[task.part] = content
+        rehearsal = f" --rehearse {self.rehearsal}" if self.rehearsal else ""
+        content["command"] = f"python -m benchmarks.gpu --parts {task.part}{rehearsal}"
+        self._write_part(task.part, content)
+
+    def _write_part(self, part: str, content: dict[str, Any]) -> None:
+        if part in IN_SUMMARY:
+            self.kept[part] = content
         else:
-            measure.write_result(self.file(task.part), content)
+            measure.write_result(self.file(part), content)
 
     def _shorten_log(self) -> None:
         if self.log.stat().st_size > _MOST_LOG_BYTES:
@@ -181,7 +198,11 @@ class Run:
             "commit": measure.commit(),
             "seconds": round(time.monotonic() - self.start, 1),
             "of": self.seconds,
-            "tasks": self.statuses,
+            # Those of parts that this call leaves alone stay, as their files do.
+            "tasks": {
+                **{label: entry for label, entry in self.before.items() if label.split()[0] not in self.parts},
+                **self.statuses,
+            },
             "results": self.kept,
         }
         write_file(self.file("summary"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -229,9 +250,12 @@ def _short(value: Any) -> Any:
     return value.replace("\n", " ")[:80] if isinstance(value, str) else value
 
 
-def divide(remaining: float, tasks: Sequence[Task]) -> float:
-    """The seconds that the first of the tasks still to run may take."""
-    return max(0.0, remaining) * tasks[0].seconds / sum(task.seconds for task in tasks)
+def limit_of(remaining: float, tasks: Sequence[Task]) -> float:
+    """The seconds that the first of the tasks still to run may take: its share of what remains, in proportion to the usual
+    lengths, but not less than one and a half times its own, as a task that is cut off has cost its time for little."""
+    first = tasks[0].seconds
+    share = remaining * first / sum(task.seconds for task in tasks)
+    return max(0.0, min(remaining, max(share, 1.5 * first)))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
