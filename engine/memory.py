@@ -90,7 +90,7 @@ def planned(run: Run) -> MemoryPlan:
     for index in sorted({start + (last - start) * part // _LOOKED_AT for part in range(_LOOKED_AT + 1)}):
         first, *later = make_step(
             run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=run.ranks.rank,
-            ranks=run.ranks.ranks,
+            ranks=run.ranks.ranks, pad=run.device.type == "cuda",
         ).batches  # fmt: skip
         # While a step's first micro-batch computes there are no gradients yet, so that a smaller later one may need more. Those
         # of shards wait whole for the last one's.

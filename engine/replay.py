@@ -43,8 +43,9 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
     """
     number, ranks = run.settings.replay, run.ranks
     step = make_step(
-        run.plan, number - 1, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=ranks.rank, ranks=ranks.ranks
-    )
+        run.plan, number - 1, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=ranks.rank, ranks=ranks.ranks,
+        pad=run.device.type == "cuda",
+    )  # fmt: skip
     parts: list[Tensor] = []
 
     def noted(model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ A pair whose sides have a prompt in common is laid out as [prompt | chosen | rej
 is computed once, and both sides continue it. The prompt's last token predicts another token on each side, so it is the first
 place of each side and not the last of the prompt.
 
+On a GPU packs are padded to few different lengths, so that its memory is not cut into pieces of ever new sizes.
+
 T places of a pack, D documents of a pack (or parts of those longer than the context), N places that are trained on (padded).
 """
 
@@ -25,6 +27,10 @@ from engine.flops import attended_pairs
 from kernels.attention_work import AttentionWork, attention_work
 
 ROWS = 128
+# Rows of a tile of a matrix product: up to a whole number of them, more rows cost nothing.
+_TILE = 128
+# A pack that lacks less than this share of its room is padded to all of it.
+_NEARLY_FULL = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Batch:
     document_D: int64, the document's id, unique over the sources of the run: they follow one another. document_start_D: int64,
     the part's first place in its document. document_length_D: int64, tokens of the whole document. pair_D: int64, preferences
     only: index of the pair within its source; 2i and 2i + 1 of the D are the chosen and the rejected side of one pair.
+
+    Padding stands behind the documents: places of weight 0 that see nothing and that nothing sees.
 
     A rank for which a step has nothing gets one filler document (a filler pair for preferences): one token of weight 0,
     document and pair -1.
@@ -59,8 +67,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Places of the micro-batch, a filler's not counted."""
-        return len(self.tokens_T) if int(self.document_D[0]) >= 0 else 0
+        """Places of the micro-batch, a filler's and padding not counted."""
+        return self.attention.segments[-1][1] if int(self.document_D[0]) >= 0 else 0
 
     @property
     def tokens_saved(self) -> int:
@@ -69,6 +77,21 @@ class Batch:
         prefixes = [prefix for _, _, prefix in segments if prefix >= 0]
         lengths = [end - start for start, end, _ in segments]
         return sum(lengths[prefix] for prefix in prefixes) - sum(lengths[prefix] for prefix in set(prefixes))
+
+    def padded(self, places: int) -> "Batch":
+        """The batch with padding up to this many places."""
+        missing = places - len(self.tokens_T)
+        if missing <= 0:
+            return self
+
+        def extended(places_T: Tensor, value: int = 0) -> Tensor:
+            return torch.cat((places_T, places_T.new_full((missing,), value)))
+
+        return replace(
+            self, tokens_T=extended(self.tokens_T), labels_T=extended(self.labels_T), weight_T=extended(self.weight_T),
+            positions_T=extended(self.positions_T), document_T=extended(self.document_T, len(self.document_D) - 1),
+            attention=self.attention.padded(places),
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA through pinned memory and without waiting."""
@@ -104,10 +127,13 @@ class Step:
     attended: int
 
 
-def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1) -> Step:
+def make_step(
+    plan: Plan, step: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1, pad: bool = False
+) -> Step:
     """Pack a global step best-fit into micro-batches of at most `pack_tokens` places, and take this rank's.
 
-    window: the model's attention window in places, None for unbounded. Every rank gets the same number of micro-batches.
+    window: the model's attention window in places, None for unbounded. pad: to few different lengths, for a GPU. Every rank gets
+    the same number of micro-batches.
     Raises: ValueError where the plan's longest segment (both sides of its longest pair) exceeds `pack_tokens`.
     """
     assert 0 <= rank < ranks
@@ -121,6 +147,8 @@ def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, ra
     sizes = units.sizes.tolist()
     packs = deal(pack_best_fit(sizes, pack_tokens), sizes, ranks)[rank]
     batches = [_collate(plan.datasets, plan.document_offsets, units, pack, window) for pack in packs]
+    if pad:
+        batches = [batch.padded(padded_places(len(batch.tokens_T), pack_tokens)) for batch in batches]
     # Each trained place weighs 1.
     trained = _trained(plan.datasets, units)
     return Step(
@@ -129,14 +157,20 @@ def make_step(plan: Plan, step: int, *, window: int | None, pack_tokens: int, ra
     )  # fmt: skip
 
 
+def padded_places(places: int, pack_tokens: int) -> int:
+    """Places that a pack of so many is padded to: whole tiles, and all of its room where it is nearly full."""
+    tiles, room = (-(-count // _TILE) * _TILE for count in (places, pack_tokens))
+    return room if tiles >= (1 - _NEARLY_FULL) * room else tiles
+
+
 def step_stream(
     plan: Plan, start: int, *, window: int | None, pack_tokens: int, rank: int = 0, ranks: int = 1, prefetch: int = 2,
     device: torch.device | None = None,
 ) -> Generator[Step, None, None]:  # fmt: skip
     """`make_step` for steps `start` to the plan's last, `prefetch` steps ahead in a background thread.
 
-    device: where a CUDA device, steps come on it: pinned and copied by that thread, on a stream of its own, while others
-    compute, so that neither the host nor the device waits for them.
+    device: where a CUDA device, steps come on it, padded: pinned and copied by that thread, on a stream of its own, while
+    others compute, so that neither the host nor the device waits for them.
     An exception of the thread is raised by the iterator; closing the iterator ends the thread.
     """
     ready: queue.Queue[_Prefetched | BaseException | None] = queue.Queue(maxsize=max(1, prefetch))
@@ -159,7 +193,9 @@ def step_stream(
                     return
                 for dataset in plan.datasets:
                     dataset.check_unchanged()
-                made = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
+                made = make_step(
+                    plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks, pad=copies is not None
+                )  # fmt: skip
                 put(_Prefetched(made) if copies is None else _copied(made, copies))
             put(None)
         except BaseException as error:

@@ -84,14 +84,14 @@ def shared_plan(tmp_path_factory):
     return make
 
 
-def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1):
-    """Gradients and values of a global step, summed over the ranks that it was dealt to."""
+def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1, pad=False):
+    """Gradients and values of a global step, summed over the ranks that it was dealt to, padded as for a GPU or not."""
     model.zero_grad()
     values: dict[str, torch.Tensor] = {}
     batches = 0
     for rank in range(ranks):
         window = model.config.sliding_window
-        part = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks)
+        part = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks, pad=pad)
         batches += len(part.batches)
         for name, value in accumulate(model, objective, part).items():
             values[name] = values.get(name, 0) + value
@@ -167,9 +167,9 @@ def test_next_token_gradients_are_those_of_documents_one_at_a_time(model, plan_o
     step = 1
     expected, loss = lone_next_token_gradients(model, plan, step, alpha)
     counts = []
-    for pack_tokens, ranks in [(16, 1), (45, 1), (1000, 1), (45, 2), (1000, 3)]:
+    for pack_tokens, ranks, pad in [(16, 1, False), (45, 1, True), (1000, 1, False), (45, 2, False), (1000, 3, True)]:
         found, values, batches = split_gradients(
-            model, NextToken(neftune_alpha=alpha, seed=SEED), plan, step, pack_tokens=pack_tokens, ranks=ranks
+            model, NextToken(neftune_alpha=alpha, seed=SEED), plan, step, pack_tokens=pack_tokens, ranks=ranks, pad=pad
         )
         assert difference(found, expected) < 1e-12
         assert float(values["loss"]) == pytest.approx(loss, rel=1e-13)
@@ -203,8 +203,10 @@ def test_shared_prompts_give_the_gradients_of_documents_one_at_a_time(model, sha
     expected, loss = lone_dpo_gradients(model, plan, 0, alpha, reference.double(), beta=0.3)
     objective = Preference(PreferenceSettings(beta=0.3), [reference], neftune_alpha=alpha, seed=SEED)
     counts = []
-    for pack_tokens, ranks in [(plan.longest_unit, 1), (70, 1), (1000, 1), (70, 2), (1000, 3), (70, 12)]:
-        found, values, batches = split_gradients(model, objective, plan, 0, pack_tokens=pack_tokens, ranks=ranks)
+    for number, (pack_tokens, ranks) in enumerate([(plan.longest_unit, 1), (70, 1), (1000, 1), (70, 2), (1000, 3), (70, 12)]):
+        found, values, batches = split_gradients(
+            model, objective, plan, 0, pack_tokens=pack_tokens, ranks=ranks, pad=number % 2 > 0
+        )
         assert difference(found, expected) < 1e-12
         assert float(values["loss"]) == pytest.approx(loss, rel=1e-13)
         counts.append(batches)

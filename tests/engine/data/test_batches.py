@@ -1,5 +1,6 @@
 import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.batches import Batch, evaluation_batches, make_step, step_stream
+from engine.data.batches import Batch, evaluation_batches, make_step, padded_places, step_stream
 from engine.data.plan import Plan, Source
 
 WINDOW = 5
+# What a batch has for each place.
+PLACED = ("tokens", "labels", "weight", "positions", "document")
 
 
 def make_plan(datasets, **changes):
@@ -305,6 +308,35 @@ def test_evaluation_of_pairs(write_dataset):
         evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=60, limit=0)
     with pytest.warns(UserWarning, match="3 of 3"), pytest.raises(ValueError, match="nothing to evaluate on"):
         evaluation_batches(dataset, window=WINDOW, context_length=2, pack_tokens=60)
+
+
+@pytest.mark.parametrize(
+    ("places", "pack_tokens", "padded"),
+    [(1, 8192, 128), (128, 8192, 128), (129, 8192, 256), (7552, 8192, 7552), (7553, 8192, 8192), (8192, 8192, 8192),
+     (100, 100, 128), (5, 100, 128), (1000, 1010, 1024), (900, 1010, 1024)],
+)  # fmt: skip
+def test_padding_ends_at_a_tile_or_where_a_pack_does(places, pack_tokens, padded):
+    """128 rows are a tile of a product; a pack that lacks less than a sixteenth of its room is filled."""
+    assert padded_places(places, pack_tokens) == padded
+
+
+def test_padding_is_no_part_of_any_document(write_dataset, random_documents):
+    plan = make_plan([write_dataset(random_documents(40, 60, 3))], step_size=300)
+    for step in range(plan.steps):
+        given = {"window": WINDOW, "pack_tokens": 280}
+        plain, padded = make_step(plan, step, **given), make_step(plan, step, **given, pad=True)
+        assert {len(batch.tokens_T) for batch in padded.batches} <= {128, 256, 384}
+        assert replace(padded, batches=[]) == replace(plain, batches=[])
+        for batch, without in zip(padded.batches, plain.batches, strict=True):
+            places = len(without.tokens_T)
+            assert batch.tokens == without.tokens == places
+            assert batch.attention.tokens == len(batch.tokens_T)
+            assert not batch.weight_T[places:].any()
+            cut = {f"{name}_T": getattr(batch, f"{name}_T")[:places] for name in PLACED}
+            assert equal(replace(batch, **cut, attention=without.attention), without)
+            # Nothing is visited behind the documents.
+            assert max(end for _, end, _ in batch.attention.queries()) == len(batch.tokens_T)
+            assert all(stop <= places for _, _, ranges in batch.attention.queries() for _, stop, _ in ranges)
 
 
 def test_to_keeps_the_content(write_dataset):
