@@ -132,8 +132,8 @@ def make_step(
 ) -> Step:
     """Pack a global step best-fit into micro-batches of at most `pack_tokens` places, and take this rank's.
 
-    window: the model's attention window in places, None for unbounded. pad: to few different lengths, for a GPU. Every rank gets
-    the same number of micro-batches.
+    window: the model's attention window in places, None for unbounded. pad: to few different lengths, for a GPU. Every rank
+    gets the same number of micro-batches.
     Raises: ValueError where the plan's longest segment (both sides of its longest pair) exceeds `pack_tokens`.
     """
     assert 0 <= rank < ranks
