@@ -107,9 +107,7 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         _connect(device, settings)
-    shards = ranks // settings.replicas
-    shape, names = ((settings.replicas, shards), (REPLICATE, SHARD)) if settings.replicas > 1 else ((shards,), (SHARD,))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = _mesh(device, ranks, settings)
     return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
 
 
@@ -133,6 +131,18 @@ def _connect(device: torch.device, settings: ParallelSettings) -> None:
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}; is the port in use, or a "
             "machine unreachable? Start with torchrun --standalone, or choose another --master-port"
         ) from None
+
+
+def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> DeviceMesh:
+    if settings.replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARD,))
+    # Groups of our own, as those that torch makes for a mesh wait its default time and not that of the settings.
+    places = torch.arange(ranks).view(settings.replicas, -1)
+    mine: list[dist.ProcessGroup] = []
+    for lists in (places.T, places):
+        groups = [dist.new_group(members, timeout=timedelta(seconds=settings.timeout)) for members in lists.tolist()]
+        mine += [group for group in groups if group != dist.GroupMember.NON_GROUP_MEMBER]
+    return DeviceMesh.from_group(mine, device.type, mesh=places, mesh_dim_names=(REPLICATE, SHARD))
 
 
 def host_group(ranks: Ranks) -> dist.ProcessGroup | None:

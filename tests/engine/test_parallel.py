@@ -75,6 +75,21 @@ def test_the_trajectory_is_that_of_one_rank(runs, layout, stage):
     assert not torch.equal(expected["model.norm.weight"], torch.ones_like(expected["model.norm.weight"]))
 
 
+def test_every_group_of_a_mesh_waits_as_long_as_the_settings_say():
+    code = (
+        "import torch\n"
+        "from engine.parallel import ParallelSettings, join\n"
+        "from tests.engine.forked_ranks import end_of, fork_ranks\n"
+        "def body(rank):\n"
+        "    mesh = join(torch.device('cpu'), ParallelSettings(replicas=2, timeout=7.0)).mesh\n"
+        "    groups = [mesh.get_group(name)._get_backend(torch.device('cpu')) for name in ('replicate', 'shard')]\n"
+        "    assert [(group.size(), group.options._timeout.seconds) for group in groups] == [(2, 7), (2, 7)]\n"
+        "raise SystemExit(any(end_of(fork_ranks(4, body))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_bfloat16_differs_by_roundings(runs):
     """Gradients are rounded to bfloat16 after each micro-batch on one rank, once a step on several."""
     (lines, weights), (expected_lines, expected) = runs("4", "sft", "bfloat16"), runs("1", "sft", "bfloat16")
