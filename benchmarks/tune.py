@@ -30,8 +30,6 @@ from kernels.configurations import TABLES, Configuration, chip
 from model.config import preset
 
 COLUMNS = ("kernel", "direction", "candidate", "in_table", "seconds", "speed_over_table")
-
-
 Grid = dict[str, tuple[int | bool, ...]]
 
 
