@@ -9,8 +9,9 @@
 import json
 import math
 import random
+import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
     """Write the tokenizer folder, and the resized model where one is given.
 
     Returns:
-        The report, which is printed too and lies in the tokenizer folder as vocabulary.json (there without the seconds).
+        The report, which is printed too and lies in the tokenizer folder as vocabulary.json (there without times and memory).
         With `compare`, the comparison.
     """
     if settings.compare:
@@ -150,10 +151,9 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
         scripts = Scripts(settings.script.split(","))
         merged, trained = extend(
             base.model_bytes, trained_on, new_pieces, scripts=scripts, coverage=settings.coverage,
-            controls=CHATML if settings.chatml else (), source=base_name,
+            controls=CHATML if settings.chatml else (), source=base_name, lap=clock.lap,
         )  # fmt: skip
         tokenizer = Tokenizer(merged.model_bytes)
-        clock.lap("train and merge")
         truncated = Tokenizer(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)
         report = {
             "pieces": tokenizer.vocab_size,
@@ -181,7 +181,9 @@ def run(settings: VocabularySettings) -> dict[str, Any]:
             texts = trained_on if method == "distilled" else ()
             resize_model(model, resized_folder, base, tokenizer, method=method, seed=settings.seed, texts=texts)
         clock.lap("write")
-    report["seconds"] = clock.seconds
+    for kind, seconds in (("seconds", clock.seconds), ("cpu_seconds", clock.cpu_seconds)):
+        report[kind] = {stage: round(taken, 1) for stage, taken in seconds.items()}
+    report["memory_peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # Linux counts in KiB
     print("\n".join(_lines(report, settings)))
     return report
 
@@ -315,20 +317,25 @@ def _lines(report: dict[str, Any], settings: VocabularySettings) -> Iterator[str
         yield f"  {Path(name).name:<40}{before:>8.3f}{after:>8.3f}{row['ratio']:>8.3f}{row['ratio_of_first_pieces']:>21.3f}"
     other = report["lines_without_the_scripts"]
     yield f"lines without {settings.script}: {other['lines']:,}, of which with changed ids: {other['changed']:,}"
-    yield "seconds: " + ", ".join(f"{name} {seconds}" for name, seconds in report["seconds"].items())
+    for kind, name in (("seconds", "seconds"), ("cpu_seconds", "CPU seconds")):
+        yield f"{name}: " + ", ".join(f"{stage} {taken}" for stage, taken in report[kind].items())
+    yield f"peak memory: {report['memory_peak_rss_gib']} GiB"
 
 
 class _Clock:
-    """Seconds of each stage."""
+    """Seconds of each stage, and of the processor within them, of all threads together."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._start, 1)
-        self._start = now
+        """Count the time since the last lap, or since the beginning, to the stage `name`."""
+        now, cpu_now = time.perf_counter(), time.process_time()
+        self.seconds[name] += now - self._start
+        self.cpu_seconds[name] += cpu_now - self._cpu_start
+        self._start, self._cpu_start = now, cpu_now
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ so base pieces are found as before, and a text from which no new piece can be bu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,11 @@ def extend(
     coverage: float = 0.9998,
     controls: Sequence[str] = (),
     source: str = "the base tokenizer",
+    lap: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Merged, Trained]:
     """Train pieces on texts and merge `new_pieces` of them into the base, those that are used most widely in the texts.
+
+    Calls `lap` after each stage with its name: "train", and those of `merge`.
 
     Raises:
         ValueError: see `train` and `merge`.
@@ -86,8 +89,10 @@ def extend(
     asked = candidates_for(new_pieces)
     while True:
         trained = train(texts, asked, scripts=scripts, coverage=coverage)
+        lap("train")
         try:
-            return merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source), trained
+            merged = merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source, lap=lap)
+            return merged, trained
         except _TooFewPieces as error:
             if trained.exhausted:
                 raise ValueError(str(error)) from None
@@ -107,6 +112,7 @@ def merge(
     texts: Sequence[str] | None = None,
     controls: Sequence[str] = (),
     source: str = "the base tokenizer",
+    lap: Callable[[str], None] = lambda stage: None,
 ) -> Merged:
     """Append `new_pieces` of the usable candidates to the base: the first, or those that texts use most widely.
 
@@ -122,6 +128,8 @@ def merge(
         texts: documents to select by (see `select`). Without them the first candidates are taken.
         controls: further pieces that no text encodes to, such as ChatML's; those that the base has are left out.
         source: names the base in messages.
+        lap: called after each stage with its name: "merge" (twice, for the candidates and for those that stay), "prune",
+            "select".
 
     Raises:
         ValueError: the base cannot be extended (see `check_base`), or there are not enough usable candidates.
@@ -143,12 +151,18 @@ def merge(
         "has a character that is no piece": len(merges) - len(spelled),
     }
     pieces = kept_characters + spelled
-    # Cut before looking: a piece may be reachable only through one that the size leaves out.
-    size = new_pieces if texts is None else len(pieces)
-    while lost := set(unreachable(_append(proto, pieces[:size]), first=base_size)):
-        pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
-        if texts is not None:
-            break  # what nothing produces was in no other's way: all the rest is reachable
+    if texts is None:
+        # Cut before looking: a piece may be reachable only through one that the size leaves out.
+        while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):
+            pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
+    else:
+        with_candidates = _append(proto, pieces)
+        lap("merge")
+        lost = set(unreachable(with_candidates, first=base_size))
+        # What nothing produces is in no other's way: the rest is reachable and writes texts as it would without it.
+        ids = [id for id in range(base_size, base_size + len(pieces)) if id not in lost]
+        pieces = [pieces[id - base_size] for id in ids]
+    lap("prune")
     dropped["unreachable"] = len(kept_characters) + len(spelled) - len(pieces)
     if len(pieces) < new_pieces:
         raise _TooFewPieces(
@@ -159,11 +173,14 @@ def merge(
     if texts is None:
         pieces = pieces[:new_pieces]
     else:
-        encode = sentencepiece.SentencePieceProcessor(model_proto=_append(proto, pieces)).encode
+        encode = sentencepiece.SentencePieceProcessor(model_proto=with_candidates).encode
         scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
-        pieces = select(pieces, new_pieces, texts, encode, base_size, scores)
+        pieces = select(pieces, new_pieces, texts, encode, ids, scores)
+        lap("select")
     new_controls = [control for control in controls if control not in known]
-    return Merged(_append(proto, pieces, new_controls), base_size, pieces, new_controls, dropped)
+    merged = Merged(_append(proto, pieces, new_controls), base_size, pieces, new_controls, dropped)
+    lap("merge")
+    return merged
 
 
 def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:

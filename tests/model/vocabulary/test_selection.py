@@ -69,7 +69,8 @@ def test_the_least_worth_goes_as_a_plain_search_finds_it():
         return sum(text.split("x").count(pair) ** 0.25 for text in documents)
 
     expected = sorted(sorted(pairs, key=worth, reverse=True)[:7], key=pairs.index)
-    assert select(pairs, 7, documents, encode, len(scores), scores) == expected
+    ids = range(len(scores), len(scores) + len(pairs))
+    assert select(pairs, 7, documents, encode, ids, scores) == expected
 
 
 def test_unseen_text_of_another_kind_gains(mistral, shared_data):
