@@ -20,8 +20,12 @@ from model.weights import save_model
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
+from tests.kernels.interpreter import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
+
+if INTERPRETED:
+    lighten()
 
 
 @pytest.fixture(scope="session", autouse=True)

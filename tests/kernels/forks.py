@@ -15,9 +15,15 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 import tests.conftest  # noqa: F401
+from kernels.launch import INTERPRETED
+
+if INTERPRETED:
+    # What torch's checks of operators import on first use.
+    import torch._inductor.compile_fx
+    import torch.testing._internal.optests  # noqa: F401
 
 _SECONDS = 1200
 
