@@ -1,23 +1,26 @@
-"""Run by test_sharding.py in each process: gradients of a model sharded by FSDP2 against those of the whole model."""
+"""Not a test: gradients of a model sharded by FSDP2 against those of the whole model, for test_sharding.py.
+
+python -m tests.model.sharded_gradients: two processes, forked from this one as imports are dear.
+"""
 
 import torch
+import torch._dynamo  # what each process imports on first use
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from kernels.launch import INTERPRETED
 from model.mistral import Mistral, initialize
+from tests.engine.forked_ranks import end_of, fork_ranks
+from tests.kernels.interpreter import lighten
 from tests.model.test_recompute import CONFIG, MODES, loss_of, made
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
+RANKS = 2
 
 
-def main() -> None:
+def compare(whole: Mistral, loss: torch.Tensor) -> None:
     dist.init_process_group("gloo")
-    whole = made(CONFIG, torch.float32, CPU)
-    loss = loss_of(whole, CPU)
-    loss.backward()
     for mode in ("light",) if INTERPRETED else MODES:
         model = Mistral(CONFIG)
         initialize(model, 3)
@@ -35,4 +38,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    if INTERPRETED:
+        lighten()
+    whole = made(CONFIG, torch.float32, CPU)
+    loss = loss_of(whole, CPU)
+    loss.backward()
+    codes = end_of(fork_ranks(RANKS, lambda _: compare(whole, loss)))
+    if any(codes):
+        raise SystemExit(f"the processes ended with {codes}")

@@ -12,10 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("interpret", ["0", "1"], ids=["references", "kernels"])
 def test_gradients_of_a_sharded_model(interpret):
-    script = Path(__file__).with_name("sharded_gradients.py")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)], check=False,
-        env={**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+        [sys.executable, "-m", "tests.model.sharded_gradients"], check=False, cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
