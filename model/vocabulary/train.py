@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import io
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, 
     scripts = scripts or Scripts()
     characters = 0
     alphabet: set[str] = set()
-    runs: list[str] = []
+    runs: deque[str] = deque()
     for text in texts:
         characters += len(text)
         for run in scripts.runs(text):
@@ -75,7 +76,7 @@ def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, 
     size = 259 + len(alphabet) + pieces + pieces // 50 + 100
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(runs),
+        sentence_iterator=(runs.popleft() for _ in range(len(runs))),  # sentencepiece copies them, so they need not stay
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
