@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what several ranks import on first use
 
 from engine.config import from_table
 from engine.parallel import leave
