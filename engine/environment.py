@@ -32,8 +32,8 @@ def choose_device(name: str) -> torch.device:
         problem = _gpu_problem()
         if problem:
             raise DeviceError(problem)
-        # With its number: torch's counters of memory take no other.
-        return torch.device("cuda", torch.cuda.current_device())
+        # With its number, which torch's counters of memory ask for.
+        return torch.device("cuda", 0)
     driver = nvidia_driver()
     if name == "auto" and driver is None:
         return torch.device("cpu")

@@ -35,7 +35,7 @@ def machine(monkeypatch, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda"), ("cuda", "cuda"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cpu", "cpu")])
 def test_a_usable_gpu(machine, name, expected):
     machine(cuda=True, driver=DRIVER_TEXT)
     assert choose_device(name) == torch.device(expected)
