@@ -23,8 +23,8 @@ from tests.kernels.cases import cases
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes of spilled registers that a kernel may have on a chip. Those on sm_90 cost less than what would avoid them: smaller blocks
-# were measured to be slower (`benchmarks.tune`).
+# Bytes of spilled registers that a kernel may have on a chip. Those on sm_90 cost less than what would avoid them: smaller
+# blocks were measured to be slower (`benchmarks.tune`).
 SPILLS = {(80, "query_kernel"): 128, (80, "key_kernel"): 128, (90, "key_kernel"): 64}
 # The instructions of warpgroups' matrix products, which kernels with products there must have: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
