@@ -1,7 +1,7 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
 # make test         installs into .venv, then runs the tests
 # make lint         style, types
-# make mutants      checks that the tests find out every wrong kernel; make test takes a third of them
+# make mutants      checks that the tests find out every wrong kernel; make test takes a fifth of them
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)

@@ -30,7 +30,7 @@ def _jobs() -> dict[str, tuple[list[str], str]]:
     """(arguments of Python, TRITON_INTERPRET) of each process by its name."""
     mutated = [name for name, case in cases().items() if case.MUTANTS]
     # All of them take ten minutes of a core: `make mutants`.
-    every = "1" if os.environ.get("MUTANTS") == "all" else "3"
+    every = "1" if os.environ.get("MUTANTS") == "all" else "5"
     # The run of an operator's mutants begins with its tests as they are.
     found = {f"interpreted {name}, then its mutants": ([str(FOLDER / "mutation.py"), name, every], "1") for name in mutated}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
