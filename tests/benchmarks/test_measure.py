@@ -145,9 +145,15 @@ def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkey
     assert measure.commit() == "abc"
     monkeypatch.delenv("KOMAINU_COMMIT")
     git("init", "-q")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
+    result = tmp_path / "benchmarks" / "results" / "train.json"
+    result.parent.mkdir(parents=True)
+    for path in (tmp_path / "file", result):
+        path.write_text("1")
+    git("add", ".")
     git("commit", "-q", "-m", "first")
+    assert measure.commit() == git("rev-parse", "HEAD")
+    # What is measured with is the same while its result is written.
+    result.write_text("2")
     assert measure.commit() == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
     assert measure.commit() == git("rev-parse", "HEAD") + "+"
