@@ -203,8 +203,8 @@ def _compare(settings: VocabularySettings) -> dict[str, Any]:
             heldout = dict(zip(names, heldout.values(), strict=True))
         comparison = vocabulary_comparison.compare(base, [*merged, *others], heldout, scripts)
         # Names of files alone: their folders say nothing on another machine.
-        names = {name: [Path(path).name for path in getattr(settings, name)] for name in ("text", "heldout", "against")}
-        comparison["settings"] = {**to_table(settings), **names, "out": Path(settings.out).name}
+        files = {name: [Path(path).name for path in getattr(settings, name)] for name in ("text", "heldout", "against")}
+        comparison["settings"] = to_table(settings) | files | {"out": Path(settings.out).name}
         comparison["trained_on"] = {"documents": len(documents), "characters": sum(map(len, documents))}
         write_file(folder / "comparison.json", json.dumps(comparison, ensure_ascii=False, indent=1) + "\n")
         vocabulary_comparison.draw(comparison, folder / "comparison.svg")
