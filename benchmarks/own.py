@@ -22,7 +22,6 @@ from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import use_deterministic_algorithms
 from engine.loop import Objective, accumulate
-from engine.memory import planned
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
 from engine.optimizer import AdamW, OptimizerSettings
@@ -92,7 +91,7 @@ def measure_steps(worker: RankWorker) -> None:
 
     worker.answers["ceilings"] = lambda: ceilings(run.device, run.dtype)
     worker.answers["breakdown"] = lambda: breakdown(step, run.device)
-    worker.ready(plan_gib=planned(run).peak / 2**30, **facts)
+    worker.ready(plan_gib=run.planned.peak / 2**30, **facts)
     worker.serve(step)
 
 
@@ -153,10 +152,7 @@ def fresh_model(run: Run) -> Mistral:
 
     Their size keeps activations at about 1, so that a place that saw what it must not see would show in the loss.
     """
-    with torch.device("meta"):
-        model = Mistral(run.config)
-    model = model.to(run.dtype).to_empty(device=run.device)
-    model.recompute, model.attention_backend = run.settings.recompute, run.settings.backend
+    model = run.empty_model()
     torch.manual_seed(run.settings.seed)
     for parameter in model.parameters():
         nn.init.ones_(parameter) if parameter.ndim == 1 else nn.init.normal_(parameter, std=run.config.hidden_size**-0.5)

@@ -24,7 +24,6 @@ from engine.flops import pairs_of, peak_flops, product_ceiling, recomputed_flops
 from engine.garbage import GarbageAtLogLines
 from engine.guard import SpikeLog
 from engine.interruption import Interruption
-from engine.memory import planned
 from engine.metrics import Metrics, StepRecord
 from engine.optimizer import AdamW
 from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
@@ -128,7 +127,7 @@ def open_metrics(run: Run, waits: RankWaits) -> Metrics:
     spikes = SpikeLog(run.out / "spikes.jsonl", settings.guard, run.plan)
     return Metrics(
         run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak_flops(run.device),
-        config=to_table(settings), ranks=run.ranks, planned_bytes=planned(run).peak,
+        config=to_table(settings), ranks=run.ranks, planned_bytes=run.planned.peak,
         ceiling=product_ceiling(run.device, run.dtype), spikes=spikes, waits=waits.take, lag=settings.guard.lag,
         skip_limit=settings.optimizer.skip_limit if settings.optimizer.nonfinite == "skip" else 1,
     )  # fmt: skip

@@ -9,16 +9,14 @@ Shapes: T tokens, D width, A query heads' width, K key/value heads' width, F fee
 """
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from engine.data.batches import Batch, make_step
 from engine.optimizer import OptimizerSettings
-from engine.run import Run
 from kernels.attention_work import AttentionWork, attention_work
 from kernels.linear_log_prob import default_budget
 from kernels.linear_log_prob import plan as head_plan
@@ -34,8 +32,6 @@ _ROWS = 128
 _CUBLAS_WORKSPACE = 2 * 8 * 2**22
 # Elements that the optimizer's eager reference updates at once.
 _UPDATE_BLOCK = 2**17
-# Parts of a run between which a step is looked at.
-_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -80,36 +76,6 @@ def plan(training: Training) -> MemoryPlan:
     step = _Step(training)
     step.run()
     return step.account.plan
-
-
-def planned(run: Run) -> MemoryPlan:
-    """The peak of a run on this rank, by the micro-batches of some of its steps, from the first to the last."""
-    last = run.plan.steps - 1
-    start = min(run.start, last)
-    plans = []
-    for index in sorted({start + (last - start) * part // _LOOKED_AT for part in range(_LOOKED_AT + 1)}):
-        first, *later = make_step(
-            run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=run.ranks.rank,
-            ranks=run.ranks.ranks, pad=run.device.type == "cuda",
-        ).batches  # fmt: skip
-        # While a step's first micro-batch computes there are no gradients yet, so that a smaller later one may need more. Those
-        # of shards wait whole for the last one's.
-        plans.append(plan(_training(run, [first], accumulates=bool(later) and run.ranks.ranks > 1)))
-        if later:
-            plans.append(plan(_training(run, later, accumulates=True)))
-    return max(plans, key=lambda found: found.peak)
-
-
-def _training(run: Run, batches: Sequence[Batch], *, accumulates: bool) -> Training:
-    """What the memory of a run's step depends on, with the largest of some micro-batches."""
-    settings = run.settings
-    largest = max(batches, key=lambda batch: len(batch.tokens_T))
-    return Training(
-        run.config, run.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
-        rows=max(int((batch.rows_N >= 0).sum()) for batch in batches), accumulates=accumulates, log_probs=run.plan.paired,
-        kernels=run.device.type == "cuda" and run.dtype == torch.bfloat16,
-        shards=run.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard, documents=largest.attention,
-    )  # fmt: skip
 
 
 def largest_micro_batch(training: Training, limit: int, *, most: int, multiple: int = 1024) -> int:

@@ -1,7 +1,6 @@
 """What a run is about to do, before it does it."""
 
 from engine.data.batches import Batch, make_step
-from engine.memory import planned
 from engine.run import Run
 from engine.schedule import learning_rate
 
@@ -24,7 +23,7 @@ def describe(run: Run) -> list[str]:
 
 def _planned(run: Run) -> str:
     """The planned peak of a rank's device, and what it is made of from the largest down."""
-    found = planned(run)
+    found = run.planned
     parts = sorted(((size, name) for name, size in found.items.items() if size), reverse=True)
     unit, scale = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
     text = ", ".join(f"{name} {size / scale:.2f}" for size, name in parts)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.data.batches import Batch, Step, make_step
+from engine.data.batches import Batch, Step
 from engine.loop import accumulate
 from engine.metrics import logged_steps
 from engine.optimizer import norm_of_gradients
@@ -42,10 +42,7 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
     The loss is to the bit the logged one where these weights are those of the step before, and rows are dealt to as many ranks.
     """
     number, ranks = run.settings.replay, run.ranks
-    step = make_step(
-        run.plan, number - 1, window=run.config.sliding_window, pack_tokens=run.pack_tokens, rank=ranks.rank, ranks=ranks.ranks,
-        pad=run.device.type == "cuda",
-    )  # fmt: skip
+    step = run.step(number - 1)
     parts: list[Tensor] = []
 
     def noted(model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from engine.checkpoint import TrainingState, checkpoints, model_folder, read_state
 from engine.config import to_table
+from engine.data.batches import Batch, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.environment import choose_device, use_deterministic_algorithms
+from engine.memory import MemoryPlan, Training, plan
 from engine.parallel import Ranks, first_row, join, local, shard
 from engine.settings import FREE_ON_RESUME, TrainSettings
 from kernels.attention_backends import cannot
@@ -23,6 +26,8 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
 PRESET = "preset:"
+# Parts of a run between which a step is looked at to plan its memory.
+_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,40 @@ class Run:
         sides = 2 if self.plan.paired else 1
         return self.settings.pack_tokens or sides * self.settings.context_length
 
+    def step(self, index: int) -> Step:
+        """This rank's part of a step, as it is trained on."""
+        return make_step(
+            self.plan, index, window=self.config.sliding_window, pack_tokens=self.pack_tokens, rank=self.ranks.rank,
+            ranks=self.ranks.ranks, pad=self.device.type == "cuda",
+        )  # fmt: skip
+
+    @cached_property
+    def planned(self) -> MemoryPlan:
+        """The peak of the run on this rank, by the micro-batches of some of its steps, from the first to the last."""
+        last = self.plan.steps - 1
+        start = min(self.start, last)
+        plans = []
+        for index in sorted({start + (last - start) * part // _LOOKED_AT for part in range(_LOOKED_AT + 1)}):
+            first, *later = self.step(index).batches
+            # While a step's first micro-batch computes there are no gradients yet, so that a smaller later one may need more.
+            # Those of shards wait whole for the last one's.
+            plans.append(plan(self._training([first], accumulates=bool(later) and self.ranks.ranks > 1)))
+            if later:
+                plans.append(plan(self._training(later, accumulates=True)))
+        return max(plans, key=lambda found: found.peak)
+
+    def _training(self, batches: Sequence[Batch], *, accumulates: bool) -> Training:
+        """What the memory of a step depends on, with the largest of some micro-batches."""
+        settings = self.settings
+        largest = max(batches, key=lambda batch: len(batch.tokens_T))
+        return Training(
+            self.config, self.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
+            rows=max(int((batch.rows_N >= 0).sum()) for batch in batches), accumulates=accumulates,
+            log_probs=self.plan.paired, kernels=self.device.type == "cuda" and self.dtype == torch.bfloat16,
+            shards=self.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard,
+            documents=largest.attention,
+        )  # fmt: skip
+
     def state(self, step: int) -> TrainingState:
         # As resolved: `auto` on another machine may be another dtype, which would drop or lack the masters' low bits.
         dtype = str(self.dtype).removeprefix("torch.")
@@ -66,7 +105,7 @@ class Run:
         """The model that the run starts (or started) from; for preference tuning that is the reference."""
         if not self.settings.model.startswith(PRESET):
             return self._load(model_folder(self.settings.model))
-        model = self._empty_model()
+        model = self.empty_model()
         parameters = dict(model.named_parameters())
         for name, values in initial_weights(model, self.settings.seed):
             first = first_row(parameters[name])
@@ -75,13 +114,16 @@ class Run:
         return model
 
     def _load(self, folder: Path) -> Mistral:
-        model = self._empty_model()
+        model = self.empty_model()
         targets = {name: (local(parameter).detach(), first_row(parameter)) for name, parameter in model.named_parameters()}
         load_rows(folder, self.config, targets)
         return model
 
-    def _empty_model(self) -> Mistral:
-        """Sharded before it has memory, so that no rank ever needs that of the whole."""
+    def empty_model(self) -> Mistral:
+        """The model without weights, set up as the settings say.
+
+        Sharded before it has memory, so that no rank ever needs that of the whole.
+        """
         with torch.device("meta"):
             model = Mistral(self.config)
         model = shard(model.to(self.dtype), self.ranks, self.settings.parallel).to_empty(device=self.device)

@@ -50,12 +50,6 @@ class AttentionWork:
         """The lists on a device. What backends make of them goes when this copy goes."""
         return replace(self, work=self.work.to(device, non_blocking=non_blocking), _made={})
 
-    def padded(self, tokens: int) -> "AttentionWork":
-        """The lists of the same segments in a longer row."""
-        bounds = [0, *(end for _, end, _ in self.segments)]
-        prefixes = [prefix for *_, prefix in self.segments]
-        return attention_work(bounds, self.window, prefixes=prefixes, tokens=tokens, tile=self.tile)
-
     def pinned(self) -> "AttentionWork":
         """The lists in memory from which a device may copy while the host goes on."""
         return replace(self, work=self.work.pin_memory())

@@ -78,21 +78,6 @@ class Batch:
         lengths = [end - start for start, end, _ in segments]
         return sum(lengths[prefix] for prefix in prefixes) - sum(lengths[prefix] for prefix in set(prefixes))
 
-    def padded(self, places: int) -> "Batch":
-        """The batch with padding up to this many places."""
-        missing = places - len(self.tokens_T)
-        if missing <= 0:
-            return self
-
-        def extended(places_T: Tensor, value: int = 0) -> Tensor:
-            return torch.cat((places_T, places_T.new_full((missing,), value)))
-
-        return replace(
-            self, tokens_T=extended(self.tokens_T), labels_T=extended(self.labels_T), weight_T=extended(self.weight_T),
-            positions_T=extended(self.positions_T), document_T=extended(self.document_T, len(self.document_D) - 1),
-            attention=self.attention.padded(places),
-        )  # fmt: skip
-
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA through pinned memory and without waiting."""
         device = torch.device(device)
@@ -146,9 +131,8 @@ def make_step(
     units = plan.units(step)
     sizes = units.sizes.tolist()
     packs = deal(pack_best_fit(sizes, pack_tokens), sizes, ranks)[rank]
-    batches = [_collate(plan.datasets, plan.document_offsets, units, pack, window) for pack in packs]
-    if pad:
-        batches = [batch.padded(padded_places(len(batch.tokens_T), pack_tokens)) for batch in batches]
+    room = pack_tokens if pad else 0
+    batches = [_collate(plan.datasets, plan.document_offsets, units, pack, window, room) for pack in packs]
     # Each trained place weighs 1.
     trained = _trained(plan.datasets, units)
     return Step(
@@ -308,9 +292,9 @@ def _attended(units: Units, window: int | None) -> int:
 
 
 def _collate(
-    datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Units, pack: list[int], window: int | None
+    datasets: Sequence[TokenDataset], offsets: Sequence[int], units: Units, pack: list[int], window: int | None, room: int = 0
 ) -> Batch:
-    """The tensors of one pack; of a filler where it is empty."""
+    """The tensors of one pack, padded as one with so much room (0: not at all); of a filler where it is empty."""
     if not pack:
         return _filler(units.unit, window)
     chosen = np.array(pack, dtype=np.int64)
@@ -319,10 +303,11 @@ def _collate(
     start, places = units.start[documents], units.places[documents]
     segments = _segments(places.tolist(), units.shared[chosen].tolist())
     bounds = [0, *itertools.accumulate(count for _, _, count, _ in segments)]
-    total = bounds[-1]
-    tokens, labels = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-    weight, positions = np.empty(total, dtype=np.float32), np.empty(total, dtype=np.int32)
-    document_of = np.empty(total, dtype=np.int64)
+    total = padded_places(bounds[-1], room) if room else bounds[-1]
+    # Padding is what stays as it is here.
+    tokens, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    weight, positions = np.zeros(total, dtype=np.float32), np.zeros(total, dtype=np.int32)
+    document_of = np.full(total, len(documents) - 1)
     for (index, before, count, _), begin, end in zip(segments, bounds, bounds[1:], strict=False):
         dataset, number = datasets[source[index]], int(document[index])
         at, first = slice(begin, end), int(start[index]) + before
@@ -339,7 +324,7 @@ def _collate(
         positions_T=torch.from_numpy(positions),
         document_T=torch.from_numpy(document_of),
         rows_N=_rows(weight),
-        attention=attention_work(bounds, window, prefixes=[prefix for *_, prefix in segments]),
+        attention=attention_work(bounds, window, prefixes=[prefix for *_, prefix in segments], tokens=total),
         document_D=torch.from_numpy(np.asarray(offsets, dtype=np.int64)[source] + document),
         document_start_D=torch.from_numpy(start),
         document_length_D=torch.tensor(lengths),

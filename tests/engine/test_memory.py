@@ -16,12 +16,12 @@ from benchmarks.own import open_job
 from benchmarks.train import TrainBenchSettings, make_job
 from engine.data.batches import make_step
 from engine.loop import accumulate
-from engine.memory import Training, largest_micro_batch, plan, planned
+from engine.memory import Training, largest_micro_batch, plan
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference
 from engine.optimizer import AdamW, OptimizerSettings
 from engine.preview import describe
-from engine.run import open_run
+from engine.run import Run, open_run
 from kernels.attention_work import attention_work
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, Recompute, attention_by
@@ -182,7 +182,7 @@ def test_a_runs_plan_is_what_its_steps_hold(stage, step_tokens, tiny_settings, t
             step = make_step(run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
             accumulate(model, objective, step)
             optimizer.step(1e-3)
-    found = planned(run)
+    found = run.planned
     assert found.peak == pytest.approx(live.peak, rel=0.05)
     (line,) = (line for line in describe(run) if line.startswith("memory"))
     assert f" {found.peak / 2**20:.2f} MiB at most, in the {found.moment}: " in line
@@ -198,8 +198,6 @@ def test_the_plan_is_what_a_gpu_held(row, tmp_path, monkeypatch):
     given = {field.name: row[field.name] for field in fields(TrainBenchSettings) if field.name in row}
     given |= {name: MEASURED["settings"][row["task"]][name] for name in ("rounds", "steps", "warmup", "seed")}
     run = open_job(make_job(TrainBenchSettings(**given, device="cpu"), torch.device("cpu"), tmp_path))
-    with_references = engine.memory._training
-    monkeypatch.setattr(
-        engine.memory, "_training", lambda *given, **more: replace(with_references(*given, **more), kernels=True)
-    )  # fmt: skip
-    assert planned(run).peak / 2**30 == pytest.approx(row["memory"]["allocated_gib"], rel=0.001)
+    with_references = Run._training
+    monkeypatch.setattr(Run, "_training", lambda *given, **more: replace(with_references(*given, **more), kernels=True))
+    assert run.planned.peak / 2**30 == pytest.approx(row["memory"]["allocated_gib"], rel=0.001)
