@@ -32,12 +32,13 @@ from benchmarks import measure
 from benchmarks.command import benchmark
 from benchmarks.data import synthetic_texts, trained_tokenizer
 from benchmarks.kernels import SMALL
-from engine.checkpoint import TrainingState, load_optimizer, newest_checkpoint, read_state
-from engine.checkpoint_writer import Checkpointer
-from engine.config import to_table
+from engine.checkpoint.state import TrainingState, load_optimizer, newest_checkpoint, read_state
+from engine.checkpoint.writing import Checkpointer
+from engine.distributed.ranks import Ranks
 from engine.environment import choose_device
-from engine.optimizer import AdamW, OptimizerSettings
-from engine.parallel import Ranks
+from engine.optim.adamw import AdamW
+from engine.settings.sections import OptimizerSettings
+from engine.settings.toml import to_table
 from model.config import MistralConfig, preset
 from model.folder import sync_all
 from model.mistral import Mistral

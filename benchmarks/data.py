@@ -29,15 +29,17 @@ from tokenizers import Tokenizer as RustTokenizer
 from benchmarks import lengths as of_length
 from benchmarks import measure
 from benchmarks.command import benchmark
-from engine.config import to_table
 from engine.data.batches import Batch, Step, make_step, step_stream
 from engine.data.dataset import DatasetWriter, TokenDataset
-from engine.data.plan import Plan, Source
+from engine.data.plan import Plan
 from engine.data.prepare import prepare
 from engine.data.records import read_text
 from engine.data.sources import TEXT_SUFFIXES, find_sources
 from engine.environment import choose_device
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from engine.settings.sections import Source
+from engine.settings.toml import to_table
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 
 Row = dict[str, Any]
 KINDS = ("text", "conversations", "preferences")

@@ -25,10 +25,10 @@ from benchmarks.definitions import Work, speed, work_of
 from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import export_steps, write_synthetic
 from benchmarks.train import default_dtype, memory_text
-from engine.config import to_table
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.prepare import prepare
 from engine.environment import choose_device
+from engine.settings.toml import to_table
 from model.config import MistralConfig, preset
 
 Stage = Literal["sft", "dpo"]

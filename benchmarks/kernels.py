@@ -27,8 +27,8 @@ from benchmarks import measure
 from benchmarks.command import benchmark
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes, Tensors, gradient_of
-from engine.config import to_table
 from engine.environment import choose_device
+from engine.settings.toml import to_table
 from model.config import MistralConfig, preset
 
 SMALL = MistralConfig(

@@ -16,20 +16,22 @@ from torch.profiler import record_function
 from benchmarks.measure import ceilings
 from benchmarks.parts import references
 from benchmarks.peers.worker import Worker, cpu_seconds
-from engine.config import from_table, to_table
 from engine.data.batches import Step, make_step, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
+from engine.distributed.ranks import Ranks, gather, host_group, join, leave
+from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
 from engine.loop import Objective, accumulate
 from engine.objectives.next_token import NextToken
-from engine.objectives.preference import Preference, PreferenceSettings, reference_log_probs
-from engine.optimizer import AdamW, OptimizerSettings
-from engine.parallel import ParallelSettings, Ranks, gather, host_group, join, leave, reshard
-from engine.profile import OPTIMIZER, breakdown, replaced
+from engine.objectives.preference import Preference, reference_log_probs
+from engine.observe.profile import OPTIMIZER, breakdown, replaced
+from engine.optim.adamw import AdamW
+from engine.optim.schedule import learning_rate
 from engine.run import Run
-from engine.schedule import learning_rate
-from engine.settings import TrainSettings
+from engine.settings.sections import OptimizerSettings, ParallelSettings, PreferenceSettings
+from engine.settings.toml import from_table, to_table
+from engine.settings.training import TrainSettings
 from model.config import MistralConfig
 from model.mistral import Mistral
 from model.weights import save_model

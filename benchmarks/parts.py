@@ -8,8 +8,8 @@ from dataclasses import fields
 
 import torch
 
-from engine.profile import OPERATORS
-from engine.settings import TrainSettings
+from engine.observe.profile import OPERATORS
+from engine.settings.training import TrainSettings
 
 # torch.compile over each block, around the operators: beside all parts, as the engine does not use it.
 COMPILED = "compiled blocks"

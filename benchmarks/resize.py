@@ -22,21 +22,21 @@ import torch
 
 from benchmarks import measure
 from benchmarks.command import benchmark
-from engine.checkpoint import newest_checkpoint
-from engine.config import to_table
+from engine.checkpoint.state import newest_checkpoint
 from engine.data.dataset import TokenDataset
-from engine.data.plan import Source
 from engine.data.prepare import prepare
-from engine.flops import attended_pairs, training_flops
-from engine.metrics import LogSettings
-from engine.schedule import ScheduleSettings
+from engine.estimate.flops import training_flops
+from engine.settings.sections import LogSettings, ScheduleSettings, Source
+from engine.settings.toml import to_table
+from kernels.attention.work import attended_pairs
 from model.config import MistralConfig
 from model.folder import complete_folder, write_file
 from model.mistral import Mistral, initialize
 from model.vocabulary.distill import Distillation
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, split_pieces
 from model.vocabulary.resize import Method, resize_model
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import save_model
 from recipes import pretrain
 from recipes.pretrain import PretrainSettings

@@ -26,12 +26,13 @@ from torch import Tensor
 from benchmarks import measure
 from benchmarks.checkpoint import forget_files
 from benchmarks.command import benchmark
-from engine.config import to_table
+from engine.settings.toml import to_table
 from model.config import MistralConfig, preset, read_config, write_config
 from model.folder import complete_folder, sync_all
 from model.tensor_file import BLOCK_BYTES
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.resize import Method, resize_model
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import TensorFolder, convert_folder, hugging_face_shapes, write_tensors
 from recipes import export
 from recipes.export import ExportSettings

@@ -27,12 +27,12 @@ from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.packs import Documents, export_steps, write_synthetic
 from benchmarks.parts import COMPILED, LADDER, missing_part, missing_ranks, missing_setting
 from benchmarks.power import Sampler
-from engine.config import to_table
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
-from engine.flops import peak_flops
-from engine.optimizer import OptimizerSettings
-from engine.profile import OPERATORS
+from engine.estimate.flops import peak_flops
+from engine.observe.profile import OPERATORS
+from engine.settings.sections import OptimizerSettings
+from engine.settings.toml import to_table
 from model.config import MistralConfig, preset
 
 _BREAKDOWN_STEPS = 2

@@ -24,8 +24,8 @@ from benchmarks.command import benchmark
 from benchmarks.kernels import SMALL, Trial
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Case, Operator, Sizes
-from engine.config import to_table
 from engine.environment import choose_device
+from engine.settings.toml import to_table
 from kernels.configurations import TABLES, Configuration, chip
 from model.config import preset
 

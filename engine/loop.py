@@ -16,22 +16,24 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from engine.checkpoint import load_optimizer, point_latest_at
-from engine.checkpoint_writer import Checkpointer
-from engine.config import to_table, to_toml
+from engine.checkpoint.state import load_optimizer, point_latest_at
+from engine.checkpoint.writing import Checkpointer
 from engine.data.batches import Batch, Step, share_of, step_stream
-from engine.flops import pairs_of, peak_flops, product_ceiling, recomputed_flops, training_flops
-from engine.garbage import GarbageAtLogLines
-from engine.guard import SpikeLog
-from engine.interruption import Interruption
-from engine.metrics import Metrics, StepRecord
-from engine.optimizer import AdamW
-from engine.parallel import Ranks, lost_ranks_named, reduce_after, reshard
-from engine.profile import OPTIMIZER, StepProfiler
+from engine.distributed.garbage import GarbageAtLogLines
+from engine.distributed.ranks import Ranks, lost_ranks_named
+from engine.distributed.sharding import reduce_after, reshard
+from engine.distributed.stop import Interruption
+from engine.distributed.stragglers import RankWaits
+from engine.distributed.watchdog import Watchdog
+from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, training_flops
+from engine.observe.metrics import Metrics, StepRecord
+from engine.observe.profile import OPTIMIZER, StepProfiler
+from engine.observe.spikes import SpikeLog
+from engine.optim.adamw import AdamW
+from engine.optim.schedule import learning_rate
 from engine.run import Run
-from engine.schedule import learning_rate
-from engine.waiting import RankWaits
-from engine.watchdog import Watchdog
+from engine.settings.toml import to_table, to_toml
+from kernels.attention.work import pairs_of
 from model.config import MistralConfig
 from model.folder import sole_writer, write_file
 from model.mistral import Mistral

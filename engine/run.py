@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import TrainingState, checkpoints, model_folder, read_state
-from engine.config import to_table
+from engine.checkpoint.state import TrainingState, checkpoints, model_folder, read_state
 from engine.data.batches import Batch, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
+from engine.distributed.ranks import Ranks, join
+from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
-from engine.memory import MemoryPlan, Training, plan
-from engine.parallel import Ranks, first_row, join, local, shard
-from engine.settings import FREE_ON_RESUME, TrainSettings
-from kernels.attention_backends import cannot
+from engine.estimate.memory import MemoryPlan, Training, plan
+from engine.settings.toml import to_table
+from engine.settings.training import FREE_ON_RESUME, TrainSettings
+from kernels.attention.backends import cannot
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Mistral, initial_weights
 from model.vocabulary.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     problem = cannot(settings.backend, device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
-    settings.profile.check(device)
+    settings.profile.check(device.type)
     tokenizer = Tokenizer.load(_tokenizer_folder(settings))
     config = _config(settings, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]

@@ -9,9 +9,9 @@ Shapes: P = 2 for key and value, T new tokens, H query heads, K key/value heads,
 import torch
 from torch import Tensor
 
-from kernels.attention import sliding_window_attention
-from kernels.attention_decode import decode_attention
-from kernels.attention_work import AttentionWork, attention_work
+from kernels.attention.decode import decode_attention
+from kernels.attention.sliding_window import sliding_window_attention
+from kernels.attention.work import AttentionWork, attention_work
 from model.config import MistralConfig
 
 _FIRST_ROOM = 256
@@ -21,7 +21,8 @@ class KeyValueCache:
     """Keys and values of one text; its `attend` is what `Mistral.forward` takes. For use without gradients.
 
     Tokens come in order, in chunks of any length, each at the positions len(cache), len(cache) + 1, ... The first chunk is
-    attended to as a packed row of one document (`kernels.attention`), later ones beside the ring (`kernels.attention_decode`).
+    attended to as a packed row of one document (`kernels.attention.sliding_window`), later ones beside the ring
+    (`kernels.attention.decode`).
     """
 
     def __init__(

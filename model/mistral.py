@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import sliding_window_attention
-from kernels.attention_backends import Backend
-from kernels.attention_work import AttentionWork, attention_work
+from kernels.attention.backends import Backend
+from kernels.attention.sliding_window import sliding_window_attention
+from kernels.attention.work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
 from kernels.linear_log_prob import linear_log_prob, linear_nll, wide_product

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from engine.checkpoint import model_folder
+from engine.checkpoint.state import model_folder
 from engine.environment import choose_device
 from model.generate import Past, Sampling, generate
 from model.mistral import Mistral

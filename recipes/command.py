@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from engine.config import parse
+from engine.distributed.ranks import leave
 from engine.environment import DeviceError
-from engine.parallel import leave
+from engine.settings.toml import parse
 
 Settings = TypeVar("Settings")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from engine.data.batches import Batch, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import Evaluation, train, whole_step
-from engine.objectives.preference import Preference, PreferenceSettings
-from engine.reference import reference_tables
-from engine.replay import replay
+from engine.objectives.preference import Preference
+from engine.objectives.reference import reference_tables
+from engine.observe.replay import replay
 from engine.run import Run, open_run
-from engine.settings import TrainSettings, check_neftune
+from engine.settings.sections import PreferenceSettings
+from engine.settings.training import TrainSettings, check_neftune
 from recipes.command import command
 from recipes.training import announce, heldout_batches
 

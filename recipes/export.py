@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from engine.checkpoint import newest_checkpoint, read_state
+from engine.checkpoint.state import newest_checkpoint, read_state
 from model.folder import complete_folder
-from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer
 from model.weights import convert_folder
 from recipes.command import command
 

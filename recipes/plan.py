@@ -17,12 +17,12 @@ from typing import Any, get_args
 
 import torch
 
-from engine.checkpoint import model_folder
-from engine.config import parse, read_table
-from engine.memory import MemoryPlan, Training, largest_micro_batch, plan
+from engine.checkpoint.state import model_folder
+from engine.estimate.memory import MemoryPlan, Training, largest_micro_batch, plan
+from engine.estimate.throughput import ASSUMPTIONS, DEVICES, Device, Speed, speed
 from engine.run import PRESET
-from engine.scaling import ASSUMPTIONS, DEVICES, Device, Speed, speed
-from engine.settings import TrainSettings
+from engine.settings.toml import parse, read_table
+from engine.settings.training import TrainSettings
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Recompute
 from recipes.dpo import DpoSettings

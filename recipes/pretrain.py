@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.objectives.next_token import NextToken
 from engine.run import open_run
-from engine.settings import TrainSettings
+from engine.settings.training import TrainSettings
 from recipes.command import command
 from recipes.training import train_next_token
 

@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 import torch
 
-from engine.config import read_toml
 from engine.environment import choose_device
-from engine.settings import TrainSettings
+from engine.settings.toml import read_toml
+from engine.settings.training import TrainSettings
 from model.folder import write_file
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model

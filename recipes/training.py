@@ -6,8 +6,8 @@ from engine.data.batches import evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import Evaluation, train, whole_step
 from engine.objectives.next_token import NextToken
-from engine.preview import describe, sample
-from engine.replay import replay
+from engine.observe.preview import describe, sample
+from engine.observe.replay import replay
 from engine.run import Run
 
 

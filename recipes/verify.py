@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoint import STATE, checkpoints
-from engine.checkpoint_verify import problems
+from engine.checkpoint.state import STATE, checkpoints
+from engine.checkpoint.verifying import problems
 
 
 def verify(folder: Path) -> bool:

@@ -21,17 +21,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.checkpoint import model_folder
-from engine.config import to_table
+from engine.checkpoint.state import model_folder
 from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
+from engine.settings.toml import to_table
 from model.config import read_config
 from model.folder import complete_folder, write_file
-from model.vocabulary.export import CHATML
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import check_base, extend, merge, unreachable
 from model.vocabulary.resize import Method, check_rows, padded_size, resize_model
 from model.vocabulary.scripts import JAPANESE, Scripts
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.tokenizer import CHATML, Tokenizer, mistral_tokenizer_path
 from model.vocabulary.train import distinct, sample
 from recipes import vocabulary_comparison
 from recipes.command import command

@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from engine.flops import attended_pairs, training_flops
+from engine.estimate.flops import training_flops
+from kernels.attention.work import attended_pairs
 from model.config import MISTRAL_7B, MistralConfig
 from model.vocabulary.merge import Merged, candidates_for, merge, unreachable
 from model.vocabulary.resize import padded_size

@@ -9,13 +9,14 @@ import pytest
 import sentencepiece
 import torch
 
-from engine.config import from_table
 from engine.data.dataset import DatasetWriter
+from engine.settings.toml import from_table
 from kernels.launch import INTERPRETED
 from model.config import MistralConfig
 from model.mistral import Mistral, initialize
 from model.vocabulary.chat import encode_chat, encode_prompt
-from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer
 from model.weights import save_model
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
-from engine.flops import attended_pairs
-from kernels.attention_work import attention_work
+from kernels.attention.work import attended_pairs, attention_work
 
 _TILE = 256
 
@@ -209,7 +208,7 @@ def _fla(case: Case) -> Call:
 
 
 SLIDING_WINDOW_ATTENTION = Operator(
-    "sliding_window_attention", "kernels.attention", "sliding_window_attention", _case, _call, _exact, _cost,
+    "sliding_window_attention", "kernels.attention.sliding_window", "sliding_window_attention", _case, _call, _exact, _cost,
     shape=lambda sizes: (
         f"{len(sizes.documents)} of {max(sizes.documents)} x {sizes.heads} / {sizes.kv_heads} heads x {sizes.head_dim}, "
         f"window {sizes.window}"

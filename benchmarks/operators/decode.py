@@ -70,7 +70,7 @@ def _sdpa(case: Case) -> Call:
 
 
 DECODE_ATTENTION = Operator(
-    "decode_attention", "kernels.attention_decode", "decode_attention", _case, _call, _exact, _cost,
+    "decode_attention", "kernels.attention.decode", "decode_attention", _case, _call, _exact, _cost,
     shape=lambda sizes: (
         f"1 after {sizes.tokens} x {sizes.heads} / {sizes.kv_heads} heads x {sizes.head_dim}, window {sizes.window}"
     ),

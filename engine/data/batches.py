@@ -23,8 +23,7 @@ from torch import Tensor
 from engine.data.dataset import TokenDataset
 from engine.data.packing import deal, pack_best_fit
 from engine.data.plan import Plan, SegmentTable, Units
-from engine.flops import attended_pairs
-from kernels.attention_work import AttentionWork, attention_work
+from kernels.attention.work import AttentionWork, attended_pairs, attention_work
 
 ROWS = 128
 # Rows of a tile of a matrix product: up to a whole number of them, more rows cost nothing.

@@ -21,32 +21,11 @@ import numpy as np
 
 from engine.data.dataset import TokenDataset
 from engine.data.packing import pack_best_fit
+from engine.settings.sections import Source
 
 # Changes whenever equal inputs would give another order, so that no run resumes on an order that it did not begin with.
 ORDER = 1
 MERGE_UNITS = 2**20
-
-
-@dataclass(frozen=True)
-class Source:
-    """One prepared dataset of a mixture.
-
-    path: its folder. share: its part of the tokens of the whole run (pairs, for preferences), relative to the other
-    sources' shares; the source repeats as often as that needs. passes: how often each document is seen per epoch
-    (default 1; 0.5 takes half). A mixture uses either shares or passes.
-    """
-
-    path: str
-    share: float | None = None
-    passes: float | None = None
-
-    def __post_init__(self):
-        if self.share is not None and self.passes is not None:
-            raise ValueError(f"source '{self.path}': share and passes exclude each other: leave one out")
-        for name in ("share", "passes"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"source '{self.path}': {name} = {value}: must be above 0")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ Shapes: P pairs, D = 2P documents: chosen at even places, rejected at odd ones.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,27 +19,8 @@ from torch import Tensor
 
 from engine.data.batches import Batch, Step
 from engine.objectives.scoring import answer_lengths, document_log_probs, embedding_noise, token_log_probs
+from engine.settings.sections import PreferenceSettings
 from model.mistral import Mistral
-
-LossKind = Literal["sigmoid", "ipo", "ipo-mean", "hinge"]
-
-
-@dataclass(frozen=True)
-class PreferenceSettings:
-    """loss: see the module. beta: strength of the pull to the reference. label_smoothing: share of labels taken to be
-    flipped (sigmoid only), 0 <= share < 0.5."""
-
-    loss: LossKind = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"preference.beta = {self.beta}: must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"preference.label_smoothing = {self.label_smoothing}: must lie in 0 .. 0.5, 0.5 excluded")
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"preference.label_smoothing has no effect with the {self.loss} loss; leave it out")
 
 
 def preference_loss(margin_P: Tensor, settings: PreferenceSettings) -> Tensor:
@@ -62,7 +42,7 @@ class Preference:
     """Mean preference loss over the pairs of a global step.
 
     reference: for each source of the run, [pairs, 2] float32 log-probabilities of (chosen, rejected) of all its pairs under the
-    frozen reference model, computed once beforehand (`engine.reference`), so that it is never in memory while training.
+    frozen reference model, computed once before training (`engine.objectives.reference`).
     """
 
     settings: PreferenceSettings

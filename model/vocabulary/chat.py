@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
-if TYPE_CHECKING:
-    from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.tokenizer import Tokenizer
 
 Message = TypedDict("Message", {"role": str, "content": str})  # noqa: UP013 - the two keys read best on one line
 

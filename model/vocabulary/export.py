@@ -20,9 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 from model.folder import sync
 from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.scripts import SPACE
-
-MODEL_FILE = "tokenizer.model"
-CHATML = ("<|im_start|>", "<|im_end|>")
+from model.vocabulary.tokenizer import CHATML, MODEL_FILE
 
 _NO_LIMIT = 10**30  # how transformers writes that a tokenizer sets no maximum length
 _protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from model.config import MistralConfig, read_config, write_config
 from model.vocabulary.distill import Distillation, distill
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import split_pieces
-from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer
 from model.weights import TensorFolder, hugging_face_shapes, write_tensors
 
 Method = Literal["weighted", "mean", "random", "distilled"]

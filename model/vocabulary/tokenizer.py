@@ -13,9 +13,8 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_pb2
 
-from model.vocabulary.export import CHATML, MODEL_FILE, write_tokenizer_folder
-
-__all__ = ["StreamDecoder", "Tokenizer", "mistral_tokenizer_path", "write_tokenizer_folder"]
+MODEL_FILE = "tokenizer.model"
+CHATML = ("<|im_start|>", "<|im_end|>")
 
 _protobuf: Any = sentencepiece_pb2  # its classes are made at import time, out of a type checker's sight
 _EncodedText = _protobuf.SentencePieceText

@@ -16,7 +16,8 @@ from typing import Any
 
 from model.folder import complete_folder
 from model.vocabulary.chat import Message
-from model.vocabulary.tokenizer import mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import mistral_tokenizer_path
 from recipes.example.facts import LANGUAGES, PHRASINGS, Item, all_facts, all_sums
 
 PREFIX = {"en": ("Q: ", "\nA:"), "ja": ("問：", "\n答：\n")}  # around a question in plain text

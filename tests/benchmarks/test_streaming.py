@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import streaming
 from benchmarks.streaming import MATRICES, StreamingSettings
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import merge
-from model.vocabulary.tokenizer import mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.tokenizer import mistral_tokenizer_path
 
 
 @pytest.fixture(scope="module")

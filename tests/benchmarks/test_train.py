@@ -22,7 +22,7 @@ from benchmarks.peers.steps import Steps
 from benchmarks.peers.worker import peak_memory, peak_resident_bytes
 from benchmarks.train import TrainBenchSettings, points
 from engine.data.dataset import TokenDataset
-from engine.profile import CATEGORIES, OPERATORS, OPTIMIZER, classified, ranges, replaced
+from engine.observe.profile import CATEGORIES, OPERATORS, OPTIMIZER, classified, ranges, replaced
 from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
 

@@ -25,13 +25,13 @@ import torch
 import torch._dynamo  # what several ranks import on first use
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import engine.checkpoint_writer
+import engine.checkpoint.writing
 import engine.loop
-import engine.optimizer
+import engine.optim.adamw
 import model.folder
 import model.weights
-from engine.checkpoint import newest_checkpoint
-from engine.checkpoint_writer import Checkpointer
+from engine.checkpoint.state import newest_checkpoint
+from engine.checkpoint.writing import Checkpointer
 from recipes import dpo, pretrain, sft
 from tests.engine.forked_ranks import end_of, fork_ranks
 
@@ -87,7 +87,7 @@ def is_checkpoint(path, **_):
 POINTS = {
     "never": lambda: None,
     # Between two parameters of the third step's update, when the first checkpoint is complete.
-    "update": lambda: at_call(engine.optimizer, "adamw_", 40, then_killed(wait_for_checkpoint), first=True),
+    "update": lambda: at_call(engine.optim.adamw, "adamw_", 40, then_killed(wait_for_checkpoint), first=True),
     # While a file is half on the disk: of the optimizer, of the weights (which are written to one).
     "optimizer": lambda: at_call(safetensors.torch, "save", 2, kill, only=lambda tensors: any("exp_avg" in n for n in tensors)),
     "weights": lambda: at_call(model.weights, "write_tensor_file", 2, then_killed(lambda path, *_: cut(path))),
@@ -95,9 +95,9 @@ POINTS = {
     "rename": lambda: at_call(
         model.folder, "replace_folder", 2, then_killed(lambda partial, _: cut(partial / "training/state.json")), first=True
     ),
-    "latest": lambda: at_call(engine.checkpoint_writer, "point_latest_at", 2, kill, first=True),
+    "latest": lambda: at_call(engine.checkpoint.writing, "point_latest_at", 2, kill, first=True),
     "removal": lambda: at_call(
-        engine.checkpoint_writer.shutil, "rmtree", 1, then_killed(lambda path: (path / "config.json").unlink()),
+        engine.checkpoint.writing.shutil, "rmtree", 1, then_killed(lambda path: (path / "config.json").unlink()),
         only=is_checkpoint, first=True,
     ),
     "disk": lambda: at_call(Checkpointer, "save", 2, fill_disk, first=True),

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch._dynamo  # what several ranks import on first use
 
-from engine.config import from_table
-from engine.parallel import leave
+from engine.distributed.ranks import leave
+from engine.settings.toml import from_table
 from recipes import dpo, pretrain, sft
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import checkpoints as complete
-from engine.checkpoint import newest_checkpoint
-from engine.checkpoint_verify import problems
-from engine.config import to_toml
+from engine.checkpoint.state import checkpoints as complete
+from engine.checkpoint.state import newest_checkpoint
+from engine.checkpoint.verifying import problems
+from engine.settings.toml import to_toml
 from tests.engine.forked_ranks import end_of
 from tests.engine.killed_runs import ready, start_all
 from tests.engine.trajectories import assert_close

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import engine.metrics
+import engine.observe.metrics
 import engine.run
-from engine.checkpoint import read_state
+from engine.checkpoint.state import read_state
 from engine.data.batches import make_step, step_stream
-from engine.flops import product_ceiling
-from engine.optimizer import AdamW
-from engine.parallel import SHARD, Ranks, leave
-from engine.profile import memory_curve
+from engine.distributed.ranks import SHARD, Ranks, leave
+from engine.estimate.flops import product_ceiling
+from engine.observe.profile import memory_curve
+from engine.optim.adamw import AdamW
 from engine.run import open_run
 from model.generate import Sampling, generate
 from model.mistral import packed_attention
@@ -92,7 +92,7 @@ def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatc
             if name == "sharded":
                 patch.setattr(engine.run, "join", join)
                 # A mesh without others has nobody to wait for.
-                patch.setattr(engine.metrics, "slowest", lambda waits: (0, 0.0))
+                patch.setattr(engine.observe.metrics, "slowest", lambda waits: (0, 0.0))
             finished[name] = STAGES[stage].run(
                 tiny_settings(stage, tmp_path / name, device="cuda", dtype="float32", step_size=8 if stage == "dpo" else 512)
             )

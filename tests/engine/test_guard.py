@@ -16,13 +16,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.loop
-from engine.checkpoint import checkpoints
+from engine.checkpoint.state import checkpoints
 from engine.data.batches import make_step
-from engine.garbage import GarbageAtLogLines
-from engine.guard import GuardSettings, SpikeLog, documents_of
-from engine.profile import CATEGORIES, ProfileSettings, memory_curve
+from engine.distributed.garbage import GarbageAtLogLines
+from engine.distributed.stragglers import slowest
+from engine.observe.profile import CATEGORIES, memory_curve
+from engine.observe.spikes import SpikeLog, documents_of
 from engine.run import open_run
-from engine.waiting import slowest
+from engine.settings.sections import GuardSettings, ProfileSettings
 from recipes import dpo, pretrain, sft
 
 ROOT = Path(__file__).resolve().parents[2]

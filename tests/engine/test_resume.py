@@ -11,10 +11,10 @@ import pytest
 from safetensors import safe_open
 
 import engine.loop
-import engine.optimizer
+import engine.optim.adamw
 import model.mistral
-from engine.checkpoint import checkpoints, read_state
-from engine.config import to_toml
+from engine.checkpoint.state import checkpoints, read_state
+from engine.settings.toml import to_toml
 from recipes import dpo, pretrain, sft
 from tests.engine.trajectories import assert_close
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 
 def kill_in_update(monkeypatch, call):
     """Raise at the `call`th parameter update, with some parameters of that step updated and some not."""
-    original, calls = engine.optimizer.adamw_, []
+    original, calls = engine.optim.adamw.adamw_, []
 
     def adamw_(*arguments, **named):
         calls.append(1)
@@ -38,7 +38,7 @@ def kill_in_update(monkeypatch, call):
             raise Killed
         original(*arguments, **named)
 
-    monkeypatch.setattr(engine.optimizer, "adamw_", adamw_)
+    monkeypatch.setattr(engine.optim.adamw, "adamw_", adamw_)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 from engine.data.batches import step_stream
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.run import open_run
-from engine.settings import FREE_ON_RESUME
+from engine.settings.training import FREE_ON_RESUME
 from model.config import read_config
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from recipes import dpo, pretrain, sft
 
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
@@ -248,7 +249,7 @@ def test_default_micro_batch_holds_the_longest_unit(tiny_settings, tmp_path):
 
 @pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
 def test_attention_backend_that_needs_a_gpu(backend, tiny_settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("kernels.attention_backends.INTERPRETED", False)
+    monkeypatch.setattr("kernels.attention.backends.INTERPRETED", False)
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", device="cpu", backend=backend))
     assert message.startswith(f"backend = '{backend}': attention backend {backend} ")
 

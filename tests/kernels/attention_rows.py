@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import kernels.attention_work
+import kernels.attention.work
 from kernels import configurations
 from kernels.launch import INTERPRETED
 from tests.kernels.conftest import DTYPES
@@ -37,7 +37,7 @@ class Row:
     def work(self, device="cpu"):
         """The lists, by the module as it is now: mutants take its place."""
         given = {"prefixes": self.prefixes, "tokens": self.tokens, "tile": self.tile}
-        return kernels.attention_work.attention_work(self.bounds, self.window, **given).to(device)
+        return kernels.attention.work.attention_work(self.bounds, self.window, **given).to(device)
 
     def inputs(self, dtype, device, seed=0) -> list[torch.Tensor]:
         """Query, key and value, views of one packed row, and the gradient of the output."""

@@ -17,7 +17,8 @@ from model.config import MistralConfig
 from model.generate import Sampling
 from model.mistral import Mistral, initialize
 from model.vocabulary.chat import encode_prompt
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import save_model
 
 CONFIG = MistralConfig(

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import newest_checkpoint
+from engine.checkpoint.state import newest_checkpoint
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
-from engine.settings import TrainSettings
+from engine.settings.training import TrainSettings
 from model.config import read_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model

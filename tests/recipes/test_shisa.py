@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import read_toml
-from engine.schedule import learning_rate
-from engine.settings import TrainSettings
+from engine.optim.schedule import learning_rate
+from engine.settings.toml import read_toml
+from engine.settings.training import TrainSettings
 from model.config import preset
 from model.vocabulary.resize import padded_size
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path

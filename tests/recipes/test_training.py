@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import read_toml, to_toml
 from engine.data.dataset import DatasetWriter
+from engine.settings.toml import read_toml, to_toml
 from model.vocabulary.chat import encode_chat
 from model.vocabulary.tokenizer import Tokenizer
 from recipes import dpo, pretrain, sft

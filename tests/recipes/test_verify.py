@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import Fingerprint
+from engine.checkpoint.state import Fingerprint
 from recipes import pretrain, verify
 
 STATE = "training/state.json"

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.config import MistralConfig
 from model.mistral import Mistral, initialize
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import unreachable
-from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path, write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import read_tensors, save_model
 from recipes.vocabulary import VocabularySettings, main, run
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data.batches import Batch, evaluation_batches, make_step, padded_places, step_stream
-from engine.data.plan import Plan, Source
+from engine.data.plan import Plan
+from engine.settings.sections import Source
 
 WINDOW = 5
 # What a batch has for each place.

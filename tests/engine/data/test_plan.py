@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.data import plan as plan_module
-from engine.data.plan import Plan, Source
+from engine.data.plan import Plan
+from engine.settings.sections import Source
 
 
 def places_of(plan, step):

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels import attention_backward
+from kernels.attention import backward as attention_backward
 from tests.kernels.cases import empty
 from tests.kernels.cases.attention_forward import HEADS, SIZE, packed, work
 

@@ -1,6 +1,6 @@
 """Attention of new places to a ring: what to compile offline, and mutants."""
 
-from kernels import attention_decode
+from kernels.attention import decode as attention_decode
 from tests.kernels.cases import CONFIG, empty
 from tests.kernels.cases.attention_forward import KV_HEADS, SIZE, packed
 

@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from kernels import attention_forward
+from kernels.attention import forward as attention_forward
 from tests.kernels.cases import CONFIG, empty
 
 HEADS, KV_HEADS, SIZE = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim

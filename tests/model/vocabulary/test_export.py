@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from model.vocabulary.chat import CHAT_TEMPLATE
-from model.vocabulary.export import CHATML, write_tokenizer_folder
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, merge
 from model.vocabulary.resize import padded_size
-from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.tokenizer import CHATML, Tokenizer
 
 SPECIALS = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = (

@@ -17,9 +17,10 @@ from model.config import MistralConfig, read_config, write_config
 from model.mistral import Mistral, initialize
 from model.vocabulary import resize
 from model.vocabulary.distill import Distillation
+from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, split_pieces
 from model.vocabulary.resize import check_rows, padded_size, resize_model
-from model.vocabulary.tokenizer import Tokenizer, write_tokenizer_folder
+from model.vocabulary.tokenizer import Tokenizer
 from model.weights import (
     TensorFolder,
     convert_folder,

@@ -1,0 +1,170 @@
+"""The processes of a run: one rank without any wrapper, several with FSDP2 (`fully_shard`).
+
+Every rank holds a run of rows of each parameter, its gradient and its optimizer state. Whole parameters exist only while a
+block computes. Sums over ranks are sums, never means, and are added in float32 or wider: the denominators of an objective count
+all ranks already.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from engine.settings.sections import ParallelSettings
+
+SHARD, REPLICATE = "shard", "replicate"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several.
+    timeout: seconds that they wait for one another."""
+
+    device: torch.device
+    rank: int = 0
+    ranks: int = 1
+    mesh: DeviceMesh | None = None
+    timeout: float = ParallelSettings.timeout
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars summed over all ranks, in float64 and one collective. Nothing waits for a CUDA device."""
+        if self.mesh is None:
+            return values
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        dist.all_reduce(stacked)
+        return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), stacked, strict=True)}
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """A tensor, on the CPU or the run's device, summed over all ranks in place."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """What rank 0 has: text, numbers, None, lists of these."""
+        if self.mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+
+def join(device: torch.device, settings: ParallelSettings) -> Ranks:
+    """Join the processes that a launcher such as torchrun started; alone where there is none, or only one.
+
+    Raises: ValueError for replicas that do not divide the ranks, or more processes than GPUs on this machine; ConnectionError
+        where the others cannot be reached.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % settings.replicas:
+        raise ValueError(
+            f"parallel.replicas = {settings.replicas} does not divide the {ranks} ranks of this run; start another number of "
+            "processes (torchrun --nproc-per-node), or set it to a divisor"
+        )
+    if ranks == 1:
+        return Ranks(device)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK = {local}: this machine has {torch.cuda.device_count()} GPUs; start as many processes on it "
+                "(torchrun --nproc-per-node)"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _connect(device, settings)
+    mesh = _mesh(device, ranks, settings)
+    return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
+
+
+def _connect(device: torch.device, settings: ParallelSettings) -> None:
+    # gloo beside NCCL: what is on the host (names, counts, checkpoints) is agreed on without the device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=settings.timeout)
+    try:
+        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+            # torchrun keeps its store over restarts, and in it the addresses of processes that are dead. Its count of restarts
+            # tells them apart; on several machines it differs among them (https://github.com/pytorch/pytorch/issues/135712).
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=ranks, timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+    except (dist.DistError, ValueError) as error:
+        raise ConnectionError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}; is the port in use, or a "
+            "machine unreachable? Start with torchrun --standalone, or choose another --master-port"
+        ) from None
+
+
+def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> DeviceMesh:
+    if settings.replicas == 1:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARD,))
+    # Groups of our own, as those that torch makes for a mesh wait its default time and not that of the settings.
+    places = torch.arange(ranks).view(settings.replicas, -1)
+    mine: list[dist.ProcessGroup] = []
+    for lists in (places.T, places):
+        groups = [dist.new_group(members, timeout=timedelta(seconds=settings.timeout)) for members in lists.tolist()]
+        mine += [group for group in groups if group != dist.GroupMember.NON_GROUP_MEMBER]
+    return DeviceMesh.from_group(mine, device.type, mesh=places, mesh_dim_names=(REPLICATE, SHARD))
+
+
+def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
+    return None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
+
+
+def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all ranks, rank by rank, on every rank."""
+    mine = list(values)
+    if group is None:
+        return mine
+    everyone: list[Any] = [None] * ranks.ranks
+    dist.all_gather_object(everyone, mine, group=group)
+    return [value for one in everyone for value in one]
+
+
+def leave() -> None:
+    """Take leave of the other ranks, at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Turn what a collective raises when another rank has died or hangs into one clear error.
+
+    Raises: ConnectionError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        distributed = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+        if not (dist.is_initialized() and distributed):
+            raise
+        raise ConnectionError(
+            f"rank {dist.get_rank()}: another rank stopped or did not answer within parallel.timeout ({_first_line(error)}); "
+            "the first error above, or the stacks of the rank that hangs, say why. The last complete checkpoint is intact: "
+            "start again to continue from it (torchrun --max-restarts does so by itself)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,82 @@
+"""A model sharded over the ranks of a run with FSDP2 (`fully_shard`), and this rank's part of a sharded tensor."""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from engine.distributed.ranks import SHARD, Ranks
+from engine.settings.sections import ParallelSettings
+from model.mistral import Mistral
+
+
+def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
+    """Shard a model in place: each block, the embedding and the head are units of their own, the rest is the root's.
+
+    Gradients arrive as sums over the ranks, added in float32. While a unit computes, its neighbour's weights are gathered.
+    """
+    if ranks.mesh is None:
+        return model
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    *blocks, last = model.layers
+    for inner in (*blocks, model.embed_tokens):
+        fully_shard(inner, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
+    # The backward pass begins with these: giving them back would gather them twice in a row.
+    for outer in (last, model.lm_head, model):
+        fully_shard(outer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    order: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
+    for unit, following in itertools.pairwise(order):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reduce_after(model: nn.Module, last: bool) -> None:
+    """Say whether the coming backward pass is the step's last, after which alone gradients are summed over the ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the weights that a forward pass without a backward pass has left gathered."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, sharing its memory; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, gathered by all ranks together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of this rank's first row in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh[SHARD]
+    # As torch.chunk cuts: all the same number of rows but the last, which may be fewer or none.
+    rows = -(-len(tensor) // mesh.size())
+    return min(mesh.get_local_rank() * rows, len(tensor))
+
+
+def sum_over_shards(value: Tensor, sharded: DTensor) -> Tensor:
+    """A number of this rank's shards, of which one is given, summed over all shards in place, each counted once, whatever the
+    replicas."""
+    dist.all_reduce(value, group=sharded.device_mesh[SHARD].get_group())
+    return value

@@ -1,0 +1,81 @@
+"""Work of a training step, counted from what is really computed: attended pairs exactly (causal, window, documents), the head
+only for the rows that reach it, no embedding look-up. 2 operations a multiply-add."""
+
+import itertools
+import statistics
+
+import torch
+
+from engine.observe.timing import mark, seconds_between
+from model.config import MistralConfig
+from model.mistral import Recompute
+
+# Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. An unknown device has
+# no peak, so that its utilisation reads n/a instead of a guess.
+_PEAK_TFLOPS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.4),
+    ("H200 NVL", 835.0),
+    ("H200", 989.4),
+    ("GH200", 989.4),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
+
+
+def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int) -> int:
+    """Operations of forward and backward: three times the forward products.
+
+    Args: tokens: places through the blocks; rows: places through the head; pairs: from `attended_pairs`.
+    """
+    query_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    per_token = config.hidden_size * (2 * query_width + 2 * kv_width + 3 * config.intermediate_size)
+    forward = 2 * config.num_hidden_layers * (tokens * per_token + 2 * pairs * query_width)
+    forward += 2 * rows * config.hidden_size * config.unpadded_vocab_size
+    return 3 * forward
+
+
+def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute) -> int:
+    """Operations of products that the backward pass of the blocks computes a second time.
+
+    Args: tokens: places through the blocks; pairs: from `attended_pairs`; recompute: the model's mode.
+    """
+    gate_up = 2 * config.num_hidden_layers * tokens * config.hidden_size * 2 * config.intermediate_size
+    if recompute == "block":
+        # All of a block's forward pass: a third of its training operations.
+        return training_flops(config, tokens=tokens, rows=0, pairs=pairs) // 3
+    return gate_up if recompute == "ffn" else 0
+
+
+def product_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a CUDA device reaches now in a large product of random numbers, None on a CPU, whose other
+    processes decide that. Takes some ten milliseconds and, for these, 0.4 GiB."""
+    if device.type != "cuda":
+        return None
+    size, repeats = 8192, 10
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    marks = []
+    for _ in range(repeats + 1):
+        torch.mm(left, right, out=out)
+        marks.append(mark(device))
+    torch.cuda.synchronize(device)
+    seconds = statistics.median(itertools.starmap(seconds_between, itertools.pairwise(marks)))
+    del left, right, out
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return 2 * size**3 / seconds
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Published dense bf16 operations a second of a CUDA device, None where unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)

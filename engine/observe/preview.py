@@ -1,0 +1,65 @@
+"""What a run is about to do, before it does it."""
+
+from engine.data.batches import Batch, make_step
+from engine.optim.schedule import learning_rate
+from engine.run import Run
+
+_SHOWN_TOKENS = 160
+
+
+def describe(run: Run) -> list[str]:
+    """Model, memory of its state, data and schedule of a run, a line each."""
+    config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
+    rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
+    return [
+        f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
+        f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
+        f"memory     {_planned(run)}",
+        *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
+        f"schedule   {schedule.kind}: learning rate {rates[0]:.2e}, {rates[1]:.2e} after warm-up, {rates[2]:.2e} at last",
+        f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
+    ]
+
+
+def _planned(run: Run) -> str:
+    """The planned peak of a rank's device, and what it is made of from the largest down."""
+    found = run.planned
+    parts = sorted(((size, name) for name, size in found.items.items() if size), reverse=True)
+    unit, scale = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
+    text = ", ".join(f"{name} {size / scale:.2f}" for size, name in parts)
+    return f"{found.peak / scale:.2f} {unit} at most, in the {found.moment}: {text}"
+
+
+def sample(run: Run) -> list[str]:
+    """The first micro-batch's beginning as text: what is trained on stands in brackets."""
+    batch = make_step(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens).batches[0]
+    lines = [f"sample     first micro-batch: {batch.tokens} tokens, {int((batch.rows_N >= 0).sum())} trained on"]
+    return lines + [f"           {text}" for text in _marked(run, batch)]
+
+
+def _marked(run: Run, batch: Batch) -> list[str]:
+    texts = []
+    names = run.tokenizer.pieces()
+    for places in _documents(batch)[:3]:
+        pieces: list[str] = []
+        trained = False
+        for place in places[:_SHOWN_TOKENS]:
+            # The weight of a place is that of the token it predicts.
+            weighted = bool(batch.weight_T[place])
+            pieces.append("[" if weighted and not trained else "]" if trained and not weighted else "")
+            pieces.append(names[int(batch.labels_T[place])])
+            trained = weighted
+        texts.append("".join(pieces).replace("▁", " ") + ("]" if trained else ""))
+    return texts
+
+
+def _documents(batch: Batch) -> list[list[int]]:
+    """The places of each document, a shared prompt's in front of each that continues it."""
+    segments = batch.attention.segments
+    prefixes = {prefix for *_, prefix in segments}
+    found = []
+    for number, (start, end, prefix) in enumerate(segments):
+        if number not in prefixes:
+            prompt = range(*segments[prefix][:2]) if prefix >= 0 else range(0)
+            found.append([*prompt, *range(start, end)])
+    return found

@@ -1,0 +1,127 @@
+"""The optimizer: AdamW with float32 masters over a model's parameters."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.distributed.sharding import first_row, local, sum_over_shards
+from engine.settings.sections import OptimizerSettings
+from kernels.adamw import adamw_
+from kernels.gradient_norm import gradient_norm
+
+
+class AdamW:
+    """Moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
+
+    State is sharded as its parameter is. The same numbers come out for any number of shards, but for the order in which the
+    squares of the gradient's norm are added.
+
+    Args: parameters: all of the model, by name; their order tells them apart where moments are rounded stochastically.
+        seed: of that rounding.
+    Raises: ValueError for a parameter that is neither float32 nor bfloat16, and for float32 gradients of bfloat16 parameters
+        where torch has none.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, seed: int = 0) -> None:
+        self.settings = settings
+        self.seed = seed
+        self.parameters = dict(parameters)
+        self.state: dict[str, Tensor] = {}
+        self.updates = 0
+        self._stopped: Tensor | None = None
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.state[f"{name}.{moment}"] = self._moment(parameter)
+            if parameter.dtype == torch.bfloat16:
+                self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
+                if settings.gradients == "float32" and not isinstance(parameter, DTensor):
+                    _accumulate_in_float32(parameter)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip, update and clear the gradients, unless they or the loss (of all ranks) are not finite.
+
+        Returns: the gradient's norm before clipping, and 1 where there was no update, else 0: float32 scalars on its device.
+        """
+        parameters = list(self.parameters.values())
+        norm = norm_of_gradients(parameters)
+        scale, skipped = self._scale(norm, loss)
+        self.updates += 1
+        offloaded = self.settings.offload == "moments"
+        for number, (name, parameter) in enumerate(self.parameters.items()):
+            assert parameter.grad is not None, f"{name} took no part in the step"
+            mine = local(parameter)
+            if mine.numel():
+                remainder = self.state.get(f"{name}.remainder")
+                kept = [local(self.state[f"{name}.{moment}"]) for moment in ("exp_avg", "exp_avg_sq")]
+                moments = [moment.to(mine.device, non_blocking=True, copy=True) for moment in kept] if offloaded else kept
+                adamw_(
+                    mine,
+                    None if remainder is None else local(remainder),
+                    local(parameter.grad),
+                    *moments,
+                    learning_rate=learning_rate,
+                    betas=(self.settings.beta1, self.settings.beta2),
+                    eps=self.settings.eps,
+                    weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
+                    step=self.updates,
+                    gradient_scale=scale,
+                    seed=self.seed,
+                    parameter_id=number,
+                    first_index=first_row(parameter) * (parameter.numel() // len(parameter)),
+                )
+                if offloaded:
+                    for host, moment in zip(kept, moments, strict=True):
+                        host.copy_(moment, non_blocking=True)
+            parameter.grad = None
+        if offloaded and norm.is_cuda:
+            # Whoever reads the moments on the host, to save them, would not wait for the copies.
+            torch.cuda.current_stream(norm.device).synchronize()
+        return norm, skipped
+
+    def _moment(self, parameter: nn.Parameter) -> Tensor:
+        dtype = getattr(torch, self.settings.moments)
+        if self.settings.offload == "none":
+            return torch.zeros_like(parameter, dtype=dtype)
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                "optimizer.offload = 'moments' is for one rank: several hold a part of the moments each; leave it out"
+            )
+        # Pinned, so that copies run at the bus's speed and the host need not wait for each.
+        return torch.zeros(parameter.shape, dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
+
+    def _scale(self, norm: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What multiplies the gradients, -1 where there is to be no update; and whether there is none."""
+        limit = self.settings.clip_norm
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        bad = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
+        if self.settings.nonfinite == "stop":
+            bad = self._stopped = bad if self._stopped is None else bad | self._stopped
+        return torch.where(bad, -1.0, scale), bad.float()
+
+    def load(self, state: dict[str, Tensor], updates: int) -> None:
+        """Take over saved moments and remainders. Raises ValueError naming a tensor that is missing or does not fit."""
+        for name, tensor in self.state.items():
+            saved = state.get(name)
+            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                found = "missing" if saved is None else f"{list(saved.shape)} {saved.dtype}"
+                raise ValueError(f"optimizer state {name}: {found}, the model needs {list(tensor.shape)} {tensor.dtype}")
+            tensor.copy_(saved)
+        self.updates = updates
+
+
+def norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of the whole gradient, of all ranks: a float32 scalar on the parameters' device."""
+    norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+    sharded = parameters[0]
+    return sum_over_shards(norm.double().square(), sharded).sqrt().float() if isinstance(sharded, DTensor) else norm
+
+
+def _accumulate_in_float32(parameter: nn.Parameter) -> None:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise ValueError(f"optimizer.gradients = float32 of bfloat16 parameters needs torch 2.10, this is {torch.__version__}")
+    parameter.grad_dtype = torch.float32

@@ -1,0 +1,92 @@
+"""Speed on paper against published single-node figures, and against its own arithmetic."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.measure import RESULTS
+from engine.estimate.memory import Training
+from engine.estimate.throughput import DEVICES, speed
+from engine.settings.sections import OptimizerSettings
+from model.config import PRESETS, MistralConfig
+
+LLAMA_3_8B = MistralConfig(vocab_size=128256, sliding_window=None)
+QWEN_25_7B = MistralConfig(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, sliding_window=None,
+)  # fmt: skip
+
+
+def training(config=PRESETS["shisa-7b"], recompute="light", tokens=16384, **optimizer) -> Training:
+    settings = OptimizerSettings(moments="bfloat16", **optimizer)
+    return Training(
+        config, torch.bfloat16, settings, recompute, tokens, tokens, accumulates=True, log_probs=False, kernels=True
+    )  # fmt: skip
+
+
+# Full-parameter training in bf16 at 700 W. KempnerForge, benchmarks/mfu_scaling/mfu_scaling.md: everything recomputed, FSDP;
+# llmq, benchmarks/H100x1.md: nothing recomputed, gradients and moments in bf16.
+PUBLISHED = [
+    (LLAMA_3_8B, "block", "h200", 4096, 1, 10471),
+    (LLAMA_3_8B, "block", "h200", 4096, 2, 9364),
+    (LLAMA_3_8B, "block", "h200", 4096, 4, 9746),
+    (QWEN_25_7B, "light", "h100", 1024, 1, 13863),
+]
+
+
+@pytest.mark.parametrize(("config", "recompute", "device", "context", "gpus", "published"), PUBLISHED)
+def test_published_figures_are_met(config, recompute, device, context, gpus, published):
+    """Of other engines, whose attention computes five products backward: within a tenth, most of it their communication."""
+    found = speed(
+        training(config, recompute), DEVICES[device], context=context, step_tokens=gpus * 2**17, gpus=gpus, backward_products=5
+    )
+    assert found.hidden / gpus == pytest.approx(published, rel=0.1)
+
+
+def test_our_own_measured_step_is_met():
+    """Eight layers of Shisa 7B on one H200, as on record."""
+    content = json.loads((RESULTS / "train-nvidia-h200.json").read_text())
+    (row,) = (row for row in content["rows"] if (row["task"], row["name"]) == ("next-token", "komainu"))
+    config = replace(PRESETS["shisa-7b"], num_hidden_layers=row["layers"])
+    step = replace(training(config, tokens=row["tokens"]), optimizer=OptimizerSettings())
+    found = speed(step, DEVICES["h200"], context=row["sequence"], step_tokens=row["tokens"])
+    assert found.hidden == pytest.approx(row["tokens_per_second"]["median"], rel=0.05)
+
+
+def test_nothing_is_faster_than_the_ceiling():
+    """790 TFLOP/s on 48.05 GFLOP a token: 16.4 thousand tokens a second."""
+    for mode in ("none", "light", "ffn", "block"):
+        found = speed(training(recompute=mode), DEVICES["h200"], context=4096, step_tokens=2**20)
+        assert found.hidden < 16_440
+        assert found.communication == 0
+
+
+def test_gathers_take_what_the_links_do():
+    """15.93 GB of weights, 7/8 of it over 400 GB/s: 35 ms a gather; gradients are twice as large and go once."""
+    one = speed(training(), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
+    more = speed(training(), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8)
+    gather = 2 * PRESETS["shisa-7b"].parameters * 7 / 8 / 400e9
+    assert gather == pytest.approx(0.035, rel=0.01)
+    assert one.communication == pytest.approx(4 * gather)
+    assert more.communication == pytest.approx(8 * gather)
+    unsharded = speed(replace(training(), reshard=False), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
+    assert unsharded.communication == pytest.approx(3 * gather)
+
+
+def test_copies_on_nodes_send_gradients_alone_between_them():
+    """128 nodes of 8: each GPU's float32 eighth of the gradients, there and back over its own card."""
+    found = speed(training(), DEVICES["h200"], context=4096, step_tokens=2**24, gpus=1024)
+    node = speed(training(), DEVICES["h200"], context=4096, step_tokens=2**17, gpus=8)
+    between = 2 * 4 * PRESETS["shisa-7b"].parameters / 8 * 127 / 128 / DEVICES["h200"].network
+    assert found.communication - node.communication == pytest.approx(between)
+    assert found.not_hidden < found.hidden <= 1024 * node.hidden
+
+
+def test_moments_on_the_host_cost_their_way():
+    sizes = {"context": 4096, "step_tokens": 2**20}
+    there = speed(training(offload="moments"), DEVICES["h100"], **sizes)
+    here = speed(training(), DEVICES["h100"], **sizes)
+    copied = 8 * PRESETS["shisa-7b"].parameters / DEVICES["h100"].host
+    assert 0.9 * copied < there.compute - here.compute < copied

@@ -1,0 +1,324 @@
+"""Metrics of a run: what is written, where, and what stops a run."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import engine.loop
+import engine.optim.adamw
+from engine.checkpoint.state import checkpoints
+from engine.data.batches import make_step
+from engine.distributed.ranks import Ranks
+from engine.estimate.flops import training_flops
+from engine.loop import step_flops
+from engine.observe.metrics import Metrics, StepRecord
+from engine.run import open_run
+from engine.settings.sections import LogSettings
+from recipes import dpo, pretrain, sft
+
+
+class Killed(BaseException):
+    pass
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(out):
+    """{tag: {step: value}} of the TensorBoard files, as TensorBoard reads them."""
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag, pairs in found.items():
+        assert len(dict(pairs)) == len(pairs), f"{tag} has a step twice"
+    return {tag: dict(pairs) for tag, pairs in found.items()}
+
+
+def kill_at(monkeypatch, step):
+    """Let the process die in the middle of a step (from 0)."""
+    accumulate = engine.loop.accumulate
+
+    def dying(model, objective, part):
+        if part.index == step:
+            raise Killed
+        return accumulate(model, objective, part)
+
+    monkeypatch.setattr(engine.loop, "accumulate", dying)
+
+
+SPEED = {
+    "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "hfu", "of_ceiling", "step_seconds",
+    "step_seconds_p50", "step_seconds_p95", "data_wait_seconds", "checkpoint_blocked_seconds", "memory_peak_rss_gib",
+    "memory_planned_gib",
+}  # fmt: skip
+
+
+def test_each_step_has_a_line(tiny_settings, tmp_path, capsys):
+    out = tmp_path / "run"
+    sft.run(tiny_settings("sft", out, evaluate_every=4, log={"every": 4}))
+    lines = lines_of(out)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    evaluations = [line for line in lines if "loss" not in line]
+    assert [line.keys() for line in evaluations] == [{"step", "eval/conversations-heldout/loss"}] * 3
+    for line in lines:
+        if "loss" in line:
+            assert line.keys() == SPEED | {"step", "loss", "learning_rate", "gradient_norm", "tokens"}
+            assert line["mfu"] is None
+            assert line["trained_tokens_per_second"] < line["tokens_per_second"] == line["tokens_per_second_per_gpu"]
+            assert line["step_seconds"] > line["data_wait_seconds"] >= 0
+    console = capsys.readouterr().out.splitlines()
+    shown = [line for line in console if line.startswith("step ") and "held-out" not in line]
+    assert [line.split()[1] for line in shown] == ["4/6", "6/6"]
+    assert all("MFU n/a" in line and "tok/s" in line and "left" in line for line in shown)
+
+
+def test_tokens_are_those_of_the_plan_without_padding(tiny_settings, tmp_path):
+    settings = tiny_settings("sft", tmp_path / "run", heldout=[])
+    sft.run(settings)
+    plan = open_run(settings, ("conversations",)).plan
+    tokens = [int(plan.units(step).places.sum()) for step in range(6)]
+    assert [line["tokens"] for line in lines_of(tmp_path / "run")] == tokens
+
+
+def test_a_preference_run_reports_rewards(tiny_settings, tmp_path, capsys):
+    out = tmp_path / "run"
+    dpo.run(tiny_settings("dpo", out))
+    rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    names = {"loss", *rewards, "logps/chosen", "logps/rejected"}
+    for line in lines_of(out):
+        if "loss" in line:
+            assert names < line.keys()
+            margin = line["rewards/chosen"] - line["rewards/rejected"]
+            assert line["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+        else:
+            assert line.keys() == {"step"} | {f"eval/preferences-heldout/{name}" for name in names}
+    first = next(line for line in lines_of(out) if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert "rewards/margins" in capsys.readouterr().out
+
+
+def test_a_preference_run_says_what_shared_prompts_save(tiny_settings, tmp_path):
+    """The same run twice, but for the places that it computed."""
+    found = []
+    for share in (True, False):
+        dpo.run(tiny_settings("dpo", tmp_path / str(share), share_prompts=share))
+        found.append(lines_of(tmp_path / str(share)))
+    dataset = open_run(tiny_settings("dpo", tmp_path / "plan"), ("preferences",)).datasets[0]
+    assert dataset.shared_places.all()
+    for shared, whole in zip(*found, strict=True):
+        for name in whole.keys() - SPEED - {"tokens"}:
+            assert shared[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
+        if "loss" in whole:
+            assert shared.keys() - whole.keys() == {"tokens_saved"}
+            assert shared["tokens"] + shared["tokens_saved"] == whole["tokens"]
+            assert shared["tokens_saved"] >= 4 * dataset.shared_places.min()
+
+
+def test_tensorboard_holds_the_same_values(tiny_settings, tmp_path):
+    out = tmp_path / "run"
+    pretrain.run(tiny_settings("pretrain", out))
+    expected = {}
+    for line in lines_of(out):
+        for tag, value in line.items():
+            if tag != "step" and value is not None:
+                expected.setdefault(tag, {})[line["step"]] = value
+    found = scalars(out)
+    assert found.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert found[tag] == {step: pytest.approx(value, rel=1e-6) for step, value in values.items()}, tag
+
+
+def test_without_tensorboard(tiny_settings, tmp_path):
+    pretrain.run(tiny_settings("pretrain", tmp_path / "run", log={"tensorboard": False}))
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_settings, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = tiny_settings("pretrain", out, checkpoint_every=2, evaluate_every=2, log={"every": 1})
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            pretrain.run(settings)
+    assert [line["step"] for line in lines_of(out)] == [0, 1, 2, 2, 3]
+    first = lines_of(out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 3.')
+    pretrain.run(settings)
+    lines = lines_of(out)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert lines[:4] == first[:4]
+    assert sorted(scalars(out)["loss"]) == [1, 2, 3, 4, 5, 6]
+    assert sorted(scalars(out)["eval/text-heldout/loss"]) == [0, 2, 4, 6]
+
+
+def test_a_second_attempt_without_a_checkpoint_starts_a_new_file(tiny_settings, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    settings = tiny_settings("pretrain", out, log={"every": 1})
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2)
+        with pytest.raises(Killed):
+            pretrain.run(settings)
+    pretrain.run(settings)
+    assert [line["step"] for line in lines_of(out)] == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert sorted(scalars(out)["eval/text-heldout/loss"]) == [0, 6]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_value_that_is_not_finite_stops_the_run(tiny_settings, tmp_path, monkeypatch, every, what):
+    """However rarely it is logged, no checkpoint holds what came of it."""
+    out = tmp_path / "run"
+    accumulate = engine.loop.accumulate
+
+    def poisoned(model, objective, step):
+        values = accumulate(model, objective, step)
+        if step.index == 2 and what == "loss":
+            values["loss"] = values["loss"] * float("nan")
+        elif step.index == 2:
+            model.norm.weight.grad[0] = float("inf")
+        return values
+
+    monkeypatch.setattr(engine.loop, "accumulate", poisoned)
+    settings = tiny_settings("pretrain", out, steps=8, checkpoint_every=1, keep_checkpoints=9, log={"every": every})
+    with pytest.raises(FloatingPointError, match=r"step 3: loss .*, gradient norm .*: training stopped") as stopped:
+        pretrain.run(settings)
+    assert "in another out with a lower learning rate (schedule.peak)" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+    assert [path.name for path in checkpoints(out)] == ["step-00000001", "step-00000002"]
+    last = lines_of(out)[-1]
+    assert last["step"] == 3
+    # JSON has no NaN and no infinity.
+    assert last["loss" if what == "loss" else "gradient_norm"] is None
+    monkeypatch.setattr(engine.loop, "accumulate", accumulate)
+    assert pretrain.run(settings).name == "step-00000008"
+
+
+def test_a_rate_that_explodes_stops_the_run(tiny_settings, tmp_path):
+    """From the numbers themselves, between two log lines and with no checkpoint asked for."""
+    settings = tiny_settings(
+        "pretrain", tmp_path / "run", schedule={"peak": 1e20}, heldout=[], checkpoint_every=0, log={"every": 100}
+    )
+    with pytest.raises(FloatingPointError, match=r"step 2: loss .*, gradient norm (nan|inf): training stopped"):
+        pretrain.run(settings)
+    assert checkpoints(tmp_path / "run") == []
+
+
+@pytest.fixture
+def metrics_of(tmp_path):
+    made = []
+
+    def make(**changes):
+        settings = LogSettings(**{"every": 2, "tensorboard": False, **changes.pop("log", {})})
+        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu"))}
+        metrics = Metrics(tmp_path, settings, **{"planned_bytes": 2**30, **given, **changes})
+        made.append(metrics)
+        return metrics
+
+    yield make
+    for metrics in made:
+        metrics.close()
+
+
+def record(step, **changes):
+    values = {"loss": torch.tensor(2.0), "gradient_norm": torch.tensor(1.0)}
+    return StepRecord(**{"step": step, "learning_rate": 1e-4, "values": values, "tokens": 100, "trained_tokens": 40,
+                         "flops": 5_000, "data_wait": 0.25} | changes)  # fmt: skip
+
+
+def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
+    """Two steps in four seconds; evaluation and checkpoints in between are not counted."""
+    now = [100.0]
+    monkeypatch.setattr("engine.observe.metrics.time.perf_counter", lambda: now[0])
+    metrics = metrics_of(peak_flops=10_000.0, ceiling=8_000.0)
+    now[0] += 1
+    metrics.step(record(1, recomputed_flops=2_000))
+    now[0] += 3
+    metrics.step(record(2, tokens=300, trained_tokens=60, flops=7_000, data_wait=0.75))
+    now[0] += 1000
+    metrics.restart_clock()
+    metrics.step(record(3))
+    now[0] += 1
+    metrics.step(record(4))
+    lines = lines_of(tmp_path)
+    for line in lines[:2]:
+        assert line["tokens_per_second"] == 100
+        assert line["trained_tokens_per_second"] == 25
+        assert line["mfu"] == pytest.approx(12_000 / 4 / 10_000)
+        assert line["hfu"] == pytest.approx(14_000 / 4 / 10_000)
+        assert line["of_ceiling"] == pytest.approx(12_000 / 4 / 8_000)
+        assert (line["step_seconds"], line["step_seconds_p50"], line["step_seconds_p95"]) == (2, 2, 3)
+        assert line["data_wait_seconds"] == 0.5
+    assert lines[3]["tokens_per_second"] == 200
+    assert [line["tokens"] for line in lines] == [100, 300, 100, 100]
+    console = capsys.readouterr().out
+    assert "MFU 30.0%  of ceiling 37.5%" in console
+    assert "left 00:04" in console
+
+
+def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
+    """Segments, not packs: the same however they are packed; only trained places reach the head."""
+    run = open_run(tiny_settings("sft", tmp_path / "run"), ("conversations",))
+    steps = [make_step(run.plan, 1, window=16, pack_tokens=pack, rank=rank, ranks=3) for pack in (64, 100) for rank in range(3)]
+    found = {(step_flops(run.config, step), step.trained) for step in steps}
+    units = run.plan.units(1)
+    trained = sum(
+        int(run.datasets[0].trained(document, start + 1, start + places + 1).sum())
+        for document, start, places in zip(units.document.tolist(), units.start.tolist(), units.places.tolist(), strict=True)
+    )
+    pairs = sum(min(i + 1, run.config.sliding_window) for places in units.places.tolist() for i in range(places))
+    expected = training_flops(run.config, tokens=int(units.places.sum()), rows=trained, pairs=pairs)
+    assert found == {(expected, trained)}
+
+
+def test_skipped_steps_are_counted_and_end_the_run_when_too_many(tmp_path, metrics_of, capsys):
+    def bad(step):
+        values = {"loss": torch.tensor(torch.nan), "gradient_norm": torch.tensor(1.0), "skipped": torch.tensor(1.0)}
+        return record(step, values=values)
+
+    metrics = metrics_of(steps=10, skip_limit=2)
+    for step in (1, 2, 3):
+        metrics.step(bad(step) if step != 2 else record(2))
+    with pytest.raises(FloatingPointError, match=r"step 4: loss nan"):
+        metrics.step(bad(4))
+    assert [line.get("skipped") for line in lines_of(tmp_path)] == [1, None, 1, 1]
+    assert "step 1: loss nan, gradient norm 1.0: not finite, no update" in capsys.readouterr().out
+
+
+def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
+    calls = []
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **named: types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"), named=named
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    metrics = metrics_of(log={"wandb": "project"}, config={"seed": 3})
+    assert metrics._wandb.named == {
+        "project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow",
+    }  # fmt: skip
+    metrics.evaluation(0, {"eval/x/loss": 5.0})
+    metrics.step(record(1))
+    metrics.step(record(2))
+    metrics.close()
+    assert calls[0] == (0, {"eval/x/loss": 5.0})
+    assert [call[0] for call in calls[1:3]] == [1, 2]
+    assert calls[1][1]["loss"] == 2.0
+    assert "mfu" not in calls[1][1]
+    assert calls[-1] == "finish"
+
+
+def test_weights_and_biases_not_installed(metrics_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"log.wandb is set but wandb is not installed"):
+        metrics_of(log={"wandb": "project"})
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ValueError, match=r"log.every = 0: must be at least 1"):
+        LogSettings(every=0)

@@ -1,0 +1,205 @@
+"""Settings: from TOML and back, overridden, and refused with the file and the key."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.settings.sections import LogSettings, OptimizerSettings, PreferenceSettings, ScheduleSettings, Source
+from engine.settings.toml import from_table, parse, read_toml, to_toml
+from recipes.chat import ChatSettings
+from recipes.dpo import DpoSettings
+from recipes.export import ExportSettings
+from recipes.prepare import PrepareSettings
+from recipes.pretrain import PretrainSettings
+from recipes.sft import SftSettings
+from recipes.vocabulary import VocabularySettings
+
+SOURCES = (Source("data/en", share=0.25), Source('odd "name"\\', passes=2.5))
+TRAIN = {"model": "preset:tiny", "out": "runs/日本語", "sources": SOURCES, "step_size": 512}
+EVERY = [
+    PretrainSettings(**TRAIN),
+    PretrainSettings(
+        **TRAIN, tokenizer="t", heldout=("a", "b"), heldout_limit=3, context_length=64, pack_tokens=128, steps=7, epochs=1.5,
+        seed=-3, device="cpu", dtype="bfloat16", evaluate_every=2, checkpoint_every=3, keep_checkpoints=1, resume="never",
+        dry_run=True, optimizer=OptimizerSettings(0.8, 0.9, 1e-20, 0.0, 1e300), log=LogSettings(1, False, "project"),
+        schedule=ScheduleSettings("linear", 1e-05, 4, 0.1),
+    ),
+    SftSettings(**TRAIN, neftune_alpha=15.0),
+    DpoSettings(**TRAIN, preference=PreferenceSettings("sigmoid", 0.3, 0.1), neftune_alpha=2.0, reference_cache="cache"),
+    ExportSettings(source="runs/dpo", out="exports/x", dtype="float16", overwrite=True),
+    VocabularySettings(text=("a.txt", "b.txt"), out="t", new_pieces=100),
+    PrepareSettings(kind="conversations", paths=("a.jsonl",), out="d"),
+    ChatSettings(model="m"),
+]  # fmt: skip
+
+
+def written(tmp_path, text):
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("value", EVERY, ids=lambda value: type(value).__name__)
+def test_every_recipes_settings_read_back_as_they_were(tmp_path, value):
+    path = written(tmp_path, to_toml(value))
+    assert read_toml(type(value), path) == value
+    assert parse(type(value), [str(path)]) == value
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+floats = st.floats(allow_nan=False)
+sources = st.builds(Source, path=texts, share=st.none() | st.floats(0, exclude_min=True, allow_infinity=False))
+
+
+@given(
+    st.builds(
+        DpoSettings,
+        model=texts,
+        out=texts,
+        sources=st.lists(sources, min_size=1, max_size=3).map(tuple),
+        step_size=st.integers(1, 2**62),
+        heldout=st.lists(texts, max_size=3).map(tuple),
+        epochs=st.none() | st.floats(0, exclude_min=True),
+        seed=st.integers(-(2**62), 2**62),
+        neftune_alpha=st.floats(0),
+        optimizer=st.builds(OptimizerSettings, eps=st.floats(0, exclude_min=True), clip_norm=st.floats(0)),
+        reference_cache=texts,
+    )
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_settings_read_back_as_they_were(tmp_path, value):
+    assert read_toml(DpoSettings, written(tmp_path, to_toml(value))) == value
+
+
+BASE = 'model = "m"\nout = "o"\nstep_size = 8\n'
+SOURCE = '[[sources]]\npath = "p"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE + "step_siz = 3\n" + SOURCE, "unknown key 'step_siz'; the nearest known one is 'step_size'"),
+        (BASE + SOURCE + "[optimizer]\nbeta_1 = 1\n", "unknown key 'optimizer.beta_1'; the nearest known one is 'optimizer.b"),
+        (BASE + SOURCE + "[optimiser]\nbeta1 = 0.5\n", "unknown key 'optimiser'; the nearest known one is 'optimizer'"),
+        (BASE + SOURCE + "weight = 1\n", "unknown key 'sources.0.weight'; the nearest known one is 'sources.0."),
+        (BASE + "step-size = 9\n" + SOURCE, "'step_size' is given twice"),
+        ('model = "m"\nout = "o"\n' + SOURCE, "missing key 'step_size'"),
+        (BASE + "[[sources]]\nshare = 1\n", "missing key 'sources.0.path'"),
+        (BASE + 'steps = "3"\n' + SOURCE, "steps = '3': must be int, is str"),
+        (BASE + "steps = true\n" + SOURCE, "steps = True: must be int, is bool"),
+        (BASE + "steps = 3.0\n" + SOURCE, "steps = 3.0: must be int, is float"),
+        (BASE + "dry_run = 1\n" + SOURCE, "dry_run = 1: must be bool, is int"),
+        (BASE + 'heldout = "x"\n' + SOURCE, "heldout = 'x': must be a list, is str"),
+        (BASE + "heldout = [1]\n" + SOURCE, "heldout.0 = 1: must be str, is int"),
+        (BASE + 'sources = ["p"]\n', "sources.0 = 'p': must be a table, is str"),
+        (BASE + "optimizer = 3\n" + SOURCE, "optimizer = 3: must be a table, is int"),
+        (BASE + 'device = "tpu"\n' + SOURCE, "device = 'tpu': must be one of 'auto', 'cpu', 'cuda'"),
+        (BASE + "steps = 0\n" + SOURCE, "steps = 0: must be above 0"),
+        (BASE + "evaluate_every = 5\n" + SOURCE, "evaluate_every has no effect without heldout"),
+        (BASE + SOURCE + "[schedule]\npeak = -1.0\n", "schedule.peak = -1.0"),
+        (BASE + "sources = []\n", "sources: name at least one prepared folder"),
+        (BASE + "x = \n", "not valid TOML"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_file_and_the_key(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        read_toml(PretrainSettings, path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as ended:
+        parse(PretrainSettings, [str(path)])
+    assert ended.value.code == f"error: {error.value}"
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.toml: no such configuration file"):
+        read_toml(PretrainSettings, tmp_path / "nowhere.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary.toml: not valid TOML"):
+        read_toml(PretrainSettings, tmp_path / "binary.toml")
+    with pytest.raises(SystemExit, match=r"error: nowhere.toml: no such configuration file"):
+        parse(PretrainSettings, ["nowhere.toml", "--out", "x"])
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = written(tmp_path, BASE + "steps = 4\n" + SOURCE + "[schedule]\npeak = 1e-3\nwarmup_steps = 7\n")
+    found = parse(
+        SftSettings,
+        [str(path), "--steps", "9", "--schedule.peak", "2e-4", "--neftune-alpha", "0", "--sources.0.path", "q", "--dry-run"],
+    )
+    expected = from_table(
+        SftSettings,
+        {
+            "model": "m", "out": "o", "step_size": 8, "steps": 9, "sources": [{"path": "q"}], "neftune_alpha": 0,
+            "dry_run": True, "schedule": {"peak": 2e-4, "warmup_steps": 7},
+        },
+    )  # fmt: skip
+    assert found == expected
+
+
+def test_overrides_complete_the_file(tmp_path):
+    """Neither a missing key nor a setting that needs another is an error before the overrides are known."""
+    path = written(tmp_path, 'model = "m"\nstep_size = 8\nevaluate_every = 3\n' + SOURCE)
+    found = parse(PretrainSettings, [str(path), "--out", "o", "--heldout", "h1", "h2"])
+    assert (found.out, found.heldout, found.evaluate_every) == ("o", ("h1", "h2"), 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "o", "--step-siz", "1"], "step-siz"),
+        (["--out", "o", "--steps", "three"], "three"),
+        (["--out", "o", "--steps", "0"], "steps = 0"),
+        (["--steps", "1"], "--out"),
+    ],
+)
+def test_wrong_overrides_end_with_the_option_named(tmp_path, capsys, argv, message):
+    path = written(tmp_path, 'model = "m"\nstep_size = 8\n' + SOURCE)
+    with pytest.raises(SystemExit) as ended:
+        parse(PretrainSettings, [str(path), *argv])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_file_is_named_with_overrides_too(tmp_path):
+    path = written(tmp_path, BASE + "step_siz = 3\n" + SOURCE)
+    with pytest.raises(SystemExit, match=r"config.toml: unknown key 'step_siz'"):
+        parse(PretrainSettings, [str(path), "--steps", "1"])
+
+
+def test_settings_without_a_file(capsys):
+    assert parse(ExportSettings, ["--source", "a", "--out", "b"]) == ExportSettings(source="a", out="b")
+    with pytest.raises(SystemExit) as ended:
+        parse(PretrainSettings, ["--model", "m", "--out", "o", "--step-size", "3"])
+    assert ended.value.code == 2
+    assert "sources" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings_class", sorted({type(value) for value in EVERY}, key=lambda c: c.__name__))
+def test_help_is_shown_without_a_file(capsys, settings_class):
+    with pytest.raises(SystemExit) as ended:
+        parse(settings_class, ["--help"])
+    assert ended.value.code == 0
+    assert "--out" in capsys.readouterr().out or settings_class is ChatSettings
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    pair: tuple[int, str]
+    kind: Literal["a", "b"] | None = None
+
+
+def test_lists_of_a_fixed_length(tmp_path):
+    value = _Shapes((3, "x"), "b")
+    assert read_toml(_Shapes, written(tmp_path, to_toml(value))) == value
+    with pytest.raises(ValueError, match="pair: needs 2 values, has 1"):
+        from_table(_Shapes, {"pair": [1]})
+    with pytest.raises(ValueError, match=r"pair.1 = 2: must be str, is int"):
+        from_table(_Shapes, {"pair": [1, 2]})
+    with pytest.raises(ValueError, match=r"kind = 'c': must be one of 'a', 'b'"):
+        from_table(_Shapes, {"pair": [1, "x"], "kind": "c"})

@@ -1,0 +1,74 @@
+"""The forward kernel against the formula in float64, at the borders of tiles, windows, segments and blocks."""
+
+import pytest
+import torch
+
+import kernels.attention.forward as module
+from tests.kernels.attention_rows import ROWS, WITH_DTYPES, Row, plain, small_blocks, with_unseen_changed
+from tests.kernels.error_rule import check, far_apart
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    small_blocks(monkeypatch)
+
+
+def forward(row, query, key, value):
+    """(output, log-sum-exp) by the kernel itself."""
+    work = row.work(query.device)
+    return module.attention_forward(query, key, value, work.work, *work.numbers)
+
+
+@pytest.mark.parametrize(("name", "dtype"), WITH_DTYPES)
+def test_output_and_log_sum_exp_are_right(name, dtype, triton_device):
+    row = ROWS[name]
+    query, key, value, _ = row.inputs(dtype, triton_device)
+    seen = row.visible()
+    exact = plain(*(tensor.double() for tensor in (query, key, value)), seen)
+    usual = plain(query, key, value, seen)
+    out, lse = forward(row, query, key, value)
+    check("out", out, exact[0], usual[0])
+    some = seen.any(dim=1).to(triton_device)
+    check("log-sum-exp", lse[:, some], exact[1][:, some], usual[1].float()[:, some])
+    assert (out[~some] == 0).all()
+    assert (lse[:, ~some] == float("-inf")).all()
+
+
+def test_pointers_and_descriptors_read_the_same(triton_device, monkeypatch):
+    row = ROWS["shared prompt"]
+    inputs = row.inputs(torch.float16, triton_device)[:3]
+    found = []
+    for descriptors in (False, True):
+        small_blocks(monkeypatch, descriptors=descriptors)
+        found += [forward(row, *inputs)]
+    # Heads that do not lie side by side are read through pointers.
+    apart = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in inputs]
+    assert not module._describable(apart[0])
+    found += [forward(row, *apart)]
+    for other in found[1:]:
+        assert all(torch.equal(one, another) for one, another in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "places"), [(torch.float32, slice(20, 21)), (torch.float16, slice(55, 60))], ids=str)
+def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
+    """Neither values of others and of the future, nor of what left the window, in blocks that are visited and that are not."""
+    row = ROWS["prompt beyond the window"]
+    inputs = row.inputs(dtype, triton_device)[:3]
+    before = forward(row, *inputs)
+    changed, unseen = with_unseen_changed(row, inputs, places)
+    assert unseen.any()
+    after = forward(row, *changed)
+    assert torch.equal(before[0][places], after[0][places])
+    assert torch.equal(before[1][:, places], after[1][:, places])
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_rows_far_apart(descriptors, triton_device, monkeypatch):
+    """Offsets beyond 2^31 elements."""
+    small_blocks(monkeypatch, descriptors=descriptors)
+    row = Row((3,), 2, 16)
+    inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)[:3]]
+    near = forward(row, *inputs)
+    for number in range(3):
+        far = forward(row, *(far_apart(tensor) if i == number else tensor for i, tensor in enumerate(inputs)))
+        assert all(torch.equal(one, other) for one, other in zip(near, far, strict=True))
