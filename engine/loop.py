@@ -26,7 +26,7 @@ from engine.distributed.stop import Interruption
 from engine.distributed.stragglers import RankWaits
 from engine.distributed.watchdog import Watchdog
 from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, training_flops
-from engine.observe.metrics import Metrics, StepRecord
+from engine.observe.metrics import Metrics, RunFacts, StepRecord
 from engine.observe.profile import OPTIMIZER, StepProfiler
 from engine.observe.spikes import SpikeLog
 from engine.optim.adamw import AdamW
@@ -127,12 +127,17 @@ def open_metrics(run: Run, waits: RankWaits) -> Metrics:
     """The sinks of a run, cut back to where it starts."""
     settings = run.settings
     spikes = SpikeLog(run.out / "spikes.jsonl", settings.guard, run.plan)
-    return Metrics(
-        run.out, settings.log, steps=run.plan.steps, start=run.start, peak_flops=peak_flops(run.device),
-        config=to_table(settings), ranks=run.ranks, planned_bytes=run.planned.peak,
-        ceiling=product_ceiling(run.device, run.dtype), spikes=spikes, waits=waits.take, lag=settings.guard.lag,
+    facts = RunFacts(
+        steps=run.plan.steps,
+        start=run.start,
+        planned_bytes=run.planned.peak,
+        config=to_table(settings),
+        peak_flops=peak_flops(run.device),
+        ceiling=product_ceiling(run.device, run.dtype),
         skip_limit=settings.optimizer.skip_limit if settings.optimizer.nonfinite == "skip" else 1,
-    )  # fmt: skip
+        lag=settings.guard.lag,
+    )
+    return Metrics(run.out, settings.log, run.ranks, facts, spikes, waits.take)
 
 
 def record_of(run: Run, step: Step, rate: float, values: dict[str, Tensor], wait: float) -> StepRecord:
