@@ -1,30 +1,29 @@
-"""The sections of a run's settings: data mixture, ranks, optimizer, schedule, preference loss, log, guards, profiler.
+"""The sections of a run's settings: data mixture, ranks, optimizer, schedule, preference loss, log, guard, profiler.
 
-Each class checks its own ranges. Nothing here imports torch, so that `--help` and a wrong setting answer at once.
+Each class checks its own ranges and raises ValueError. Nothing here imports torch, so `--help` and a wrong setting answer at
+once.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-# Losses that a scale of their spread needs.
+# The spread of the loss is meaningless over fewer losses.
 LEAST_HISTORY = 10
 
 
 @dataclass(frozen=True)
 class Source:
-    """One prepared dataset of a mixture.
-
-    path: its folder. share: its part of the tokens of the whole run (pairs, for preferences), relative to the other
-    sources' shares; the source repeats as often as that needs. passes: how often each document is seen per epoch
-    (default 1; 0.5 takes half). A mixture uses either shares or passes.
-    """
+    """One prepared dataset of the mixture. A mixture uses either shares or passes."""
 
     path: str
+    """Folder of the prepared dataset."""
     share: float | None = None
+    """Relative part of the run's tokens (pairs, for preferences). The source repeats as often as its share needs."""
     passes: float | None = None
+    """Times that each document is seen in an epoch; default 1. 0.5 takes half of the documents."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.share is not None and self.passes is not None:
             raise ValueError(f"source '{self.path}': share and passes exclude each other: leave one out")
         for name in ("share", "passes"):
@@ -35,13 +34,15 @@ class Source:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """replicas: copies of the model, each sharded over ranks / replicas (HSDP); 1 shards over all. reshard: blocks give their
-    gathered weights back between forward and backward; without it they are gathered once a micro-batch instead of twice, and
-    every rank holds the whole model's weights meanwhile. timeout: seconds that ranks wait for one another in a collective."""
+    """How several ranks (GPUs) share the model."""
 
     replicas: int = 1
+    """Copies of the model (HSDP). Each copy is sharded over ranks / replicas; 1 shards over all ranks (FSDP)."""
     reshard: bool = True
+    """Free each block's gathered weights after the forward pass and gather them again for the backward pass. Without it, each
+    rank holds the whole model's weights during a micro-batch, and gathers them once instead of twice."""
     timeout: float = 1800.0
+    """Seconds that ranks wait for one another in a collective before the run ends."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -52,32 +53,32 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW's constants. weight_decay is applied to matrices, not to norm scales. clip_norm: greatest Euclidean norm of the
-    whole gradient; 0 does not clip.
-
-    moments: their dtype. With bfloat16, rounded stochastically, a bfloat16 model takes 10 bytes a parameter instead of 14: the
-    parameter and the rest of its master, the gradient, two moments. gradients: the dtype in which they add up over a step's
-    micro-batches. With float32 no sum is rounded to bfloat16, and a bfloat16 model takes 2 bytes a parameter more. On several
-    ranks sums are always float32, rounded once in the end.
-
-    nonfinite: what to do with a step whose loss or gradient is not finite. Either way the device itself leaves the weights as
-    they are; stop: from then on for good, and the run ends with an error at the next log line; skip: for that step, which is
-    counted, and the run ends only when that happens skip_limit times in a row.
-
-    offload: moments keeps these in the host's memory, for the trajectory it is to the bit the same. A bfloat16 model then takes
-    6 bytes a parameter on the device, and an update the time to copy them there and back. For one rank.
-    """
+    """AdamW with exact float32 masters. Training in bfloat16 takes 14 bytes a parameter by default: the parameter and the rest
+    of its master (4), the gradient (2), two float32 moments (8)."""
 
     beta1: float = 0.9
+    """Decay of the first moment (the mean gradient)."""
     beta2: float = 0.95
+    """Decay of the second moment (the mean squared gradient)."""
     eps: float = 1e-8
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norm scales never decay."""
     clip_norm: float = 1.0
+    """Largest Euclidean norm of the whole gradient; 0: no clipping."""
     moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the moments. bfloat16 is rounded stochastically and saves 4 bytes a parameter."""
     gradients: Literal["parameter", "float32"] = "parameter"
+    """Dtype in which a step's gradients accumulate. float32 avoids rounding every sum to bfloat16 and costs 2 bytes a parameter
+    more. Several ranks always sum in float32 and round once at the end."""
     nonfinite: Literal["stop", "skip"] = "stop"
+    """After a loss or gradient that is not finite, the weights stay as they are. stop: no later update either, and the run ends
+    with an error at the next log line; skip: skip and count this step alone."""
     skip_limit: int = 10
+    """With nonfinite = skip: skipped steps in a row that end the run."""
     offload: Literal["none", "moments"] = "none"
+    """moments: keep the moments in the host's memory, with bit-identical results. Saves 8 bytes a parameter on the device and
+    adds two copies over the bus to each update. One rank only."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -94,13 +95,16 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """kind: shape after the warm-up. peak: learning rate at the end of the warm-up. warmup_steps: linear rise from 0.
-    final_share: of the peak, where cosine and linear end."""
+    """Learning-rate schedule: a linear warm-up from 0, then `kind`."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
     peak: float = 1e-5
+    """Learning rate at the end of the warm-up."""
     warmup_steps: int = 0
+    """Steps of the warm-up."""
     final_share: float = 0.0
+    """Share of the peak at which cosine and linear end."""
 
     def __post_init__(self) -> None:
         if not self.peak > 0:
@@ -115,12 +119,15 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class PreferenceSettings:
-    """loss: see the module. beta: strength of the pull to the reference. label_smoothing: share of labels taken to be
-    flipped (sigmoid only), 0 <= share < 0.5."""
+    """Loss of preference tuning."""
 
     loss: Literal["sigmoid", "ipo", "ipo-mean", "hinge"] = "sigmoid"
+    """sigmoid: DPO; ipo: IPO on summed log-probabilities, as in the paper; ipo-mean: IPO on means per answer token, as TRL
+    computes it; hinge: SLiC's rank loss."""
     beta: float = 0.1
+    """Strength of the pull to the reference model."""
     label_smoothing: float = 0.0
+    """Assumed share of flipped labels, below 0.5 (conservative DPO; sigmoid only)."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -133,12 +140,14 @@ class PreferenceSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """every: steps between log lines; losses of the steps between are kept and written then. tensorboard: write event files.
-    wandb: Weights & Biases project, empty for none."""
+    """Metrics of the run."""
 
     every: int = 10
+    """Steps between log lines. A log line also writes the losses of the steps before it."""
     tensorboard: bool = True
+    """Write TensorBoard event files to the run folder."""
     wandb: str = ""
+    """Weights & Biases project; empty: none."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -147,14 +156,15 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """spike: a loss this many deviations above the median of the last `history` steps is noted in spikes.jsonl; 0: none is. A
-    deviation is the median distance from that median, scaled to the standard deviation of normal noise.
-
-    lag: share of a step's time that the other ranks wait for the slowest one, above which that is named; 0: none is."""
+    """What the run warns of."""
 
     spike: float = 8.0
+    """Deviations above the median loss of the last `history` steps that make a loss a spike, noted in spikes.jsonl; 0: never.
+    A deviation is the median distance from the median, scaled to the standard deviation of normal noise."""
     history: int = 100
+    """Steps of that median."""
     lag: float = 0.1
+    """Share of a step's time spent waiting for the slowest rank above which a log line names that rank; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("spike", "lag"):
@@ -166,18 +176,19 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """steps: to profile, by their number in the log. tool: torch writes, for each step and rank, a Chrome trace, a table of the
-    time and the memory over time to `profile` in the run folder; nvtx only marks operations and steps for Nsight Systems, which
-    has to run beside it (nsys profile --capture-range=cudaProfilerApi)."""
+    """Profiling of chosen steps."""
 
     steps: tuple[int, ...] = ()
+    """Steps to profile, by their number in the log."""
     tool: Literal["torch", "nvtx"] = "torch"
+    """torch: write a Chrome trace, a table of operators and a memory timeline of each step and rank to `profile` in the run
+    folder; nvtx: only mark operations and steps for Nsight Systems (nsys profile --capture-range=cudaProfilerApi)."""
 
     def __post_init__(self) -> None:
         if any(step < 1 for step in self.steps):
             raise ValueError(f"profile.steps = {list(self.steps)}: steps are numbered from 1")
 
     def check(self, device_type: str) -> None:
-        """Raises: ValueError where the device cannot be looked at in the way that was chosen."""
+        """Raises: ValueError where `tool` cannot observe this type of device."""
         if self.tool == "nvtx" and device_type != "cuda":
-            raise ValueError(f"profile.tool = 'nvtx': Nsight Systems looks at CUDA devices, this is {device_type}; use torch")
+            raise ValueError(f"profile.tool = 'nvtx': Nsight Systems observes CUDA devices, this is {device_type}; use torch")

@@ -1,12 +1,14 @@
 """Settings: frozen dataclasses, read from TOML, overridden on the command line by dotted names, saved resolved.
 
-A recipe declares its settings as a frozen dataclass (nested ones for groups) and calls `parse`. Ranges are checked by each
-class in `__post_init__`; this module checks names and types, so that a wrong file is refused before any work starts.
+A recipe declares its settings as a frozen dataclass (nested ones for groups) and calls `parse`. This module checks names and
+types; each class checks its ranges in `__post_init__`. A wrong file is refused before any work starts.
+
+The reader is our own: msgspec and cattrs name neither the wrong value nor the nearest known key, and cannot build the
+incomplete draft that command-line overrides complete.
 """
 
 import dataclasses
 import difflib
-import json
 import sys
 import tomllib
 import types
@@ -15,18 +17,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
+
 Settings = TypeVar("Settings")
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Settings:
-    """Read settings from an optional TOML file (the first argument that is not an option) and dotted overrides.
+    """Read settings from an optional TOML file (the first argument, unless it is an option) and dotted overrides.
 
     `python -m recipes.sft recipes/tiny/sft1.toml --steps 10 --schedule.peak 1e-4` is
-    `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`. What the file lacks may come from the overrides,
-    and ranges are checked when both are known.
+    `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`. Overrides may add keys that the file lacks; ranges
+    are checked after them.
 
-    Something wrong in the file ends the program with one line on standard error and status 1, on the command line with
-    tyro's message and status 2.
+    Raises: SystemExit. A mistake in the file ends the program with one line on standard error and status 1; a mistake on the
+        command line ends it with tyro's message and status 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -39,7 +43,7 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
             default = _in_file(path, _draft, settings_class, read_table(path))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    import tyro  # only a command line needs it; a file alone, or settings made in code, work without
+    import tyro  # here, as only a command line with options needs it
 
     return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
 
@@ -47,15 +51,15 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
 def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
     """Settings from a TOML file.
 
-    Raises: FileNotFoundError; ValueError naming the file and the key for broken TOML, an unknown key (with the
-    nearest known one), a wrong type or a value out of range.
+    Raises: FileNotFoundError; ValueError naming the file and the key for broken TOML, an unknown key (with the nearest known
+        one), a wrong type or a value out of range.
     """
     path = Path(path)
     return _in_file(path, from_table, settings_class, read_table(path))
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A TOML file as it stands. Raises: FileNotFoundError, ValueError naming the file."""
+    """The content of a TOML file. Raises: FileNotFoundError, ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
@@ -72,7 +76,7 @@ def _in_file(path: Path, build: Callable[..., Settings], settings_class: type[Se
 
 
 def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: str = "") -> Settings:
-    """Build a (nested) dataclass from a TOML table, refusing unknown keys and wrong types by their dotted name."""
+    """Build a (nested) dataclass from a TOML table. Raises: ValueError naming an unknown key or wrong type by its dotted name."""
     values = _values(settings_class, table, prefix)
     missing = [name for name in _required(settings_class) if name not in values]
     if missing:
@@ -81,13 +85,13 @@ def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: st
 
 
 def _draft(settings_class: type[Settings], table: dict[str, Any]) -> Settings:
-    """What tyro starts from: the table's values, unchecked together and perhaps not complete, as overrides may mend both."""
+    """The object that tyro's overrides change: the table's values, unchecked and perhaps incomplete."""
     import tyro
 
     values = _values(settings_class, table, "")
     hints = typing.get_type_hints(settings_class)
     for name in _required(settings_class):
-        # Tables of a list cannot be given on a command line, where tyro would refuse even to show the help.
+        # A command line cannot give a list of tables; tyro would refuse even to show the help if one was missing.
         tables = typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0])
         values.setdefault(name, () if tables else tyro.MISSING)
     draft = object.__new__(settings_class)
@@ -106,6 +110,7 @@ def _required(settings_class: type) -> list[str]:
 
 
 def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The table's values by field name, each of its field's type."""
     hints = typing.get_type_hints(settings_class)
     fields = {field.name for field in dataclasses.fields(settings_class)}
     values = {}
@@ -121,6 +126,7 @@ def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[st
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+    """The value as the type `hint`: tables become dataclasses, lists tuples, whole numbers floats. Nothing else changes type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in arguments if option is not type(None)]
@@ -148,39 +154,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def to_table(settings: Any) -> dict[str, Any]:
-    """The settings as plain TOML values; keys that are None are left out (TOML has no null)."""
-    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+    """The settings as plain TOML values. Fields that are None are left out: TOML has no null."""
+    return dataclasses.asdict(settings, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
 
 
 def to_toml(settings: Any) -> str:
     """The settings as TOML text that `read_toml` turns into an equal object."""
-    return "".join(_table_lines(to_table(settings), ""))
-
-
-def _table_lines(table: dict[str, Any], prefix: str):
-    nested = []
-    for key, value in table.items():
-        is_tables = isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, dict) for v in value)
-        if isinstance(value, dict) or is_tables:
-            nested.append((key, value))
-        elif value is not None:
-            yield f"{key} = {_scalar(value)}\n"
-    for key, value in nested:
-        if isinstance(value, dict):
-            yield f"\n[{prefix}{key}]\n"
-            yield from _table_lines(value, f"{prefix}{key}.")
-        else:
-            for element in value:
-                yield f"\n[[{prefix}{key}]]\n"
-                yield from _table_lines(element, f"{prefix}{key}.")
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_scalar(v) for v in value) + "]"
-    if isinstance(value, str):
-        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
+    return tomli_w.dumps(to_table(settings))

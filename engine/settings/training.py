@@ -1,4 +1,4 @@
-"""What a training recipe can be told: one set of names for pre-training, fine-tuning and preference tuning."""
+"""The settings of a training run: one set of names for pre-training, fine-tuning and preference tuning."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,12 +15,40 @@ from engine.settings.sections import (
 from kernels.attention.backends import Backend
 from model.mistral import Recompute
 
-# Changing these does not change the trajectory (beyond rounding), so a run may be resumed with other values.
+# A resumed run may change these: they do not change the trajectory beyond rounding.
 FREE_ON_RESUME = frozenset(
-    {"out", "pack_tokens", "device", "heldout", "heldout_limit", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-     "keep_every", "log", "resume", "dry_run", "reference_cache", "recompute", "parallel", "optimizer.offload",
-     "guard", "profile", "replay"}
-)  # fmt: skip
+    {
+        "checkpoint_every",
+        "device",
+        "dry_run",
+        "evaluate_every",
+        "guard",
+        "heldout",
+        "heldout_limit",
+        "keep_checkpoints",
+        "keep_every",
+        "log",
+        "optimizer.offload",
+        "out",
+        "pack_tokens",
+        "parallel",
+        "profile",
+        "recompute",
+        "reference_cache",
+        "replay",
+        "resume",
+    }
+)
+_LEAST = {
+    "step_size": 1,
+    "context_length": 1,
+    "pack_tokens": 0,
+    "evaluate_every": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "keep_every": 0,
+    "replay": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,47 +60,48 @@ class TrainSettings:
     out: str
     """Run folder: config.toml, metrics.jsonl, tensorboard, checkpoints."""
     sources: tuple[Source, ...]
-    """Prepared folders and their share of the run."""
+    """Prepared datasets and their share of the run."""
     step_size: int
-    """Tokens of a step (pairs of a step for preference tuning)."""
+    """Batch size: tokens of an optimizer step over all ranks (pairs, for preference tuning)."""
     tokenizer: str = ""
     """Tokenizer folder; default: the model's. A preset needs one."""
     heldout: tuple[str, ...] = ()
-    """Prepared folders to evaluate on."""
+    """Validation: prepared datasets to evaluate on."""
     heldout_limit: int | None = None
-    """Documents of each held-out folder that are evaluated; default all."""
+    """Documents of each held-out dataset to evaluate; default: all."""
     context_length: int = 4096
-    """Longest document in tokens; longer ones are split."""
+    """Sequence length: the longest document in tokens; longer documents are split."""
     pack_tokens: int = 0
-    """Tokens of a micro-batch; default context_length (twice that for pairs)."""
+    """Micro-batch size: tokens that one forward and backward pass takes; default: context_length (twice that for pairs). Gradient
+    accumulation follows: a step has as many micro-batches as step_size needs."""
     steps: int | None = None
-    """Optimizer steps; default as many as the epochs take."""
+    """Optimizer steps; default: as many as the epochs take."""
     epochs: float | None = None
-    """Passes over the sources (those without a share)."""
+    """Passes over the sources that have no share."""
     seed: int = 0
-    """Of data order, NEFTune noise, fresh weights and the rounding of bfloat16 moments."""
+    """Seed of data order, NEFTune noise, fresh weights and the rounding of bfloat16 moments."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the parameters; auto: bfloat16 with exact float32 masters on CUDA, float32 on the CPU."""
+    """Dtype of the parameters; auto: bfloat16 with exact float32 masters on CUDA, float32 on the CPU."""
     recompute: Recompute = "light"
-    """What the backward pass makes again instead of keeping it, from fastest to leanest: none, light (norms and SwiGLU), ffn
-    (the product for gate and up too), block (everything but a block's input). The results are to the bit the same."""
+    """Activation checkpointing: the activations that the backward pass computes again, from fastest to leanest: none, light
+    (norms and SwiGLU), ffn (also gate and up), block (everything but a block's input). The results are bit-identical."""
     backend: Backend = "auto"
-    """Who computes attention: triton (our kernels), flash (FlashAttention 2 in torch; no shared prompts), flex (torch's
-    FlexAttention) or reference (eager); auto: triton on CUDA but for float32, else reference. Results differ by roundings."""
+    """Attention by triton (our kernels), flash (FlashAttention 2; no shared prompts), flex (torch's FlexAttention) or reference
+    (eager); auto: triton on CUDA except in float32, else reference. Results differ by rounding."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints to keep on disk."""
     keep_every: int = 0
-    """Steps between checkpoints that stay on disk for good; 0: none does."""
+    """Steps between checkpoints to keep forever; 0: none."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: continue the run that is in `out`, if there is one; never: refuse a folder that holds one."""
+    """auto: continue the run in `out`, if there is one; never: refuse a folder that holds a run."""
     replay: int = 0
-    """Run this step of the run in `out` once more, from its newest checkpoint before it, print its losses, write nothing."""
+    """Repeat this step of the run in `out` from the newest checkpoint before it, print its losses, write nothing."""
     dry_run: bool = False
     """Check everything, print the plan and a sample, train nothing, write nothing."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -85,8 +114,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources: name at least one prepared folder ([[sources]] path = ...)")
-        for name, least in (("step_size", 1), ("context_length", 1), ("pack_tokens", 0), ("evaluate_every", 0),
-                            ("checkpoint_every", 0), ("keep_checkpoints", 1), ("keep_every", 0), ("replay", 0)):  # fmt: skip
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
@@ -98,13 +126,12 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} = {value}: must be above 0")
-        if self.evaluate_every and not self.heldout:
-            raise ValueError("evaluate_every has no effect without heldout; name prepared folders there or leave it out")
-        if self.heldout_limit is not None and not self.heldout:
-            raise ValueError("heldout_limit has no effect without heldout; name prepared folders there or leave it out")
+        for name in ("evaluate_every", "heldout_limit"):
+            if getattr(self, name) and not self.heldout:
+                raise ValueError(f"{name} has no effect without heldout; name prepared folders there or leave it out")
 
 
 def check_neftune(alpha: float) -> None:
-    """Refuse a negative NEFTune scale."""
+    """Raises: ValueError for a negative NEFTune scale."""
     if alpha < 0:
         raise ValueError(f"neftune_alpha = {alpha}: must be 0 (no noise) or more; the paper uses 5 to 15")

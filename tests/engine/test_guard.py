@@ -335,7 +335,7 @@ def test_memory_over_time_is_what_was_allocated():
         (lambda: ProfileSettings(steps=(0,)), r"profile.steps = \[0\]: steps are numbered from 1"),
         (
             lambda: ProfileSettings(tool="nvtx").check(torch.device("cpu")),
-            r"profile.tool = 'nvtx': Nsight Systems looks at CUDA",
+            r"profile.tool = 'nvtx': Nsight Systems observes CUDA",
         ),
     ],
 )
