@@ -4,9 +4,43 @@ Floating-point convention: inputs and outputs keep their dtype; whatever is summ
 `accumulation_dtype`, float32 for anything narrower.
 """
 
+import sys
+from functools import cache
+from importlib import metadata, util
+from types import ModuleType
+from typing import Any
+
 import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that reductions over `dtype` are computed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def __getattr__(name: str) -> Any:
+    """A name of Hugging Face's package `kernels`, which this folder hides.
+
+    `transformers` imports such names wherever that package is installed, and could load no model without them.
+    """
+    hidden = name == "__version__" or not (name.startswith("__") or util.find_spec(f"{__name__}.{name}"))
+    package = _hugging_face() if hidden else None
+    if package is None:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(package, name)
+
+
+@cache
+def _hugging_face() -> ModuleType | None:
+    """Hugging Face's package, None where it is not installed. Its modules import one another, so they are found after ours."""
+    try:
+        folder = metadata.distribution("kernels").locate_file("kernels")
+    except metadata.PackageNotFoundError:
+        return None
+    spec = util.spec_from_file_location(f"{__name__}.hugging_face", f"{folder}/__init__.py")
+    if spec is None or spec.loader is None:
+        return None
+    __path__.append(str(folder))
+    package = sys.modules[spec.name] = util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package

@@ -1,4 +1,7 @@
-"""The stages of the pipeline, each a module to run from the checkout: `python -m recipes.sft recipes/tiny/sft1.toml`."""
+"""The stages of the pipeline, one module a command, run from the checkout: `python -m recipes.sft recipes/tiny/sft1.toml`.
+
+The manual is README.md beside this file.
+"""
 
 import kernels
 

@@ -1,0 +1,51 @@
+"""Komainu works in an environment that also holds Hugging Face's package `kernels`, from which `transformers` imports names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def site(tmp_path) -> Path:
+    """A folder with an installed package `kernels`, whose modules import one another by that name."""
+    package = tmp_path / "kernels"
+    (package / "layer").mkdir(parents=True)
+    (package / "__init__.py").write_text("from kernels.layer import Mode\n\n__version__ = '0.99.0'\n")
+    (package / "layer" / "__init__.py").write_text("class Mode:\n    pass\n")
+    information = tmp_path / "kernels-0.99.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.99.0\n")
+    return tmp_path
+
+
+def test_names_of_hugging_faces_package_are_handed_over(site, monkeypatch):
+    monkeypatch.setattr(kernels, "__path__", list(kernels.__path__))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    kernels._hugging_face.cache_clear()
+    try:
+        from kernels import Mode, __version__, accumulation_dtype  # type: ignore[attr-defined]
+
+        assert (Mode.__module__, __version__) == ("kernels.layer", "0.99.0")
+        assert accumulation_dtype.__module__ == "kernels"
+        # Our own modules come first.
+        from kernels import adamw
+
+        assert Path(adamw.__file__).parent == ROOT / "kernels"
+        with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+            from kernels import nothing  # type: ignore[attr-defined]  # noqa: F401
+    finally:
+        kernels._hugging_face.cache_clear()
+
+
+def test_hugging_faces_package_in_front_of_the_checkout_is_named_in_one_line(site):
+    program = f"import sys; sys.path[:0] = [{str(site)!r}, {str(ROOT)!r}]; import recipes"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=site, capture_output=True, text=True, check=False)
+    expected = f"ImportError: 'kernels' is {site / 'kernels' / '__init__.py'}, another package of that name: run from"
+    assert ended.stderr.splitlines()[-1].startswith(expected)
