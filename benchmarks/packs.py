@@ -14,7 +14,7 @@ import torch
 from engine.data.batches import Step
 from engine.data.dataset import DatasetWriter
 from model.config import MistralConfig
-from model.weights import save_tensors
+from model.tensor_file import TensorStream, write_tensor_file
 
 Documents = Literal["full", "mixed"]
 _PROMPT_SHARE = 0.4
@@ -72,4 +72,4 @@ def export_steps(steps: Sequence[Step], path: Path) -> None:
     tensors["document_bounds"] = bounds(lengths)
     tensors["batch_bounds"] = bounds([len(batch.document_D) for batch in batches])
     tensors["step_bounds"] = bounds([len(step.batches) for step in steps])
-    save_tensors(tensors, path)
+    write_tensor_file(path, {name: TensorStream.of(tensor) for name, tensor in tensors.items()})

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from benchmarks.command import benchmark
 from engine.settings.toml import to_table
 from model.config import MistralConfig, preset, read_config, write_config
 from model.folder import complete_folder, sync_all
-from model.tensor_file import BLOCK_BYTES
+from model.tensor_file import BLOCK_BYTES, TensorStream
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.resize import Method, resize_model
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
-from model.weights import TensorFolder, convert_folder, hugging_face_shapes, write_tensors
+from model.weights import TensorFolder, convert_folder, hugging_face_shapes, write_tensor_folder
 from recipes import export
 from recipes.export import ExportSettings
 
@@ -110,7 +111,7 @@ def make(settings: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     offsets = itertools.cycle(range(0, BLOCK_BYTES, 4099))
     shapes = hugging_face_shapes(config)
 
-    def parts_of(name: str) -> Iterator[Tensor]:
+    def blocks(name: str) -> Iterator[Tensor]:
         rows, *row = shapes[name]
         step = max(1, BLOCK_BYTES // math.prod(row, start=2))
         for start in range(0, rows, step):
@@ -122,7 +123,8 @@ def make(settings: dict[str, Any], source: str, target: str) -> dict[str, Any]:
                 yield pool[offset : offset + math.prod(shape)].view(shape)
 
     write_config(folder, config, torch.bfloat16)
-    write_tensors(folder, shapes, torch.bfloat16, parts_of, max_shard_bytes=PUBLISHED_SHARD)
+    tensors = {name: TensorStream(shape, torch.bfloat16, partial(blocks, name)) for name, shape in shapes.items()}
+    write_tensor_folder(folder, tensors, max_shard_bytes=PUBLISHED_SHARD)
     write_tokenizer_folder(folder, Tokenizer.load(mistral_tokenizer_path()).model_bytes)
     sync_all(folder)
     return {"gb_written": _gigabytes(folder)}

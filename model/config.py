@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from model.folder import write_file
+
 
 @dataclass(frozen=True)
 class MistralConfig:
@@ -225,4 +227,4 @@ def write_config(folder: str | Path, config: MistralConfig, dtype: torch.dtype) 
     """Write `config.json` and `generation_config.json`; the same configuration always gives the same bytes."""
     for name, table in (("config.json", config_table(config, dtype)), ("generation_config.json", generation_table(config))):
         text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (Path(folder) / name).write_text(text, encoding="utf-8")
+        write_file(Path(folder) / name, text)

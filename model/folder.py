@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -79,13 +79,33 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_file(path: str | Path, text: str) -> None:
-    """Write a text file so that its name never holds half of it."""
+@contextmanager
+def complete_file(path: str | Path) -> Iterator[Path]:
+    """Yield a hidden path to write to; on leaving without an error it becomes `path`, all at once.
+
+    The hidden name holds the process id, so that two processes never write the same file. An old `path` is replaced.
+    Raises: OSError of the original kind, naming `path` and the remedy, when the file cannot be written. On any error the hidden
+        file is removed and `path` is left as it was.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise type(error)(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
+        raise
+
+
+def write_file(path: str | Path, data: str | bytes) -> None:
+    """Write a file, text as UTF-8, so that its name never holds half of the data. Raises: OSError as `complete_file` does."""
+    with complete_file(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def sync(path: Path) -> None:

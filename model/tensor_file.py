@@ -12,11 +12,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from model.folder import complete_file
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -98,43 +100,53 @@ class TensorFile:
         return tensor
 
 
-def write_tensor_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, parts_of: Callable[[str], Iterable[Tensor]]
-) -> None:
-    """Write one safetensors file, holding one part of a tensor at a time. The same tensors always give the same bytes.
+class TensorStream(NamedTuple):
+    """A tensor to write: its shape and dtype are known first, its values are made when its turn comes."""
 
-    Args: shapes: every tensor's shape, in the order to write; parts_of: gives the tensor of a name as runs of its rows, of any
-        dtype and device, when its turn comes.
-    Raises: ValueError when the parts of a tensor do not add up to the shape announced; OSError naming the file where it cannot
-        be written, as on a full disk.
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as written
+    blocks: Callable[[], Iterable[Tensor]]  # makes the tensor as runs of its rows, of any dtype and device
+
+    @classmethod
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> "TensorStream":
+        """A whole tensor, written in a dtype (default: its own)."""
+        return cls(tuple(tensor.shape), dtype or tensor.dtype, lambda: (tensor,))
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, TensorStream]) -> None:
+    """Write one safetensors file in the order given, one block of rows at a time in memory.
+
+    The same tensors always give the same bytes. The file appears under its name only when it is complete.
+    Raises: ValueError when the blocks of a tensor do not add up to its shape; OSError naming the file when it cannot be
+        written, as on a full disk.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.bytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(path, "wb", buffering=0) as file:
-            _write(file, memoryview(len(text).to_bytes(8, "little") + text))
-            for name, shape in shapes.items():
-                rows = 0
-                for part in parts_of(name):
-                    rows += _check_part(name, part, shape)
-                    _write(file, _bytes(part.detach().to(device="cpu", dtype=dtype).contiguous()))
-                if shape and rows != shape[0]:
-                    raise ValueError(f"{name}: has {rows} rows, {list(shape)} was announced")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
+    with complete_file(path) as partial, open(partial, "wb", buffering=0) as file:
+        _write(file, memoryview(len(text).to_bytes(8, "little") + text))
+        for name, tensor in tensors.items():
+            rows = 0
+            for block in tensor.blocks():
+                rows += _check_block(name, block, tensor.shape)
+                _write(file, _bytes(block.detach().to(device="cpu", dtype=tensor.dtype).contiguous()))
+            if tensor.shape and rows != tensor.shape[0]:
+                raise ValueError(f"{name}: has {rows} rows, {list(tensor.shape)} was announced")
 
 
-def _check_part(name: str, part: Tensor, shape: tuple[int, ...]) -> int:
-    """Rows of a part. Raises: ValueError where its rows are not those of the shape."""
-    if tuple(part.shape[1:]) != tuple(shape[1:]) or part.ndim != len(shape):
-        raise ValueError(f"{name}: has shape {list(part.shape)}, {list(shape)} was announced")
-    return len(part) if part.ndim else 1
+def _check_block(name: str, block: Tensor, shape: tuple[int, ...]) -> int:
+    """Number of rows of a block. Raises: ValueError when a row has another shape than announced."""
+    if tuple(block.shape[1:]) != tuple(shape[1:]) or block.ndim != len(shape):
+        raise ValueError(f"{name}: has shape {list(block.shape)}, {list(shape)} was announced")
+    return len(block) if block.ndim else 1
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -6,21 +6,20 @@ run of rows at a time.
 
 import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
+from model.folder import write_file
 from model.mistral import Mistral
-from model.tensor_file import TensorFile, write_tensor_file
+from model.tensor_file import TensorFile, TensorStream, write_tensor_file
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2**30
@@ -211,10 +210,9 @@ def save_model(
     parameters = dict(model.named_parameters())
     dtype = dtype or parameters["norm.weight"].dtype
     rows = hugging_face_rows(model.config)
-    source = {name: parameters[ours].detach()[start:stop] for name, (ours, start, stop) in rows.items()}
     write_config(folder, model.config, dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-    write_tensors(folder, shapes, dtype, lambda name: (source[name],), max_shard_bytes=max_shard_bytes)
+    tensors = {name: TensorStream.of(parameters[ours][start:stop], dtype) for name, (ours, start, stop) in rows.items()}
+    write_tensor_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
 def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> MistralConfig:
@@ -228,47 +226,36 @@ def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | 
         names = tensors.check(config)
         dtype = dtype or tensors.dtype("model.norm.weight")
         write_config(folder, config, dtype)
-        write_tensors(folder, {name: tensors.shape(name) for name in names}, dtype, tensors.blocks)
+        streams = {name: TensorStream(tensors.shape(name), dtype, partial(tensors.blocks, name)) for name in names}
+        write_tensor_folder(folder, streams)
     return config
 
 
-def write_tensors(
+def write_tensor_folder(
     folder: str | Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    parts_of: Callable[[str], Iterable[Tensor]],
+    tensors: Mapping[str, TensorStream],  # in the order to write
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     share: tuple[int, int] = (0, 1),
-) -> list[Path]:
-    """Write `model-*.safetensors` and the index into an existing folder, holding one part of a tensor in memory at a time.
+) -> None:
+    """Write `model-*.safetensors` and the index into an existing folder, one block of rows at a time in memory.
 
-    Args: shapes: every tensor's shape, in the order to write; parts_of: gives the tensor of a name as runs of its rows when
-        its turn comes. A shard holds at most max_shard_bytes, or one tensor that is larger. share: (number, of how many) of
-        the processes that write the folder together, each some of its shards; the first writes the index as well.
-    Raises: ValueError when the parts add up to another shape than announced. Returns: the shards written.
+    Args: max_shard_bytes: size of a shard at most, unless one tensor is larger. share: (number, of how many) of the processes
+        that write the folder together, each some of its shards; number 0 writes the index as well.
+    Raises: ValueError and OSError as `write_tensor_file` does.
     """
-    folder, (part, parts) = Path(folder), share
-    shards = plan_shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}, max_shard_bytes)
-    files = [folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for file, names in list(zip(files, shards, strict=True))[part::parts]:
-        write_tensor_file(file, {name: shapes[name] for name in names}, dtype, parts_of)
-    if part == 0:
-        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
-        weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return files[part::parts]
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file. Raises: OSError naming the file where it cannot be written, as on a full disk."""
-    try:
-        # Only this one key: safetensors writes several in random order, and an export must repeat byte for byte.
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        reason = str(error).removeprefix("Error while serializing: ")
-        raise OSError(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
+    folder, (number, processes) = Path(folder), share
+    shards = plan_shards({name: tensor.bytes for name, tensor in tensors.items()}, max_shard_bytes)
+    files = {f"model-{shard:05d}-of-{len(shards):05d}.safetensors": names for shard, names in enumerate(shards, start=1)}
+    for file in list(files)[number::processes]:
+        write_tensor_file(folder / file, {name: tensors[name] for name in files[file]})
+    if number == 0:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {
+            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_file(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

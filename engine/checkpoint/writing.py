@@ -6,6 +6,7 @@ shards, then put together as a Hugging Face folder, one rank a file; everything 
 on one rank is the failure of all, and leaves nothing under the checkpoint's name.
 """
 
+import functools
 import json
 import math
 import shutil
@@ -27,11 +28,12 @@ from engine.distributed.ranks import SHARD, Ranks, gather, host_group
 from engine.distributed.sharding import local
 from engine.optim.adamw import AdamW
 from model.config import write_config
-from model.folder import complete_folder, sync
+from model.folder import complete_folder, write_file
 from model.mistral import Mistral
+from model.tensor_file import TensorStream
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import MAX_SHARD_BYTES, hugging_face_rows, hugging_face_shapes, plan_shards, write_tensors
+from model.weights import MAX_SHARD_BYTES, hugging_face_rows, hugging_face_shapes, plan_shards, write_tensor_folder
 
 _SHARDS = "shards"
 Result = TypeVar("Result")
@@ -137,7 +139,7 @@ class Checkpointer:
 
     def _finish(self, opened: ExitStack, folder: Path, table: dict[str, Any]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
-        (partial / STATE).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(partial / STATE, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
         opened.close()
         point_latest_at(folder)
         for old in checkpoints(self._out)[: -self._keep]:
@@ -165,7 +167,7 @@ class Checkpointer:
             raise OSError(f"{folder}: rank {rank} could not write: {cause}; free the disk or choose another out") from None
 
     def _write_model(self, partial: Path, copies: dict[str, Tensor]) -> None:
-        """Write a Hugging Face folder, and sync its weights."""
+        """Write a Hugging Face folder, each rank some of its files."""
         dtype = self._weights["norm.weight"].dtype
         whole: Callable[[str], Tensor] = copies.__getitem__
         if self._group is not None:
@@ -178,11 +180,10 @@ class Checkpointer:
             return (whole(ours)[start:stop],)
 
         def write() -> None:
+            shapes = hugging_face_shapes(self._config)
+            tensors = {name: TensorStream(shape, dtype, functools.partial(rows_of, name)) for name, shape in shapes.items()}
             share = (self._ranks.rank, self._ranks.ranks)
-            for file in write_tensors(
-                partial, hugging_face_shapes(self._config), dtype, rows_of, max_shard_bytes=MAX_SHARD_BYTES, share=share
-            ):
-                sync(file)
+            write_tensor_folder(partial, tensors, max_shard_bytes=MAX_SHARD_BYTES, share=share)
             if self._ranks.main:
                 write_config(partial, self._config, dtype)
                 write_tokenizer_folder(partial, self._tokenizer.model_bytes)

@@ -22,9 +22,9 @@ from engine.distributed.sharding import reshard, whole
 from engine.objectives.preference import reference_log_probs
 from engine.run import Run
 from model.config import read_json
-from model.folder import sync, write_file
+from model.folder import write_file
 from model.mistral import Mistral
-from model.weights import save_tensors
+from model.tensor_file import TensorStream, write_tensor_file
 
 # The reference's hash, so that a resumed run finds its tables without loading it.
 MANIFEST = "reference.json"
@@ -59,7 +59,8 @@ def reference_tables(
                 _check_unchanged(run, weights_hash(model), weights)
             table = _compute(run, model, name, dataset, batches)
             if ranks.main and not run.settings.replay:
-                _write(path, table)
+                cache.mkdir(parents=True, exist_ok=True)
+                write_tensor_file(path, {"log_probs": TensorStream.of(table)})
         assert table is not None
         tables[name] = table
     if run.checkpoint is None:
@@ -116,11 +117,3 @@ def _read(path: Path, pairs: int) -> Tensor | None:
     except SafetensorError:
         return None
     return table if table is not None and table.shape == (pairs, 2) else None
-
-
-def _write(path: Path, table: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_tensors({"log_probs": table.contiguous()}, partial)
-    sync(partial)
-    partial.replace(path)

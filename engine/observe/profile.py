@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from engine.distributed.ranks import Ranks
 from engine.settings.sections import ProfileSettings
+from model.folder import write_file
 
 # Public operators by what the benchmarks' ladder calls them; each has its eager reference beside it.
 OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -83,12 +84,12 @@ def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
     if cuda:
         snapshot = torch.cuda.memory._snapshot(device)
         torch.cuda.memory._record_memory_history(enabled=None)
-        (folder / "memory.json").write_text(json.dumps(snapshot, default=str), encoding="utf-8")
+        write_file(folder / "memory.json", json.dumps(snapshot, default=str))
     shares.update(shares_of(profiler.events() or [], device, seconds))
-    (folder / "time.json").write_text(json.dumps({"seconds": seconds, "shares": shares}, indent=1) + "\n", encoding="utf-8")
+    write_file(folder / "time.json", json.dumps({"seconds": seconds, "shares": shares}, indent=1) + "\n")
     profiler.export_chrome_trace(str(folder / "trace.json"))
     curve = memory_curve(json.loads((folder / "trace.json").read_text(encoding="utf-8")), cuda=cuda)
-    (folder / "memory.svg").write_text(_drawing(curve), encoding="utf-8")
+    write_file(folder / "memory.svg", _drawing(curve))
 
 
 def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> dict[str, float]:

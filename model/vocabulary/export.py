@@ -17,7 +17,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from model.folder import sync
+from model.folder import write_file
 from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.tokenizer import CHATML, MODEL_FILE
@@ -69,11 +69,11 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials), indent=None))
-    _replace(folder / "tokenizer_config.json", _json(config))
-    _replace(folder / "special_tokens_map.json", _json(specials))
-    _replace(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
-    _replace(folder / MODEL_FILE, model_bytes)
+    write_file(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials), indent=None))
+    write_file(folder / "tokenizer_config.json", _json(config))
+    write_file(folder / "special_tokens_map.json", _json(specials))
+    write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_file(folder / MODEL_FILE, model_bytes)
 
 
 def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
@@ -162,13 +162,5 @@ def _merges(proto: Any) -> list[list[str]]:
     ]
 
 
-def _json(value: Any, indent: int | None = 2) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=indent) + "\n").encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    sync(partial)
-    partial.replace(path)
+def _json(value: Any, indent: int | None = 2) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent) + "\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, write_config
+from model.tensor_file import TensorStream
 from model.vocabulary.distill import Distillation, distill
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import split_pieces
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import TensorFolder, hugging_face_shapes, write_tensors
+from model.weights import TensorFolder, hugging_face_shapes, write_tensor_folder
 
 Method = Literal["weighted", "mean", "random", "distilled"]
 Side = Literal["input", "head"]
@@ -156,13 +158,14 @@ def resize_model(
                     "export the model in one dtype first"
                 )
 
-        def parts_of(name: str) -> Iterator[Tensor]:
+        def blocks(name: str) -> Iterator[Tensor]:
             if name not in sides:
                 return tensors.blocks(name)
             base_BD = tensors.rows(name, 0, base.vocab_size)
             return resized_rows(base_BD, subpieces, sides[name], method=method, seed=seed)
 
-        write_tensors(folder, hugging_face_shapes(resized), dtype, parts_of)
+        shapes = hugging_face_shapes(resized)
+        write_tensor_folder(folder, {name: TensorStream(shape, dtype, partial(blocks, name)) for name, shape in shapes.items()})
     write_config(folder, resized, dtype)
     write_tokenizer_folder(folder, merged.model_bytes)
     if method == "distilled":

@@ -10,7 +10,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from model.folder import write_file
+from model.folder import complete_file, write_file
 from model.generate import Sampling, generate
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.tokenizer import Tokenizer
@@ -283,6 +283,5 @@ def _draw(path: Path, curves: dict[str, Any]) -> None:
         axes.set(title=TRAINED[folder], xlabel="step", ylim=(0, None))
     figure.axes[0].set_ylabel("loss (nats)")
     figure.axes[0].legend()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=100, format="png")
-    os.replace(partial, path)
+    with complete_file(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")

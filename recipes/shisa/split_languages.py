@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.data.records import Unusable, read_conversation, read_text
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
-from model.folder import complete_folder
+from model.folder import complete_folder, write_file
 from recipes.command import command
 
 PARTS = ("ja", "rest")
@@ -97,7 +97,7 @@ def run(settings: SplitSettings) -> dict[str, Any]:
                     "prepare it as it is, or change least_share"
                 )
         report = {"least_share": settings.least_share, "parts": counts, "skipped": skipped}
-        (folder / "split.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_file(folder / "split.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     for part, count in counts.items():
         file = Path(settings.out) / f"{part}.jsonl.gz"
         print(f"{file}: {count['records']:,} records, {count['characters']:,} characters")

@@ -135,8 +135,9 @@ def test_a_file_is_replaced_all_at_once(tmp_path, monkeypatch):
     assert (tmp_path / "latest").read_bytes() == "二\n".encode()
     assert names(tmp_path) == ["latest"]
     monkeypatch.setattr("model.folder.sync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="/latest: could not be written: disk full; free the disk or choose another folder"):
         write_file(tmp_path / "latest", "three\n")
+    assert names(tmp_path) == ["latest"]
     assert (tmp_path / "latest").read_text() == "二\n"
 
 

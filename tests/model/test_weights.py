@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import resource
 import struct
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,16 @@ from transformers import AutoModelForCausalLM
 import model.tensor_file as tensor_file
 import model.weights as weights
 from model.config import read_config
-from model.tensor_file import TensorFile, write_tensor_file
-from model.weights import TensorFolder, convert_folder, load_model, read_tensors, resolve_folder, save_model, write_tensors
+from model.tensor_file import TensorFile, TensorStream, write_tensor_file
+from model.weights import (
+    TensorFolder,
+    convert_folder,
+    load_model,
+    read_tensors,
+    resolve_folder,
+    save_model,
+    write_tensor_folder,
+)
 
 SINGLE = "model.safetensors"
 
@@ -158,7 +168,6 @@ def test_tensors_are_read_one_at_a_time_under_their_names(exported, small_model)
 
 
 def test_writing_holds_one_part_at_a_time(tmp_path):
-    shapes = {f"tensor-{i}": (4, 8) for i in range(12)}
     alive, most = [], []
 
     def make(name):
@@ -168,7 +177,8 @@ def test_writing_holds_one_part_at_a_time(tmp_path):
             most.append(sum(reference() is not None for reference in alive))
             yield part
 
-    write_tensors(tmp_path, shapes, torch.float32, make, max_shard_bytes=3 * 4 * 8 * 4)
+    tensors = {name: TensorStream((4, 8), torch.float32, partial(make, name)) for name in (f"tensor-{i}" for i in range(12))}
+    write_tensor_folder(tmp_path, tensors, max_shard_bytes=3 * 4 * 8 * 4)
     assert len(shards(tmp_path)) == 4
     # The one that is made while the writer's name still holds the one before.
     assert max(most) <= 2
@@ -188,7 +198,8 @@ def test_writing_holds_one_part_at_a_time(tmp_path):
 )
 def test_parts_of_another_shape_than_announced_are_refused(tmp_path, parts, message):
     with pytest.raises(ValueError, match=message):
-        write_tensors(tmp_path, {"a": (2, 4)}, torch.float32, lambda _: parts)
+        write_tensor_folder(tmp_path, {"a": TensorStream((2, 4), torch.float32, lambda: parts)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_those_of_the_safetensors_package(tmp_path):
@@ -209,10 +220,13 @@ def test_files_are_those_of_the_safetensors_package(tmp_path):
             if tensor.ndim:
                 assert torch.equal(torch.cat([file.rows(name, 0, 1), *file.blocks(name)]), torch.cat([tensor[:1], tensor]))
     for name, tensor in tensors.items():
-        write_tensor_file(tmp_path / "ours", {name: tuple(tensor.shape)}, tensor.dtype, lambda _, tensor=tensor: [tensor])
-        [(read, ours)] = load_file(tmp_path / "ours").items()
-        assert (read, ours.dtype) == (name, tensor.dtype)
-        assert torch.equal(ours, tensor)
+        write_tensor_file(tmp_path / "one", {name: TensorStream.of(tensor)})
+        save_file({name: tensor}, tmp_path / "same", metadata={"format": "pt"})
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "same").read_bytes()
+    write_tensor_file(tmp_path / "all", {name: TensorStream.of(tensor) for name, tensor in tensors.items()})
+    read = load_file(tmp_path / "all")
+    assert sorted(read) == sorted(tensors)
+    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_blocks_are_runs_of_rows_of_a_bounded_size(tmp_path, monkeypatch):
@@ -233,9 +247,18 @@ def test_a_file_cut_while_it_is_read_is_named(tmp_path):
             file.tensor("a")
 
 
-def test_a_full_disk_is_named():
-    with pytest.raises(OSError, match="/dev/full: could not be written: No space left on device; free the disk"):
-        write_tensor_file(Path("/dev/full"), {"a": (4,)}, torch.float32, lambda _: [torch.zeros(4)])
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
+    old = {"a": TensorStream.of(torch.zeros(4))}
+    write_tensor_file(tmp_path / "file", old)
+    before = (tmp_path / "file").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="/file: could not be written: File too large; free the disk"):
+            write_tensor_file(tmp_path / "file", {"a": TensorStream.of(torch.zeros(4000))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": before}
 
 
 def test_a_dtype_that_no_weight_has_is_named(tmp_path):

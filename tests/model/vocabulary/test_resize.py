@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.config import MistralConfig, read_config, write_config
 from model.mistral import Mistral, initialize
+from model.tensor_file import TensorStream
 from model.vocabulary import resize
 from model.vocabulary.distill import Distillation
 from model.vocabulary.export import write_tokenizer_folder
@@ -28,8 +29,8 @@ from model.weights import (
     load_model,
     read_tensors,
     save_model,
-    write_tensors,
-)  # fmt: skip
+    write_tensor_folder,
+)
 
 SIDES = ("input", "head")
 SMALL_SHAPE = MistralConfig(
@@ -238,7 +239,8 @@ def test_a_model_passes_through_in_little_memory(small_base, small_merged, tmp_p
     shapes = hugging_face_shapes(config)
     values = torch.randn(13000 * 1024).bfloat16()
     write_config(source, config, torch.bfloat16)
-    write_tensors(source, shapes, torch.bfloat16, lambda name: [values[: math.prod(shapes[name])].view(shapes[name])])
+    tensors = {name: TensorStream.of(values[: math.prod(shape)].view(shape)) for name, shape in shapes.items()}
+    write_tensor_folder(source, tensors)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     assert size > 175e6
     assert peak_growth(lambda: resize_model(source, resized, small_base, small_merged)) < 80e6
