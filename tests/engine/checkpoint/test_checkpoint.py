@@ -22,7 +22,7 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
 from recipes import dpo, pretrain
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = "model-00001-of-00001.safetensors"
 OPTIMIZER = "training/optimizer/shard-00001-model-00001-of-00001.safetensors"
 ALONE = Ranks(torch.device("cpu"))
