@@ -16,8 +16,7 @@ import torch
 
 from benchmarks.measure import spread
 from engine.data.batches import Batch, Step
-from engine.estimate.flops import recomputed_flops
-from engine.loop import step_flops
+from engine.estimate.flops import recomputed_flops, step_flops
 from kernels.attention.work import pairs_of
 from kernels.linear_log_prob import default_budget, plan
 from model.config import MistralConfig

@@ -22,7 +22,8 @@ from engine.data.plan import Plan
 from engine.distributed.ranks import Ranks, gather, host_group, join, leave
 from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
-from engine.loop import Objective, accumulate
+from engine.loop import accumulate
+from engine.objectives import Objective
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, reference_log_probs
 from engine.observe.profile import OPTIMIZER, breakdown, replaced

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.state import TrainingState, checkpoints, model_folder, read_state
-from engine.data.batches import Batch, Step, make_step
+from engine.data.batches import Batch, Step, make_step, step_stream
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.distributed.ranks import Ranks, join
@@ -65,6 +65,18 @@ class Run:
             self.plan, index, window=self.config.sliding_window, pack_tokens=self.pack_tokens, rank=self.ranks.rank,
             ranks=self.ranks.ranks, pad=self.device.type == "cuda",
         )  # fmt: skip
+
+    def stream(self) -> Generator[Step, None, None]:
+        """This rank's part of each step from `start` on, made and copied to the device some steps ahead."""
+        return step_stream(
+            self.plan,
+            self.start,
+            window=self.config.sliding_window,
+            pack_tokens=self.pack_tokens,
+            rank=self.ranks.rank,
+            ranks=self.ranks.ranks,
+            device=self.device,
+        )
 
     @cached_property
     def planned(self) -> MemoryPlan:

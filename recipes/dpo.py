@@ -12,7 +12,8 @@ from pathlib import Path
 
 from engine.data.batches import Batch, evaluation_batches
 from engine.data.dataset import TokenDataset
-from engine.loop import Evaluation, train, whole_step
+from engine.loop import train
+from engine.objectives.heldout import Evaluation, whole_step
 from engine.objectives.preference import Preference
 from engine.objectives.reference import reference_tables
 from engine.observe.replay import replay

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from engine.data.batches import evaluation_batches
 from engine.data.dataset import TokenDataset
-from engine.loop import Evaluation, train, whole_step
+from engine.loop import train
+from engine.objectives.heldout import Evaluation, whole_step
 from engine.objectives.next_token import NextToken
 from engine.observe.preview import describe, sample
 from engine.observe.replay import replay

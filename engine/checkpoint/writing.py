@@ -56,6 +56,8 @@ class Checkpointer:
         # A rank may hold no row of a tensor.
         mine = {name: local(tensor) for name, tensor in (self._weights | optimizer.state).items()}
         self._staging = Staging({name: tensor for name, tensor in mine.items() if tensor.numel()}, ranks.device)
+        # An update must not overwrite what is still being copied.
+        optimizer.before_update = self._staging.before_update
         self._group = host_group(ranks)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
@@ -89,10 +91,6 @@ class Checkpointer:
         copies, table = self._staging.copy(), {**asdict(state), "updates": self._optimizer.updates}
         self._job = self._thread.submit(self._write, folder, table, copies)
         return folder
-
-    def before_update(self) -> None:
-        """To be called before anything that was saved is changed. The host does not wait."""
-        self._staging.before_update()
 
     @property
     def failed(self) -> bool:

@@ -6,8 +6,8 @@ all ranks already.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,13 +26,14 @@ SHARD, REPLICATE = "shard", "replicate"
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several.
-    timeout: seconds that they wait for one another."""
+    timeout: seconds that they wait for one another. timed: entered around each sum of a step's values."""
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
     mesh: DeviceMesh | None = None
     timeout: float = ParallelSettings.timeout
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def main(self) -> bool:
@@ -44,7 +45,8 @@ class Ranks:
         if self.mesh is None:
             return values
         stacked = torch.stack([value.detach().double() for value in values.values()])
-        dist.all_reduce(stacked)
+        with self.timed():
+            dist.all_reduce(stacked)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), stacked, strict=True)}
 
     def sum_(self, tensor: Tensor) -> Tensor:

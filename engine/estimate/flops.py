@@ -6,6 +6,7 @@ import statistics
 
 import torch
 
+from engine.data.batches import Step
 from engine.observe.timing import mark, seconds_between
 from model.config import MistralConfig
 from model.mistral import Recompute
@@ -39,6 +40,11 @@ def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int)
     forward = 2 * config.num_hidden_layers * (tokens * per_token + 2 * pairs * query_width)
     forward += 2 * rows * config.hidden_size * config.unpadded_vocab_size
     return 3 * forward
+
+
+def step_flops(config: MistralConfig, step: Step) -> int:
+    """Operations of a step, of all ranks together."""
+    return training_flops(config, tokens=step.tokens, rows=step.trained, pairs=step.attended)
 
 
 def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute) -> int:

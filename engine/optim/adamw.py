@@ -1,6 +1,6 @@
 """The optimizer: AdamW with float32 masters over a model's parameters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class AdamW:
         self.parameters = dict(parameters)
         self.state: dict[str, Tensor] = {}
         self.updates = 0
+        self.before_update: Callable[[], None] = lambda: None
         self._stopped: Tensor | None = None
         for name, parameter in self.parameters.items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
@@ -51,6 +52,7 @@ class AdamW:
         norm = norm_of_gradients(parameters)
         scale, skipped = self._scale(norm, loss)
         self.updates += 1
+        self.before_update()
         offloaded = self.settings.offload == "moments"
         for number, (name, parameter) in enumerate(self.parameters.items()):
             assert parameter.grad is not None, f"{name} took no part in the step"

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from engine.data.batches import evaluation_batches, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
-from engine.loop import Evaluation, accumulate, evaluate, whole_step
+from engine.loop import accumulate
+from engine.objectives.heldout import Evaluation, evaluate, whole_step
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, preference_loss, reference_log_probs
 from engine.objectives.scoring import document_log_probs, token_log_probs

@@ -14,8 +14,7 @@ import engine.optim.adamw
 from engine.checkpoint.state import checkpoints
 from engine.data.batches import make_step
 from engine.distributed.ranks import Ranks
-from engine.estimate.flops import training_flops
-from engine.loop import step_flops
+from engine.estimate.flops import step_flops, training_flops
 from engine.observe.metrics import Metrics, RunFacts, StepRecord
 from engine.run import open_run
 from engine.settings.sections import LogSettings
@@ -216,8 +215,8 @@ def metrics_of(tmp_path):
 
     def make(**changes):
         settings = LogSettings(**{"every": 2, "tensorboard": False, **changes.pop("log", {})})
-        facts = RunFacts(**{"steps": 4, "start": 0, "planned_bytes": 2**30, "config": {}, **changes})
-        metrics = Metrics(tmp_path, settings, Ranks(torch.device("cpu")), facts)
+        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu"))}
+        metrics = Metrics(tmp_path, settings, **{"planned_bytes": 2**30, **given, **changes})
         made.append(metrics)
         return metrics
 
@@ -294,18 +293,14 @@ def test_skipped_steps_are_counted_and_end_the_run_when_too_many(tmp_path, metri
 def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
     calls = []
     stub = types.ModuleType("wandb")
-    started = {}
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
-    stub.init = lambda **named: started.update(named) or run
+    stub.init = lambda **named: types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"), named=named
+    )
     monkeypatch.setitem(sys.modules, "wandb", stub)
     metrics = metrics_of(log={"wandb": "project"}, config={"seed": 3})
-    assert started == {
-        "project": "project",
-        "name": tmp_path.name,
-        "dir": str(tmp_path),
-        "config": {"seed": 3},
-        "resume": "allow",
-    }
+    assert metrics._wandb.named == {
+        "project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow",
+    }  # fmt: skip
     metrics.evaluation(0, {"eval/x/loss": 5.0})
     metrics.step(record(1))
     metrics.step(record(2))

@@ -1,0 +1,66 @@
+"""Evaluation on held-out sets: the objective's values over a whole prepared folder, without noise and without gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.data.batches import Batch, Step, share_of
+from engine.distributed.ranks import Ranks
+from engine.distributed.sharding import reshard
+from engine.objectives import Objective
+from kernels.attention.work import pairs_of
+from model.mistral import Mistral
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out set: its name in the metrics, its objective, and the whole set as one step."""
+
+    name: str
+    objective: Objective
+    step: Step
+
+
+@torch.no_grad()
+def evaluate(
+    model: Mistral,
+    evaluations: Sequence[Evaluation],
+    ranks: Ranks | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The objective's values on each held-out set, over all ranks: {"eval/<name>/<value>": ...}.
+
+    Args: alive: called before each micro-batch, as a sign of life.
+    """
+    model.eval()
+    device = model.lm_head.weight.device
+    results: dict[str, float] = {}
+    for evaluation in evaluations:
+        totals: dict[str, Tensor] = {}
+        batches = evaluation.step.batches
+        for batch in share_of(batches, ranks.rank, ranks.ranks) if ranks else batches:
+            alive()
+            for name, value in evaluation.objective(model, batch.to(device), evaluation.step).items():
+                totals[name] = totals.get(name, 0) + value.double()
+        summed = ranks.sum(totals) if ranks else totals
+        results.update({f"eval/{evaluation.name}/{name}": float(value) for name, value in summed.items()})
+    reshard(model)
+    model.train()
+    return results
+
+
+def whole_step(batches: Sequence[Batch]) -> Step:
+    """A held-out set as one step, so that an objective's values are means over the whole set."""
+    weight = sum(float(batch.weight_T.sum()) for batch in batches)
+    return Step(
+        index=0,
+        batches=list(batches),
+        weight=weight,
+        pairs=sum(0 if batch.pair_D is None else len(batch.pair_D) // 2 for batch in batches),
+        tokens=sum(batch.tokens for batch in batches),
+        tokens_saved=sum(batch.tokens_saved for batch in batches),
+        trained=int(weight),
+        attended=sum(pairs_of(batch.attention) for batch in batches),
+    )
