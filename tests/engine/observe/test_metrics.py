@@ -215,8 +215,8 @@ def metrics_of(tmp_path):
 
     def make(**changes):
         settings = LogSettings(**{"every": 2, "tensorboard": False, **changes.pop("log", {})})
-        given = {"steps": 4, "start": 0, "peak_flops": None, "config": {}, "ranks": Ranks(torch.device("cpu"))}
-        metrics = Metrics(tmp_path, settings, **{"planned_bytes": 2**30, **given, **changes})
+        facts = RunFacts(**{"steps": 4, "start": 0, "planned_bytes": 2**30, "config": {}, **changes})
+        metrics = Metrics(tmp_path, settings, Ranks(torch.device("cpu")), facts)
         made.append(metrics)
         return metrics
 
@@ -293,14 +293,18 @@ def test_skipped_steps_are_counted_and_end_the_run_when_too_many(tmp_path, metri
 def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
     calls = []
     stub = types.ModuleType("wandb")
-    stub.init = lambda **named: types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"), named=named
-    )
+    started = {}
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    stub.init = lambda **named: started.update(named) or run
     monkeypatch.setitem(sys.modules, "wandb", stub)
     metrics = metrics_of(log={"wandb": "project"}, config={"seed": 3})
-    assert metrics._wandb.named == {
-        "project": "project", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 3}, "resume": "allow",
-    }  # fmt: skip
+    assert started == {
+        "project": "project",
+        "name": tmp_path.name,
+        "dir": str(tmp_path),
+        "config": {"seed": 3},
+        "resume": "allow",
+    }
     metrics.evaluation(0, {"eval/x/loss": 5.0})
     metrics.step(record(1))
     metrics.step(record(2))
