@@ -29,12 +29,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from benchmarks import lengths as of_length
 from benchmarks import measure
 from benchmarks.command import benchmark
-from engine.data.batches import Batch, Step, make_step, step_stream
+from engine.data.batch import Batch, Packing, Step, make_step
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.plan import Plan
 from engine.data.prepare import prepare
 from engine.data.records import read_text
 from engine.data.sources import TEXT_SUFFIXES, find_sources
+from engine.data.stream import step_stream
 from engine.environment import choose_device
 from engine.settings.sections import Source
 from engine.settings.toml import to_table
@@ -300,7 +301,7 @@ def load(settings: DataSettings, folder: Path, device: torch.device) -> Iterator
         seconds, tokens = [], 0
         for step in range(made.steps):
             start = time.perf_counter()
-            tokens += make_step(made, step, window=_WINDOW, pack_tokens=pack_tokens).tokens
+            tokens += make_step(made, step, Packing(_WINDOW, pack_tokens)).tokens
             seconds.append(time.perf_counter() - start)
         yield {"what": "make_step", **fixed, **rates(seconds, tokens=tokens // made.steps)}
         for step_seconds in settings.step_seconds:
@@ -339,7 +340,7 @@ def _copy(step: Step, device: torch.device) -> list[Batch]:
 def waiting(made: Plan, pack_tokens: int, step_seconds: float, device: torch.device) -> Row:
     """What the loop waits for its next step where a step takes `step_seconds` without the processor."""
     waits, copies = [], []
-    stream = step_stream(made, 0, window=_WINDOW, pack_tokens=pack_tokens)
+    stream = step_stream(made, 0, Packing(_WINDOW, pack_tokens))
     start = time.perf_counter()
     for step in stream:
         waits.append(time.perf_counter() - start)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import spread
-from engine.data.batches import Batch, Step
+from engine.data.batch import Batch, Step
 from engine.estimate.flops import recomputed_flops, step_flops
 from kernels.attention.work import pairs_of
 from kernels.linear_log_prob import default_budget, plan
@@ -39,7 +39,7 @@ def work_of(
     config: MistralConfig, step: Step, recompute: str = "", *, device: torch.device = CPU, dtype: torch.dtype = torch.float32
 ) -> Work:
     """The work of a step of one rank on a device, of parameters of a dtype."""
-    documents = sum(len(batch.document_D) for batch in step.batches)
+    documents = sum(len(batch.document_B) for batch in step.batches)
     again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = pairs_of(batch.attention)
@@ -53,7 +53,7 @@ def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes:
     Only preference tuning has such: the gradients of a weighted sum of log-probs are made with the logits.
     """
     rows = len(batch.rows_N)
-    if batch.pair_D is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
+    if batch.pair_B is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
         return 0
     return 2 * rows * config.hidden_size * config.vocab_size
 

@@ -16,9 +16,10 @@ from torch.profiler import record_function
 from benchmarks.measure import ceilings
 from benchmarks.parts import references
 from benchmarks.peers.worker import Worker, cpu_seconds
-from engine.data.batches import Step, make_step, step_stream
+from engine.data.batch import Packing, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
+from engine.data.stream import step_stream
 from engine.distributed.ranks import Ranks, gather, host_group, join, leave
 from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
@@ -84,10 +85,7 @@ def measure_steps(worker: RankWorker) -> None:
             block.compile(dynamic=False)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
-    stream = step_stream(
-        run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens, device=run.device, rank=run.ranks.rank,
-        ranks=run.ranks.ranks,
-    )  # fmt: skip
+    stream = step_stream(run.plan, 0, run.packing, device=run.device)
 
     def step(_: int = 0) -> Tensor:
         return train_step(run, model, optimizer, objective, next(stream))
@@ -146,8 +144,8 @@ def open_job(job: dict[str, Any], *, whole_documents: bool = False) -> Run:
 
 def steps_of(run: Run, count: int) -> list[Step]:
     """The first steps of a run."""
-    window = run.config.sliding_window
-    return [make_step(run.plan, index, window=window, pack_tokens=run.pack_tokens) for index in range(count)]
+    packing = Packing(run.config.sliding_window, run.pack_tokens)
+    return [make_step(run.plan, index, packing) for index in range(count)]
 
 
 def fresh_model(run: Run) -> Mistral:

@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from engine.checkpoint.state import load_optimizer, point_latest_at
 from engine.checkpoint.writing import Checkpointer
-from engine.data.batches import Step
+from engine.data.batch import Step
 from engine.distributed.ranks import Ranks, lost_ranks_named
 from engine.distributed.sharding import reduce_after
 from engine.distributed.stop import Interruption

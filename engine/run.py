@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from engine.checkpoint.state import TrainingState, checkpoints, model_folder, read_state
-from engine.data.batches import Batch, Step, make_step, step_stream
+from engine.data.batch import Batch, Packing, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
+from engine.data.stream import step_stream
 from engine.distributed.ranks import Ranks, join
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
@@ -59,24 +60,24 @@ class Run:
         sides = 2 if self.plan.paired else 1
         return self.settings.pack_tokens or sides * self.settings.context_length
 
-    def step(self, index: int) -> Step:
-        """This rank's part of a step, as it is trained on."""
-        return make_step(
-            self.plan, index, window=self.config.sliding_window, pack_tokens=self.pack_tokens, rank=self.ranks.rank,
-            ranks=self.ranks.ranks, pad=self.device.type == "cuda",
-        )  # fmt: skip
-
-    def stream(self) -> Generator[Step, None, None]:
-        """This rank's part of each step from `start` on, made and copied to the device some steps ahead."""
-        return step_stream(
-            self.plan,
-            self.start,
+    @property
+    def packing(self) -> Packing:
+        """How this rank's steps are cut into micro-batches."""
+        return Packing(
             window=self.config.sliding_window,
             pack_tokens=self.pack_tokens,
             rank=self.ranks.rank,
             ranks=self.ranks.ranks,
-            device=self.device,
+            pad=self.device.type == "cuda",
         )
+
+    def step(self, index: int) -> Step:
+        """This rank's part of a step."""
+        return make_step(self.plan, index, self.packing)
+
+    def stream(self) -> Generator[Step, None, None]:
+        """This rank's part of each step from `start` on, made and copied to the device some steps ahead."""
+        return step_stream(self.plan, self.start, self.packing, device=self.device)
 
     @cached_property
     def planned(self) -> MemoryPlan:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.batches import Batch, evaluation_batches
+from engine.data.batch import Batch, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
 from engine.objectives.heldout import Evaluation, whole_step
@@ -66,10 +66,7 @@ def run(settings: DpoSettings) -> Path | None:
 
 def training_pairs(run: Run, dataset: TokenDataset) -> list[Batch]:
     """Every pair of a source that fits the context."""
-    return evaluation_batches(
-        dataset, window=run.config.sliding_window, context_length=run.settings.context_length, pack_tokens=run.pack_tokens,
-        share_prompts=run.plan.share_prompts,
-    )  # fmt: skip
+    return evaluation_batches(dataset, run.packing, run.settings.context_length, share_prompts=run.plan.share_prompts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.data.batches import evaluation_batches
+from engine.data.batch import evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
 from engine.objectives.heldout import Evaluation, whole_step
@@ -38,9 +38,12 @@ def heldout_batches(run: Run, dataset: TokenDataset):
     """A held-out set in micro-batches of the run's size. Raises: ValueError where none of it fits the context."""
     settings = run.settings
     batches = evaluation_batches(
-        dataset, window=run.config.sliding_window, context_length=settings.context_length, pack_tokens=run.pack_tokens,
-        limit=settings.heldout_limit, share_prompts=run.plan.share_prompts,
-    )  # fmt: skip
+        dataset,
+        run.packing,
+        settings.context_length,
+        limit=settings.heldout_limit,
+        share_prompts=run.plan.share_prompts,
+    )
     if not batches:
         raise ValueError(f"{dataset.folder}: nothing to evaluate within context_length = {settings.context_length}; raise it")
     return batches

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from engine.data.batches import Step
+from engine.data.batch import Step
 from engine.observe.timing import mark, seconds_between
 from model.config import MistralConfig
 from model.mistral import Recompute

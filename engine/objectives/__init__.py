@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.data.batches import Batch, Step
+from engine.data.batch import Batch, Step
 from model.mistral import Mistral
 
 # (model, micro-batch, its step) -> this micro-batch's part of the step's values, "loss" among them. Parts add up over

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.data.batches import Batch, Step, share_of
+from engine.data.batch import Batch, Step, share_of
 from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import reshard
 from engine.objectives import Objective
@@ -58,7 +58,7 @@ def whole_step(batches: Sequence[Batch]) -> Step:
         index=0,
         batches=list(batches),
         weight=weight,
-        pairs=sum(0 if batch.pair_D is None else len(batch.pair_D) // 2 for batch in batches),
+        pairs=sum(0 if batch.pair_B is None else len(batch.pair_B) // 2 for batch in batches),
         tokens=sum(batch.tokens for batch in batches),
         tokens_saved=sum(batch.tokens_saved for batch in batches),
         trained=int(weight),

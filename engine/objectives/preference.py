@@ -7,7 +7,7 @@ ipo-mean: the same on means per answer token, as its authors later advised and o
 hinge: SLiC-HF's rank loss on DPO's margin (Zhao et al. 2023, https://arxiv.org/abs/2305.10425; Liu et al. 2023,
     https://arxiv.org/abs/2309.06657, table 1).
 
-Shapes: P pairs, D = 2P documents: chosen at even places, rejected at odd ones.
+Shapes: T tokens, P pairs, B = 2P documents: the chosen sides at even indices, the rejected sides at odd ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.data.batches import Batch, Step
+from engine.data.batch import Batch, Step
 from engine.objectives.scoring import answer_lengths, document_log_probs, embedding_noise, token_log_probs
 from engine.settings.sections import PreferenceSettings
 from model.mistral import Mistral
@@ -26,7 +26,7 @@ from model.mistral import Mistral
 def preference_loss(margin_P: Tensor, settings: PreferenceSettings) -> Tensor:
     """Loss of each pair: [P].
 
-    Args: margin_P: log-ratio of policy to reference of the chosen answer, less that of the rejected one.
+    Args: margin_P: the chosen answer's log-ratio of policy to reference, minus the rejected answer's.
     """
     beta, smoothing = settings.beta, settings.label_smoothing
     if settings.loss == "sigmoid":
@@ -56,56 +56,59 @@ class Preference:
 
         "loss", and TRL's metrics: rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, means over pairs.
         """
-        assert batch.pair_D is not None
-        loss_P, policy_D, ratio_D = self._scored(model, batch, step)
-        # A filler pair, which a rank without work runs, has no weight and must not count.
-        real_P = (batch.pair_D[0::2] >= 0).to(ratio_D.dtype)
+        assert batch.pair_B is not None
+        loss_P, policy_B, ratio_B = self._scored(model, batch, step)
+        # A rank without work runs a filler pair, which must not count.
+        real_P = (batch.pair_B[0::2] >= 0).to(ratio_B.dtype)
 
         def mean(values_P: Tensor) -> Tensor:
             return (values_P * real_P).sum() / step.pairs
 
-        reward_D = self.settings.beta * ratio_D.detach()
-        chosen_P, rejected_P = reward_D[0::2], reward_D[1::2]
+        reward_B = self.settings.beta * ratio_B.detach()
+        chosen_P, rejected_P = reward_B[0::2], reward_B[1::2]
         return {
             "loss": mean(loss_P),
             "rewards/chosen": mean(chosen_P),
             "rewards/rejected": mean(rejected_P),
             "rewards/margins": mean(chosen_P - rejected_P),
-            "rewards/accuracies": mean((chosen_P > rejected_P).to(reward_D.dtype)),
-            "logps/chosen": mean(policy_D.detach()[0::2]),
-            "logps/rejected": mean(policy_D.detach()[1::2]),
+            "rewards/accuracies": mean((chosen_P > rejected_P).to(reward_B.dtype)),
+            "logps/chosen": mean(policy_B.detach()[0::2]),
+            "logps/rejected": mean(policy_B.detach()[1::2]),
         }
 
     def losses(self, model: Mistral, batch: Batch, step: Step) -> Tensor:
-        """Loss of each pair: [pairs of the batch]."""
+        """Loss of each pair: [P]."""
         return self._scored(model, batch, step)[0]
 
     def _scored(self, model: Mistral, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each pair [P]; the policy's log-probability of each document, and less that of the reference [D]."""
+        """(loss of each pair [P], the policy's log-probability of each document [B], its difference to the reference's [B])."""
         alpha = self.neftune_alpha if model.training else 0.0
         noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
-        policy_D = document_log_probs(token_log_probs(model, batch, noise), batch)
-        ratio_D = policy_D - self._reference_of(batch)
-        scored_D = ratio_D / answer_lengths(batch) if self.settings.loss == "ipo-mean" else ratio_D
-        return preference_loss(scored_D[0::2] - scored_D[1::2], self.settings), policy_D, ratio_D
+        policy_B = document_log_probs(token_log_probs(model, batch, noise), batch)
+        ratio_B = policy_B - self._reference_of(batch)
+        scored_B = ratio_B / answer_lengths(batch) if self.settings.loss == "ipo-mean" else ratio_B
+        return preference_loss(scored_B[0::2] - scored_B[1::2], self.settings), policy_B, ratio_B
 
     def _reference_of(self, batch: Batch) -> Tensor:
-        """The reference's log-probability of each document, 0 for a filler's: [D]."""
-        device = batch.document_D.device
+        """The reference's log-probability of each document, 0 for a filler: [B]."""
+        device = batch.document_B.device
         if device not in self._tables:
-            # On the device once for the whole run: a look-up on the host would wait for the device in every step.
+            # Copied to the device once a run: a look-up on the host would wait for the device in every step.
             self._tables[device] = torch.cat([table.flatten() for table in self.reference]).to(device)
-        # Documents are numbered through the sources as the rows and sides of these tables are.
-        values_D = self._tables[device][batch.document_D.clamp(min=0)]
-        return values_D.masked_fill(batch.document_D < 0, 0.0)
+        # A document's id counts through all sources, as the rows and sides of the joined tables do.
+        values_B = self._tables[device][batch.document_B.clamp(min=0)]
+        return values_B.masked_fill(batch.document_B < 0, 0.0)
 
 
 def reference_log_probs(
-    model: Mistral, batches: Sequence[Batch], pairs: int, progress: Callable[[int], object] = lambda tokens: None
+    model: Mistral,
+    batches: Sequence[Batch],
+    pairs: int,  # of the dataset
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
-    """Log-probabilities of both answers of each pair under the model as it is: float32 [pairs, 2], NaN where not in `batches`.
+    """Log-probabilities of both answers of each pair under the model: float32 [pairs, 2], NaN for pairs not in `batches`.
 
-    The same functions as in training score them, so before the first update every margin is 0 up to rounding.
+    Training scores answers by the same functions, so before the first update every margin is 0 up to rounding.
     """
     table = torch.full((pairs, 2), torch.nan)
     device = model.lm_head.weight.device
@@ -113,12 +116,12 @@ def reference_log_probs(
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            assert batch.pair_D is not None
+            assert batch.pair_B is not None
             on_device = batch.to(device)
-            scores_D = document_log_probs(token_log_probs(model, on_device), on_device)
-            pair_P, scores_P2 = batch.pair_D[0::2], scores_D.float().cpu().view(-1, 2)
-            # A filler's pair is none.
-            table[pair_P[pair_P >= 0]] = scores_P2[pair_P >= 0]
+            scores_B = document_log_probs(token_log_probs(model, on_device), on_device)
+            pair_P, scores_P2 = batch.pair_B[0::2], scores_B.float().cpu().view(-1, 2)
+            real_P = pair_P >= 0  # not a filler
+            table[pair_P[real_P]] = scores_P2[real_P]
             progress(batch.tokens)
     model.train(training)
     return table

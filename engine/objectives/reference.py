@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.data.batches import Batch, share_of
+from engine.data.batch import Batch, share_of
 from engine.data.dataset import TokenDataset
 from engine.distributed.ranks import lost_ranks_named
 from engine.distributed.sharding import reshard, whole
@@ -92,8 +92,8 @@ def weights_hash(model: Mistral) -> str:
 def _key(run: Run, weights: str, dataset: TokenDataset, batches: list[Batch]) -> str:
     digest = hashlib.sha256(f"1 {weights} {dataset.fingerprint} {run.settings.context_length}\n".encode())
     for batch in batches:
-        assert batch.pair_D is not None
-        digest.update(batch.pair_D.numpy().tobytes())
+        assert batch.pair_B is not None
+        digest.update(batch.pair_B.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

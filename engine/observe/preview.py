@@ -1,6 +1,6 @@
 """What a run is about to do, before it does it."""
 
-from engine.data.batches import Batch, make_step
+from engine.data.batch import Batch, Packing, make_step
 from engine.optim.schedule import learning_rate
 from engine.run import Run
 
@@ -32,7 +32,7 @@ def _planned(run: Run) -> str:
 
 def sample(run: Run) -> list[str]:
     """The first micro-batch's beginning as text: what is trained on stands in brackets."""
-    batch = make_step(run.plan, 0, window=run.config.sliding_window, pack_tokens=run.pack_tokens).batches[0]
+    batch = make_step(run.plan, 0, Packing(run.config.sliding_window, run.pack_tokens)).batches[0]
     lines = [f"sample     first micro-batch: {batch.tokens} tokens, {int((batch.rows_N >= 0).sum())} trained on"]
     return lines + [f"           {text}" for text in _marked(run, batch)]
 

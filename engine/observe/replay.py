@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.data.batches import Batch, Step
+from engine.data.batch import Batch, Step
 from engine.distributed.ranks import gather, host_group, lost_ranks_named
 from engine.distributed.sharding import reshard
 from engine.loop import accumulate
@@ -58,7 +58,7 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
     group = host_group(ranks)
     batches = gather(
         [
-            f"micro-batch rank {ranks.rank}, {batch.tokens} tokens in {len(batch.document_D)} documents: adds {float(part):.6f}"
+            f"micro-batch rank {ranks.rank}, {batch.tokens} tokens in {len(batch.document_B)} documents: adds {float(part):.6f}"
             for batch, part in zip(step.batches, parts, strict=True)
             if batch.tokens
         ],
@@ -74,8 +74,8 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
 @torch.no_grad()
 def _documents(model: Mistral, objective: ReplayedObjective, batch: Batch, step: Step) -> list[_Document]:
     losses = objective.losses(model, batch.to(model.lm_head.weight.device), step).tolist()
-    every = 1 if batch.pair_D is None else 2
-    numbers, starts = batch.document_D[::every].tolist(), batch.document_start_D[::every].tolist()
+    every = 1 if batch.pair_B is None else 2
+    numbers, starts = batch.document_B[::every].tolist(), batch.document_start_B[::every].tolist()
     return [_Document(*found) for found in zip(losses, numbers, starts, strict=True) if found[1] >= 0]
 
 

@@ -76,7 +76,10 @@ def _in_file(path: Path, build: Callable[..., Settings], settings_class: type[Se
 
 
 def from_table(settings_class: type[Settings], table: dict[str, Any], prefix: str = "") -> Settings:
-    """Build a (nested) dataclass from a TOML table. Raises: ValueError naming an unknown key or wrong type by its dotted name."""
+    """Build a (nested) dataclass from a TOML table.
+
+    Raises: ValueError naming an unknown or missing key, or a value of the wrong type, by its dotted name.
+    """
     values = _values(settings_class, table, prefix)
     missing = [name for name in _required(settings_class) if name not in values]
     if missing:
@@ -126,7 +129,7 @@ def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[st
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """The value as the type `hint`: tables become dataclasses, lists tuples, whole numbers floats. Nothing else changes type."""
+    """The value as the type `hint`: tables become dataclasses, lists become tuples, whole numbers become floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [option for option in arguments if option is not type(None)]

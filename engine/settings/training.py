@@ -72,8 +72,8 @@ class TrainSettings:
     context_length: int = 4096
     """Sequence length: the longest document in tokens; longer documents are split."""
     pack_tokens: int = 0
-    """Micro-batch size: tokens that one forward and backward pass takes; default: context_length (twice that for pairs). Gradient
-    accumulation follows: a step has as many micro-batches as step_size needs."""
+    """Micro-batch size: tokens of one forward and backward pass; default: context_length (twice that for pairs). Gradient
+    accumulation follows: a step takes as many micro-batches as step_size needs."""
     steps: int | None = None
     """Optimizer steps; default: as many as the epochs take."""
     epochs: float | None = None

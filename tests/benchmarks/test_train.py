@@ -139,13 +139,13 @@ def test_logits_that_do_not_fit_are_counted_twice(rows, monkeypatch):
     hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     targets, chosen = torch.zeros(9, dtype=torch.int64), torch.arange(rows)
     linear_log_prob(hidden, head, targets, chosen, vocab_size=33, budget_bytes=budget).sum().backward()
-    batch = SimpleNamespace(rows_N=chosen, pair_D=torch.arange(2))
+    batch = SimpleNamespace(rows_N=chosen, pair_B=torch.arange(2))
     again = head_again(config, batch, 4, budget)
     assert (again > 0) == (rows == 7)
     assert sum(counted) == 3 * 2 * rows * 8 * 40 + again
     counted.clear()
     linear_nll(hidden, head, targets, chosen, torch.ones(9), vocab_size=33, budget_bytes=budget)[0].backward()
-    batch = SimpleNamespace(rows_N=chosen, pair_D=None)
+    batch = SimpleNamespace(rows_N=chosen, pair_B=None)
     assert sum(counted) == 3 * 2 * rows * 8 * 40 + head_again(config, batch, 4, budget)
 
 
@@ -159,7 +159,7 @@ def test_padding_counts_nowhere(tmp_path, objective):
     job = train.make_job(point, CPU, folder)
     data = TokenDataset.open(job["settings"]["sources"][0]["path"])
     (step,) = own.steps_of(own.open_job(job), 1)
-    documents = [int(number) for batch in step.batches for number in batch.document_D]
+    documents = [int(number) for batch in step.batches for number in batch.document_B]
     work = work_of(config, step)
     assert (step.tokens_saved > 0) == (objective == "dpo")
     assert work.documents == len(documents) > 1
@@ -223,9 +223,9 @@ def test_peers_read_the_very_documents_of_a_step(tmp_path, objective):
     read = Steps(tmp_path / "steps.safetensors")
     (data,) = run.datasets
     assert len(read) == 4
-    assert read.longest == max(int(data.lengths[number]) for step in made for b in step.batches for number in b.document_D)
+    assert read.longest == max(int(data.lengths[number]) for step in made for b in step.batches for number in b.document_B)
     for index, step in enumerate(made):
-        numbers = [int(number) for batch in step.batches for number in batch.document_D]
+        numbers = [int(number) for batch in step.batches for number in batch.document_B]
         documents = read.documents(index)
         assert [document.ids for document in documents] == [data.tokens(number).tolist() for number in numbers]
         expected = [[False, *data.trained(number, 1).tolist()] for number in numbers]

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import engine.observe.metrics
 import engine.run
 from engine.checkpoint.state import read_state
-from engine.data.batches import make_step, step_stream
+from engine.data.stream import step_stream
 from engine.distributed.ranks import SHARD, Ranks, leave
 from engine.estimate.flops import product_ceiling
 from engine.observe.profile import memory_curve
@@ -131,10 +131,10 @@ def test_no_step_waits_for_the_device(tiny_settings, tmp_path, monkeypatch, stag
 def test_steps_arrive_on_the_device_while_it_computes(tiny_settings, tmp_path):
     """What is copied ahead equals what is copied on the spot, also when the device is far behind the host."""
     run = open_run(tiny_settings("dpo", tmp_path / "run", device="cuda"), ("preferences",), share_prompts=True)
-    stream = step_stream(run.plan, 0, window=16, pack_tokens=run.pack_tokens, device=run.device)
+    stream = step_stream(run.plan, 0, run.packing, device=run.device)
     for step in stream:
         torch.cuda._sleep(10_000_000)
-        expected = make_step(run.plan, step.index, window=16, pack_tokens=run.pack_tokens, pad=True)
+        expected = run.step(step.index)
         for batch, made in zip(step.batches, expected.batches, strict=True):
             for field in dataclasses.fields(batch):
                 ours, theirs = getattr(batch, field.name), getattr(made, field.name)

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.loop
 from engine.checkpoint.state import checkpoints
-from engine.data.batches import make_step
 from engine.distributed.garbage import GarbageAtLogLines
 from engine.distributed.stragglers import slowest
 from engine.observe.profile import CATEGORIES, memory_curve
@@ -80,10 +79,10 @@ def test_no_spikes_are_looked_for(spikes_of):
 def test_documents_of_a_step_are_those_that_its_micro_batches_hold(tiny_settings, tmp_path, stage):
     run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=64), (KINDS[stage],))
     found = []
-    for batch in make_step(run.plan, 2, window=16, pack_tokens=run.pack_tokens).batches:
-        length_D = torch.bincount(batch.document_T)
-        for index, number in enumerate(batch.document_D.tolist()):
-            found.append((number, int(batch.document_start_D[index]), int(length_D[index])))
+    for batch in run.step(2).batches:
+        length_B = torch.bincount(batch.document_T)
+        for index, number in enumerate(batch.document_B.tolist()):
+            found.append((number, int(batch.document_start_B[index]), int(length_B[index])))
     told = documents_of(run.plan, 2)
     assert {note["source"] for note in told} == {run.settings.sources[0].path}
     if stage == "dpo":

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data.batches import step_stream
 from engine.data.dataset import DatasetWriter, TokenDataset
+from engine.data.stream import step_stream
 from engine.run import open_run
 from engine.settings.training import FREE_ON_RESUME
 from model.config import read_config
@@ -268,7 +268,7 @@ def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, t
     )
     run = open_run(settings, ("text",))
     pretrain.run(settings)
-    stream = step_stream(run.plan, 2, window=16, pack_tokens=run.pack_tokens, prefetch=1)
+    stream = step_stream(run.plan, 2, run.packing, prefetch=1)
     assert next(stream).index == 2
     tokens = bytearray((data / "tokens-00000.bin").read_bytes())
     tokens[100] ^= 1

@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.batches import Batch, evaluation_batches, make_step, padded_places, step_stream
+from engine.data.batch import Batch, Packing, evaluation_batches, make_step, padded_places
 from engine.data.plan import Plan
+from engine.data.stream import step_stream
 from engine.settings.sections import Source
 
 WINDOW = 5
@@ -32,12 +33,12 @@ def examples(batches):
         prefixes = {prefix for *_, prefix in segments}
         for number, (start, end, prefix) in enumerate(segments):
             i = int(batch.document_T[start])
-            document = int(batch.document_D[i])
+            document = int(batch.document_B[i])
             if number in prefixes or document < 0:
                 continue
             for at in [*range(*(segments[prefix][:2] if prefix >= 0 else (0,))), *range(start, end)]:
                 position = int(batch.positions_T[at])
-                place = int(batch.document_start_D[i]) + position
+                place = int(batch.document_start_B[i]) + position
                 values = (int(batch.tokens_T[at]), int(batch.labels_T[at]), float(batch.weight_T[at]))
                 found[(document, place, *values, position)] += 1
     return found
@@ -55,7 +56,7 @@ def with_common_beginnings(documents, rng):
 
 
 def check_form(batch, capacity):
-    segments, documents = batch.attention.segments, len(batch.document_D)
+    segments, documents = batch.attention.segments, len(batch.document_B)
     assert segments[0][0] == 0
     assert segments[-1][1] == len(batch.tokens_T) <= capacity
     assert all(a[1] == b[0] for a, b in pairwise(segments))
@@ -74,9 +75,9 @@ def check_form(batch, capacity):
         ("weight_T", torch.float32, places),
         ("positions_T", torch.int32, places),
         ("document_T", torch.int64, places),
-        ("document_D", torch.int64, documents),
-        ("document_start_D", torch.int64, documents),
-        ("document_length_D", torch.int64, documents),
+        ("document_B", torch.int64, documents),
+        ("document_start_B", torch.int64, documents),
+        ("document_length_B", torch.int64, documents),
     ):
         tensor = getattr(batch, name)
         assert (tensor.dtype, tensor.shape) == (dtype, (length,)), name
@@ -106,7 +107,7 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
         datasets.append(write_dataset(documents, kind, masks, prompts=prompts))
     plan = make_plan(datasets, step_size=3 if paired else 64)
     step = data.draw(st.integers(0, plan.steps - 1))
-    reference = make_step(plan, step, window=WINDOW, pack_tokens=plan.longest_unit)
+    reference = make_step(plan, step, Packing(WINDOW, plan.longest_unit))
     expected = examples(reference.batches)
     assert sum(key[4] * count for key, count in expected.items()) == reference.weight > 0
     assert expected.total() == reference.tokens
@@ -116,7 +117,7 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
         plan = make_plan(datasets, step_size=3 if paired else 64, share_prompts=True)
     pack_tokens = plan.longest_unit + data.draw(st.integers(0, 100))
     ranks = data.draw(st.integers(1, 4))
-    parts = [make_step(plan, step, window=WINDOW, pack_tokens=pack_tokens, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [make_step(plan, step, Packing(WINDOW, pack_tokens, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert {(part.weight, part.pairs, part.tokens + part.tokens_saved) for part in parts} == {totals}
     assert len({len(part.batches) for part in parts}) == 1
     batches = [batch for part in parts for batch in part.batches]
@@ -125,34 +126,34 @@ def test_a_step_holds_the_same_places_for_every_pack_size_and_rank_count(write_d
     assert sum(batch.tokens_saved for batch in batches) == parts[0].tokens_saved
     for batch in batches:
         check_form(batch, pack_tokens)
-        assert (batch.pair_D is not None) == paired
+        assert (batch.pair_B is not None) == paired
         if paired:
-            assert len(batch.pair_D) % 2 == 0
-            assert batch.pair_D[::2].tolist() == batch.pair_D[1::2].tolist()
-            real = batch.document_D >= 0
-            assert (batch.document_D[real] % 2).tolist() == [0, 1] * (int(real.sum()) // 2)
-            assert (batch.document_D[real] // 2).tolist() == batch.pair_D[real].tolist()
+            assert len(batch.pair_B) % 2 == 0
+            assert batch.pair_B[::2].tolist() == batch.pair_B[1::2].tolist()
+            real = batch.document_B >= 0
+            assert (batch.document_B[real] % 2).tolist() == [0, 1] * (int(real.sum()) // 2)
+            assert (batch.document_B[real] // 2).tolist() == batch.pair_B[real].tolist()
     assert reference.pairs == (len({key[0] for key in expected}) // 2 if paired else 0)
 
 
 def test_labels_continue_over_a_split_and_first_tokens_are_never_predicted(write_dataset):
     long, short = list(range(100, 141)), [7, 8, 9]
     dataset = write_dataset([long, short])
-    batches = make_step(make_plan([dataset]), 0, window=WINDOW, pack_tokens=64).batches
+    batches = make_step(make_plan([dataset]), 0, Packing(WINDOW, 64)).batches
     found = {key[:4] for key in examples(batches)}
     assert found == {(0, p, 100 + p, 101 + p) for p in range(40)} | {(1, 0, 7, 8), (1, 1, 8, 9)}
     batch = batches[0]
-    for i, start in enumerate(batch.document_start_D.tolist()):
+    for i, start in enumerate(batch.document_start_B.tolist()):
         segment = batch.document_T == i
         assert batch.positions_T[segment].tolist() == list(range(int(segment.sum())))
-        assert int(batch.document_length_D[i]) == (41 if int(batch.document_D[i]) == 0 else 3)
+        assert int(batch.document_length_B[i]) == (41 if int(batch.document_B[i]) == 0 else 3)
         assert start % 16 == 0
 
 
 def test_weights_are_those_of_the_predicted_token(write_dataset):
     mask = [False, False, True, True, False, True]
     dataset = write_dataset([[10, 11, 12, 13, 14, 15]], "conversations", [mask])
-    batch = make_step(make_plan([dataset]), 0, window=WINDOW, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([dataset]), 0, Packing(WINDOW, 16)).batches[0]
     assert batch.weight_T.tolist() == [0, 1, 1, 0, 1]
     assert batch.labels_T[batch.weight_T > 0].tolist() == [12, 13, 15]
     assert batch.rows_N[:4].tolist() == [1, 2, 4, -1]
@@ -164,7 +165,7 @@ ANSWERS = [[False] * 4 + [True] * 3, [False] * 4 + [True] * 2]
 
 def test_a_shared_prompt_is_laid_out_once(write_dataset):
     dataset = write_dataset(SIDES, "preferences", ANSWERS, prompts=[4, 4])
-    step = make_step(make_plan([dataset], step_size=1, share_prompts=True), 0, window=WINDOW, pack_tokens=8)
+    step = make_step(make_plan([dataset], step_size=1, share_prompts=True), 0, Packing(WINDOW, 8))
     (batch,) = step.batches
     assert (step.tokens, step.tokens_saved, step.weight) == (8, 3, 5)
     assert batch.tokens_T.tolist() == [1, 2, 3, 4, 10, 11, 4, 20]
@@ -172,8 +173,8 @@ def test_a_shared_prompt_is_laid_out_once(write_dataset):
     assert batch.weight_T.tolist() == [0] * 3 + [1] * 5
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
     assert batch.document_T.tolist() == [0] * 6 + [1] * 2
-    assert batch.document_D.tolist() == [0, 1]
-    assert batch.document_length_D.tolist() == [7, 6]
+    assert batch.document_B.tolist() == [0, 1]
+    assert batch.document_length_B.tolist() == [7, 6]
     assert batch.attention.segments == ((0, 3, -1), (3, 6, 0), (6, 8, 0))
 
 
@@ -183,20 +184,20 @@ def test_sharing_fits_more_pairs_into_a_pack_and_changes_no_order(write_dataset)
     plans = [make_plan([dataset], step_size=4, share_prompts=share) for share in (False, True)]
     assert [plan.skipped for plan in plans] == [[1], [1]]
     assert [plan.longest_unit for plan in plans] == [11, 8]
-    assert [len(make_step(plan, 0, window=WINDOW, pack_tokens=16).batches) for plan in plans] == [4, 2]
+    assert [len(make_step(plan, 0, Packing(WINDOW, 16)).batches) for plan in plans] == [4, 2]
     assert plans[0].fingerprint == plans[1].fingerprint
     assert [plan.summary(16)["tokens"] for plan in plans] == [44, 32]
     assert [plan.summary(16)["tokens_saved"] for plan in plans] == [0, 12]
     assert "32 tokens (12 saved by shared prompts); packs of 16 are 100.0% full" in plans[1].describe(16)[-1]
     with pytest.raises(ValueError, match=r"both sides of the longest pair \(8 places\)"):
-        make_step(plans[1], 0, window=WINDOW, pack_tokens=7)
+        make_step(plans[1], 0, Packing(WINDOW, 7))
 
 
 def test_document_ids_are_unique_over_sources(write_dataset):
     datasets = [write_dataset([[1, 2], [1, 3, 4]]), write_dataset([[1, 5], [1, 6]])]
-    batch = make_step(make_plan(datasets), 0, window=WINDOW, pack_tokens=64).batches[0]
-    firsts = batch.document_D[batch.document_T[batch.labels_T >= 5]]
-    assert sorted(batch.document_D.tolist()) == [0, 1, 2, 3]
+    batch = make_step(make_plan(datasets), 0, Packing(WINDOW, 64)).batches[0]
+    firsts = batch.document_B[batch.document_T[batch.labels_T >= 5]]
+    assert sorted(batch.document_B.tolist()) == [0, 1, 2, 3]
     assert sorted(firsts.tolist()) == [2, 3]
 
 
@@ -204,23 +205,23 @@ def test_a_rank_without_work_gets_a_filler_of_no_weight(write_dataset):
     for kind, segments in (("text", 1), ("preferences", 2)):
         dataset = write_dataset([[1, 2, 3], [1, 2, 4]], kind, prompts=None if kind == "text" else [2, 2])
         plan = make_plan([dataset], step_size=16, share_prompts=True)
-        parts = [make_step(plan, 0, window=WINDOW, pack_tokens=64, rank=rank, ranks=4) for rank in range(4)]
+        parts = [make_step(plan, 0, Packing(WINDOW, 64, rank=rank, ranks=4)) for rank in range(4)]
         fillers = [part.batches[0] for part in parts if part.batches[0].tokens == 0]
         assert [len(part.batches) for part in parts] == [1] * 4
         assert len(fillers) == (2 if kind == "text" else 3)
         for filler in fillers:
             check_form(filler, 2)
-            assert filler.document_D.tolist() == [-1] * segments
+            assert filler.document_B.tolist() == [-1] * segments
             assert filler.weight_T.sum() == 0
 
 
 def test_pack_tokens_below_the_longest_unit_is_refused(write_dataset):
     plan = make_plan([write_dataset([list(range(30))])])
     with pytest.raises(ValueError, match="pack_tokens = 15 is below the longest segment"):
-        make_step(plan, 0, window=WINDOW, pack_tokens=15)
+        make_step(plan, 0, Packing(WINDOW, 15))
     pairs = make_plan([write_dataset([[1, 2, 3], [1, 2]], "preferences", prompts=[1, 1])])
     with pytest.raises(ValueError, match=r"both sides of the longest pair \(3 places\)"):
-        make_step(pairs, 0, window=WINDOW, pack_tokens=2)
+        make_step(pairs, 0, Packing(WINDOW, 2))
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -233,10 +234,10 @@ def test_the_stream_gives_make_step_from_any_start(write_dataset, random_documen
     plan = make_plan([write_dataset(random_documents(60, 40))])
     assert plan.steps > 6
     for start, prefetch in ((0, 1), (3, 2), (plan.steps - 1, 10), (plan.steps, 2)):
-        steps = list(step_stream(plan, start, window=WINDOW, pack_tokens=32, rank=1, ranks=2, prefetch=prefetch))
+        steps = list(step_stream(plan, start, Packing(WINDOW, 32, rank=1, ranks=2), prefetch=prefetch))
         assert [step.index for step in steps] == list(range(start, plan.steps))
         for step in steps:
-            direct = make_step(plan, step.index, window=WINDOW, pack_tokens=32, rank=1, ranks=2)
+            direct = make_step(plan, step.index, Packing(WINDOW, 32, rank=1, ranks=2))
             assert (step.weight, step.tokens) == (direct.weight, direct.tokens)
             assert all(equal(a, b) for a, b in zip(step.batches, direct.batches, strict=True))
 
@@ -247,12 +248,12 @@ def stream_threads():
 
 def test_closing_the_stream_ends_its_thread(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(60, 40))])
-    stream = step_stream(plan, 0, window=WINDOW, pack_tokens=32, prefetch=1)
+    stream = step_stream(plan, 0, Packing(WINDOW, 32), prefetch=1)
     next(stream)
     assert len(stream_threads()) == 1
     stream.close()
     assert stream_threads() == []
-    step_stream(plan, 0, window=WINDOW, pack_tokens=32).close()
+    step_stream(plan, 0, Packing(WINDOW, 32)).close()
     assert stream_threads() == []
 
 
@@ -266,7 +267,7 @@ def test_errors_of_the_thread_reach_the_consumer(write_dataset, random_documents
         return units(step)
 
     monkeypatch.setattr(plan, "units", failing)
-    stream = step_stream(plan, 0, window=WINDOW, pack_tokens=32)
+    stream = step_stream(plan, 0, Packing(WINDOW, 32))
     assert [next(stream).index, next(stream).index] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(stream)
@@ -276,39 +277,38 @@ def test_errors_of_the_thread_reach_the_consumer(write_dataset, random_documents
 def test_evaluation_sees_every_document_once_in_order(write_dataset, random_documents):
     documents = random_documents(30, 50)
     dataset = write_dataset(documents)
-    batches = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=40)
+    batches = evaluation_batches(dataset, Packing(WINDOW, 40), 16)
     for batch in batches:
         check_form(batch, 40)
     expected = {(d, p, ids[p], ids[p + 1]) for d, ids in enumerate(documents) for p in range(len(ids) - 1)}
     found = examples(batches)
     assert {key[:4] for key in found} == expected
     assert found.total() == len(expected)
-    order = [document for batch in batches for document in batch.document_D.tolist()]
+    order = [document for batch in batches for document in batch.document_B.tolist()]
     assert order == sorted(order)
-    first = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=40, limit=4)
+    first = evaluation_batches(dataset, Packing(WINDOW, 40), 16, limit=4)
     assert {key[0] for key in examples(first)} == {0, 1, 2, 3}
 
 
 def test_evaluation_of_pairs(write_dataset):
     dataset = write_dataset([[1] * n for n in (4, 5, 30, 3, 6, 6)], "preferences", prompts=[1] * 6)
     with pytest.warns(UserWarning, match="1 of 3 pairs are longer than context_length = 16"):
-        batches = evaluation_batches(dataset, window=WINDOW, context_length=16, pack_tokens=16)
-    assert [batch.pair_D.tolist() for batch in batches] == [[0, 0], [2, 2]]
+        batches = evaluation_batches(dataset, Packing(WINDOW, 16), 16)
+    assert [batch.pair_B.tolist() for batch in batches] == [[0, 0], [2, 2]]
     dataset = write_dataset(SIDES * 3, "preferences", ANSWERS * 3, prompts=[4] * 6)
-    sizes = {"window": WINDOW, "context_length": 16, "pack_tokens": 16}
-    apart = evaluation_batches(dataset, **sizes)
-    together = evaluation_batches(dataset, **sizes, share_prompts=True)
-    assert [batch.pair_D.tolist() for batch in apart] == [[0, 0], [1, 1], [2, 2]]
-    assert [batch.pair_D.tolist() for batch in together] == [[0, 0, 1, 1], [2, 2]]
+    apart = evaluation_batches(dataset, Packing(WINDOW, 16), 16)
+    together = evaluation_batches(dataset, Packing(WINDOW, 16), 16, share_prompts=True)
+    assert [batch.pair_B.tolist() for batch in apart] == [[0, 0], [1, 1], [2, 2]]
+    assert [batch.pair_B.tolist() for batch in together] == [[0, 0, 1, 1], [2, 2]]
     assert examples(apart) == examples(together)
-    (first,) = evaluation_batches(dataset, **sizes, share_prompts=True, limit=1)
-    assert (first.pair_D.tolist(), first.tokens, first.tokens_saved) == ([0, 0], 8, 3)
+    (first,) = evaluation_batches(dataset, Packing(WINDOW, 16), 16, share_prompts=True, limit=1)
+    assert (first.pair_B.tolist(), first.tokens, first.tokens_saved) == ([0, 0], 8, 3)
     with pytest.raises(ValueError, match="pack_tokens = 6"):
-        evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=6)
+        evaluation_batches(dataset, Packing(WINDOW, 6), 40)
     with pytest.raises(ValueError, match="limit = 0"):
-        evaluation_batches(dataset, window=WINDOW, context_length=40, pack_tokens=60, limit=0)
+        evaluation_batches(dataset, Packing(WINDOW, 60), 40, limit=0)
     with pytest.warns(UserWarning, match="3 of 3"), pytest.raises(ValueError, match="nothing to evaluate on"):
-        evaluation_batches(dataset, window=WINDOW, context_length=2, pack_tokens=60)
+        evaluation_batches(dataset, Packing(WINDOW, 60), 2)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +324,7 @@ def test_padding_ends_at_a_tile_or_where_a_pack_does(places, pack_tokens, padded
 def test_padding_is_no_part_of_any_document(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(40, 60, 3))], step_size=300)
     for step in range(plan.steps):
-        given = {"window": WINDOW, "pack_tokens": 280}
-        plain, padded = make_step(plan, step, **given), make_step(plan, step, **given, pad=True)
+        plain, padded = (make_step(plan, step, Packing(WINDOW, 280, pad=pad)) for pad in (False, True))
         assert {len(batch.tokens_T) for batch in padded.batches} <= {128, 256, 384}
         assert replace(padded, batches=[]) == replace(plain, batches=[])
         for batch, without in zip(padded.batches, plain.batches, strict=True):
@@ -341,13 +340,13 @@ def test_padding_is_no_part_of_any_document(write_dataset, random_documents):
 
 
 def test_to_keeps_the_content(write_dataset):
-    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, window=WINDOW, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, Packing(WINDOW, 16)).batches[0]
     assert equal(batch.to("cpu"), batch)
 
 
 @pytest.mark.gpu
 def test_to_cuda(write_dataset):
-    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, window=WINDOW, pack_tokens=16).batches[0]
+    batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, Packing(WINDOW, 16)).batches[0]
     moved = batch.to("cuda")
     assert moved.tokens_T.is_cuda
     assert equal(moved.to("cpu"), batch)

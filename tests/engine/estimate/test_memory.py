@@ -14,7 +14,6 @@ import kernels.linear_log_prob
 from benchmarks.measure import RESULTS
 from benchmarks.own import open_job
 from benchmarks.train import TrainBenchSettings, make_job
-from engine.data.batches import make_step
 from engine.estimate.memory import Training, largest_micro_batch, plan
 from engine.loop import accumulate
 from engine.objectives.next_token import NextToken
@@ -180,7 +179,7 @@ def test_a_runs_plan_is_what_its_steps_hold(stage, step_tokens, tiny_settings, t
         objective = Preference(settings.preference, [torch.zeros(len(dataset) // 2, 2) for dataset in run.datasets])
     with LiveBytes(*model.parameters(), *optimizer.state.values()) as live:
         for index in range(run.plan.steps):
-            step = make_step(run.plan, index, window=run.config.sliding_window, pack_tokens=run.pack_tokens)
+            step = run.step(index)
             accumulate(model, objective, step)
             optimizer.step(1e-3)
     found = run.planned

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.data.batches import make_step
+from engine.data.batch import Packing, make_step
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.plan import Plan
 from engine.loop import accumulate
@@ -92,7 +92,7 @@ def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1, pad=F
     batches = 0
     for rank in range(ranks):
         window = model.config.sliding_window
-        part = make_step(plan, step, window=window, pack_tokens=pack_tokens, rank=rank, ranks=ranks, pad=pad)
+        part = make_step(plan, step, Packing(window, pack_tokens, rank=rank, ranks=ranks, pad=pad))
         batches += len(part.batches)
         for name, value in accumulate(model, objective, part).items():
             values[name] = values.get(name, 0) + value
@@ -218,14 +218,14 @@ def test_shared_prompts_give_the_gradients_of_documents_one_at_a_time(model, sha
     if alpha == 0:
         assert difference(whole, expected) < 1e-12
         assert float(values["loss"]) == pytest.approx(loss, rel=1e-13)
-    step = make_step(plan, 0, window=window, pack_tokens=70)
+    step = make_step(plan, 0, Packing(window, 70))
     assert step.tokens_saved == sum(shared for *_, shared in PAIRS)
-    assert step.tokens + step.tokens_saved == make_step(apart, 0, window=window, pack_tokens=70).tokens
+    assert step.tokens + step.tokens_saved == make_step(apart, 0, Packing(window, 70)).tokens
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, side):
-    (batch,) = make_step(shared_plan(True), 0, window=WINDOW, pack_tokens=1000).batches
+    (batch,) = make_step(shared_plan(True), 0, Packing(WINDOW, 1000)).batches
     own = torch.zeros(len(batch.tokens_T), dtype=torch.bool)
     for start, end, prefix in batch.attention.segments:
         own[start:end] = prefix >= 0 and int(batch.document_T[start]) % 2 == side
@@ -261,7 +261,7 @@ def test_a_rank_without_work_adds_nothing(model, plan_of, kind, step_size):
 def test_noise_changes_the_gradient_and_only_while_training(model, plan_of):
     plan = plan_of("conversations", step_size=150)
     quiet, noisy = NextToken(seed=SEED), NextToken(neftune_alpha=5.0, seed=SEED)
-    step = make_step(plan, 0, window=WINDOW, pack_tokens=1000)
+    step = make_step(plan, 0, Packing(WINDOW, 1000))
     gradients = [split_gradients(model, objective, plan, 0, pack_tokens=1000)[0] for objective in (quiet, noisy)]
     assert difference(*gradients) > 1e-3
     with torch.no_grad():

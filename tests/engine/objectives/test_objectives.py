@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from engine.data.batches import evaluation_batches, make_step
+from engine.data.batch import Packing, evaluation_batches, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.loop import accumulate
@@ -51,7 +51,7 @@ def documents(folder):
 
 
 def batches_of(folder, pack_tokens, **layout):
-    return evaluation_batches(TokenDataset.open(folder), window=16, context_length=64, pack_tokens=pack_tokens, **layout)
+    return evaluation_batches(TokenDataset.open(folder), Packing(16, pack_tokens), 64, **layout)
 
 
 def their_loss(theirs, folder):
@@ -82,7 +82,7 @@ def test_the_loss_of_a_step_is_that_of_transformers(model, theirs, tiny_data, ki
         [TokenDataset.open(folder)], [Source("x")], seed=0, context_length=64, step_size=10**6, steps=None, epochs=1
     )  # fmt: skip
     assert plan.steps == 1
-    step = make_step(plan, 0, window=16, pack_tokens=200)
+    step = make_step(plan, 0, Packing(16, 200))
     assert len(step.batches) > 3
     loss = accumulate(model, NextToken(), step)["loss"]
     assert float(loss) == pytest.approx(their_loss(theirs, folder), rel=1e-5)
@@ -121,7 +121,7 @@ def test_answer_log_probs_are_those_of_transformers(model, theirs, tiny_data, sh
 
 def test_pairs_that_are_not_scored_are_nan(model, tiny_data):
     pairs = TokenDataset.open(tiny_data.preferences)
-    batches = evaluation_batches(pairs, window=16, context_length=64, pack_tokens=100, limit=3)
+    batches = evaluation_batches(pairs, Packing(16, 100), 64, limit=3)
     table = reference_log_probs(model, batches, 32)
     assert table[:3].isfinite().all()
     assert table[3:].isnan().all()
@@ -218,7 +218,7 @@ def test_each_source_reads_its_own_reference(model, tiny_data):
         reference_log_probs(model, batches_of(folder, 100), count)
         for folder, count in ((tiny_data.preferences, 32), (tiny_data.preferences_heldout, 6))
     ]
-    step = make_step(plan, 0, window=16, pack_tokens=100)
+    step = make_step(plan, 0, Packing(16, 100))
     assert step.pairs == 38
     values = accumulate(model, Preference(PreferenceSettings(), tables), step)
     assert float(values["rewards/margins"]) == pytest.approx(0, abs=1e-5)

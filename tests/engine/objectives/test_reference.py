@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import engine.objectives.reference
 import engine.run
-from engine.data.batches import evaluation_batches
+from engine.data.batch import Packing, evaluation_batches
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.objectives.preference import reference_log_probs
 from model.weights import load_model, save_model
@@ -71,7 +71,7 @@ def test_computed_once_for_the_same_weights_and_data(tiny_settings, tiny_model, 
     assert computed == BOTH
     tables = [load_file(file)["log_probs"] for file in (tmp_path / "cache").iterdir()]
     pairs = TokenDataset.open(tiny_data.preferences)
-    batches = evaluation_batches(pairs, window=16, context_length=64, pack_tokens=300)
+    batches = evaluation_batches(pairs, Packing(16, 300), 64)
     expected = reference_log_probs(load_model(tiny_model), batches, 32)
     torch.testing.assert_close(next(table for table in tables if len(table) == 32), expected, rtol=1e-5, atol=1e-4)
     # Another seed, another loss, another micro-batch size, another layout: the same reference.

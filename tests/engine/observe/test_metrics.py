@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine.loop
 import engine.optim.adamw
 from engine.checkpoint.state import checkpoints
-from engine.data.batches import make_step
+from engine.data.batch import Packing, make_step
 from engine.distributed.ranks import Ranks
 from engine.estimate.flops import step_flops, training_flops
-from engine.observe.metrics import Metrics, RunFacts, StepRecord
+from engine.observe.metrics import Metrics, StepRecord
 from engine.run import open_run
 from engine.settings.sections import LogSettings
 from recipes import dpo, pretrain, sft
@@ -264,7 +264,7 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
 def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
     """Segments, not packs: the same however they are packed; only trained places reach the head."""
     run = open_run(tiny_settings("sft", tmp_path / "run"), ("conversations",))
-    steps = [make_step(run.plan, 1, window=16, pack_tokens=pack, rank=rank, ranks=3) for pack in (64, 100) for rank in range(3)]
+    steps = [make_step(run.plan, 1, Packing(16, pack, rank=rank, ranks=3)) for pack in (64, 100) for rank in range(3)]
     found = {(step_flops(run.config, step), step.trained) for step in steps}
     units = run.plan.units(1)
     trained = sum(

@@ -1,0 +1,302 @@
+"""Micro-batches: a global step of the plan, packed, dealt to ranks and turned into tensors.
+
+With shared prompts, a pair of preferences is laid out as [prompt | chosen | rejected]: the prompt is computed once and both
+sides continue it. The prompt's last token predicts another token on each side, so it is the first place of each side instead of
+the prompt's last.
+
+On a GPU, packs are padded to few different lengths, so that the allocator's memory does not fragment.
+
+Shapes: T places of a micro-batch, B documents in it (parts, for documents longer than the context), N rows that reach the head.
+"""
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.dataset import TokenDataset
+from engine.data.packing import deal, pack_best_fit
+from engine.data.plan import Plan, SegmentTable, Units
+from kernels.attention.work import AttentionWork, attended_pairs, attention_work
+
+# Rows of a matrix product's tile: a product costs whole tiles, so rows are padded to a multiple of this.
+_TILE = 128
+# A pack with less than this share of its tokens free is padded to its full size.
+_NEARLY_FULL = 1 / 16
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a run cuts its steps into micro-batches; the same for every step."""
+
+    window: int | None
+    """The model's attention window in tokens, None for unbounded."""
+    pack_tokens: int
+    """Most tokens of a micro-batch."""
+    rank: int = 0
+    """This rank, of `ranks`."""
+    ranks: int = 1
+    pad: bool = False
+    """Pad packs to few different lengths, for a GPU."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: a packed row of documents.
+
+    Padding stands behind the documents: places of weight 0 that attend to nothing and that nothing attends to.
+    A rank without work in a step gets a filler: one document (a pair, for preferences) of one token with weight 0.
+    """
+
+    tokens_T: Tensor  # int64: the input tokens
+    labels_T: Tensor  # int64: the token to predict at each place; a part of a document ends with the next part's first token
+    weight_T: Tensor  # float32: the weight of each label's loss, 0 where it is not trained on
+    positions_T: Tensor  # int32: counted from 0 in each document (part); a side of a pair continues its shared prompt
+    document_T: Tensor  # int64: index 0 .. B - 1 of each place's document; a shared prompt belongs to the chosen side
+    rows_N: Tensor  # int32: the places of non-zero weight, padded with -1 to a multiple of 128 (at least 128)
+    attention: AttentionWork  # work lists for all layers; `segments` are the bounds of documents, shared prompts and sides
+    document_B: Tensor  # int64: id of each document, counted through all sources of the run; -1 for a filler
+    document_start_B: Tensor  # int64: first place of the part in its document
+    document_length_B: Tensor  # int64: tokens of the whole document
+    pair_B: Tensor | None  # int64, preferences only: the pair's index in its source (-1: filler); chosen at even places of B
+
+    @property
+    def tokens(self) -> int:
+        """Places of documents; fillers and padding do not count."""
+        return self.attention.segments[-1][1] if int(self.document_B[0]) >= 0 else 0
+
+    @property
+    def tokens_saved(self) -> int:
+        """Places that shared prompts save."""
+        segments = self.attention.segments
+        prefixes = [prefix for _, _, prefix in segments if prefix >= 0]
+        lengths = [end - start for start, end, _ in segments]
+        return sum(lengths[prefix] for prefix in prefixes) - sum(lengths[prefix] for prefix in set(prefixes))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device. Copies to CUDA go through pinned memory and do not block the host."""
+        device = torch.device(device)
+
+        def move(part: Tensor | AttentionWork | None) -> Tensor | AttentionWork | None:
+            if part is None or device.type != "cuda":
+                return None if part is None else part.to(device)
+            on_device = part.is_cuda if isinstance(part, Tensor) else part.work.is_cuda
+            if on_device:
+                return part.to(device, non_blocking=True)
+            pinned = part.pin_memory() if isinstance(part, Tensor) else part.pinned()
+            return pinned.to(device, non_blocking=True)
+
+        return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of a global step. The batches are this rank's; all numbers count the whole step over all ranks."""
+
+    index: int  # from 0
+    batches: list[Batch]
+    weight: float  # sum of all places' weights
+    pairs: int  # of preferences, else 0
+    tokens: int  # places computed
+    tokens_saved: int  # places that shared prompts save
+    trained: int  # places that reach the head
+    attended: int  # (query, key) pairs that attention computes
+
+
+def make_step(plan: Plan, step: int, packing: Packing) -> Step:
+    """Pack a global step best-fit into micro-batches of at most `pack_tokens` tokens, and take this rank's.
+
+    Every rank gets the same number of micro-batches.
+    Raises: ValueError where the plan's longest segment (both sides of its longest pair) exceeds `pack_tokens`.
+    """
+    assert 0 <= packing.rank < packing.ranks
+    if packing.pack_tokens < plan.longest_unit:
+        what = "both sides of the longest pair" if plan.paired else "the longest segment"
+        raise ValueError(
+            f"pack_tokens = {packing.pack_tokens} is below {what} ({plan.longest_unit} places): raise it, or lower "
+            f"context_length = {plan.context_length}"
+        )
+    units = plan.units(step)
+    sizes = units.sizes.tolist()
+    packs = deal(pack_best_fit(sizes, packing.pack_tokens), sizes, packing.ranks)[packing.rank]
+    trained = _trained(plan.datasets, units)
+    return Step(
+        index=step,
+        batches=[_collate(plan.datasets, plan.document_offsets, units, pack, packing) for pack in packs],
+        weight=float(trained),  # each trained place weighs 1
+        pairs=len(sizes) if plan.paired else 0,
+        tokens=sum(sizes),
+        tokens_saved=int(units.shared.sum()),
+        trained=trained,
+        attended=_attended(units, packing.window),
+    )
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    packing: Packing,  # its window and pack_tokens
+    context_length: int,
+    *,
+    limit: int | None = None,
+    share_prompts: bool = False,
+) -> list[Batch]:
+    """All documents (pairs) of a dataset, or the first `limit`, once and in order, packed next-fit and unpadded, for all ranks.
+
+    Long documents are split, and prompts of pairs shared, as in training. Pairs with a side longer than the context are left
+    out with a warning.
+    Raises: ValueError where nothing is left, `limit` is below 1, or a segment (pair) exceeds `pack_tokens`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit}: must be at least 1")
+    table = SegmentTable(dataset, context_length, share_prompts)
+    if table.paired and table.skipped:
+        warnings.warn(
+            f"{dataset.folder}: {table.skipped} of {len(dataset) // 2} pairs are longer than context_length = "
+            f"{context_length} and left out of the evaluation",
+            stacklevel=2,
+        )
+    if not len(table):
+        raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
+    numbers, unit = np.arange(len(table)), 2 if table.paired else 1
+    document, start, places = table.locate(numbers)
+    if limit is not None:
+        keep = document < limit * unit
+        document, start, places = document[keep], start[keep], places[keep]
+    shared = table.shared(numbers[: len(document) // unit])
+    units = Units(np.zeros_like(document), document, start, places, shared, unit)
+    packs: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(units.sizes.tolist()):
+        if size > packing.pack_tokens:
+            raise ValueError(f"pack_tokens = {packing.pack_tokens} is below a segment or pair of {size} places: raise it")
+        if size > room:
+            packs.append([])
+            room = packing.pack_tokens
+        packs[-1].append(index)
+        room -= size
+    unpadded = Packing(packing.window, packing.pack_tokens)
+    return [_collate([dataset], [0], units, pack, unpadded) for pack in packs]
+
+
+def share_of(batches: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
+    """A rank's micro-batches of a list that all ranks have, filled up to the same number, as collectives must match."""
+    mine = list(batches[rank::ranks])
+    missing = -(-len(batches) // ranks) - len(mine)
+    first = batches[0]
+    return mine + [_filler(1 if first.pair_B is None else 2, first.attention.window)] * missing
+
+
+def padded_places(places: int, pack_tokens: int) -> int:
+    """Length that a pack is padded to: whole tiles, and the full `pack_tokens` where the pack is nearly full."""
+    tiles, room = (-(-count // _TILE) * _TILE for count in (places, pack_tokens))
+    return room if tiles >= (1 - _NEARLY_FULL) * room else tiles
+
+
+def _trained(datasets: Sequence[TokenDataset], units: Units) -> int:
+    """Places of a step that are trained on."""
+    total = 0
+    for source, document, start, places in zip(
+        *(column.tolist() for column in (units.source, units.document, units.start, units.places)), strict=True
+    ):
+        dataset = datasets[source]
+        if dataset.kind == "text":
+            total += places
+        else:
+            total += int(dataset.trained(document, start + 1, start + places + 1).sum())
+    return total
+
+
+def _attended(units: Units, window: int | None) -> int:
+    """(query, key) pairs of a step. A shared prompt attends to itself once, for one side."""
+    return attended_pairs(units.places.tolist(), window) - attended_pairs(units.shared.tolist(), window)
+
+
+def _collate(
+    datasets: Sequence[TokenDataset],
+    offsets: Sequence[int],  # id of each dataset's first document
+    units: Units,
+    pack: list[int],  # units of this micro-batch; empty: a filler
+    packing: Packing,
+) -> Batch:
+    """The tensors of one micro-batch."""
+    if not pack:
+        return _filler(units.unit, packing.window)
+    chosen = np.array(pack, dtype=np.int64)
+    documents = (units.unit * chosen[:, None] + np.arange(units.unit)).reshape(-1)
+    source, document = units.source[documents], units.document[documents]
+    start, places = units.start[documents], units.places[documents]
+    segments = _segments(places.tolist(), units.shared[chosen].tolist())
+    bounds = [0, *itertools.accumulate(count for _, _, count, _ in segments)]
+    total = padded_places(bounds[-1], packing.pack_tokens) if packing.pad else bounds[-1]
+    # The segments below overwrite all but the padding.
+    tokens, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    weight, positions = np.zeros(total, dtype=np.float32), np.zeros(total, dtype=np.int32)
+    document_of = np.full(total, len(documents) - 1)
+    for (index, before, count, _), begin, end in zip(segments, bounds, bounds[1:], strict=False):
+        dataset, number = datasets[source[index]], int(document[index])
+        at, first = slice(begin, end), int(start[index]) + before
+        ids = dataset.tokens(number)[first : first + count + 1]
+        tokens[at], labels[at] = ids[:-1], ids[1:]
+        weight[at] = dataset.trained(number, first + 1, first + count + 1)
+        positions[at] = np.arange(before, before + count)
+        document_of[at] = index
+    lengths = [int(datasets[s].lengths[d]) for s, d in zip(source.tolist(), document.tolist(), strict=True)]
+    return Batch(
+        tokens_T=torch.from_numpy(tokens),
+        labels_T=torch.from_numpy(labels),
+        weight_T=torch.from_numpy(weight),
+        positions_T=torch.from_numpy(positions),
+        document_T=torch.from_numpy(document_of),
+        rows_N=_rows(weight),
+        attention=attention_work(bounds, packing.window, prefixes=[prefix for *_, prefix in segments], tokens=total),
+        document_B=torch.from_numpy(np.asarray(offsets, dtype=np.int64)[source] + document),
+        document_start_B=torch.from_numpy(start),
+        document_length_B=torch.tensor(lengths),
+        pair_B=torch.from_numpy(document // 2) if units.unit == 2 else None,
+    )
+
+
+def _segments(
+    places: Sequence[int],  # of each document
+    shared: Sequence[int],  # places that the documents of each unit have in common, 0 for none
+) -> list[tuple[int, int, int, int]]:
+    """The segments of a pack: (index of the document, its places before the segment, places of the segment, index of the
+    segment that this one continues or -1)."""
+    segments: list[tuple[int, int, int, int]] = []
+    width = len(places) // len(shared)
+    for unit, common in enumerate(shared):
+        prefix = -1
+        if common:
+            prefix = len(segments)
+            segments.append((width * unit, 0, common, -1))
+        for index in range(width * unit, width * (unit + 1)):
+            segments.append((index, common, places[index] - common, prefix))
+    return segments
+
+
+def _rows(weight: np.ndarray) -> Tensor:
+    trained = np.flatnonzero(weight)
+    rows = np.full(max(1, -(-len(trained) // _TILE)) * _TILE, -1, dtype=np.int32)
+    rows[: len(trained)] = trained
+    return torch.from_numpy(rows)
+
+
+def _filler(documents: int, window: int | None) -> Batch:
+    zeros, nothing = torch.zeros(documents, dtype=torch.int64), torch.full((documents,), -1, dtype=torch.int64)
+    return Batch(
+        tokens_T=zeros,
+        labels_T=zeros,
+        weight_T=torch.zeros(documents),
+        positions_T=zeros.int(),
+        document_T=torch.arange(documents),
+        rows_N=_rows(np.zeros(documents)),
+        attention=attention_work(range(documents + 1), window),
+        document_B=nothing,
+        document_start_B=zeros,
+        document_length_B=torch.ones_like(zeros),
+        pair_B=nothing if documents == 2 else None,
+    )
