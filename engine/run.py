@@ -1,4 +1,4 @@
-"""A run before its first step: everything opened and checked, so that what is wrong is said before work starts."""
+"""A run before its first step: `open_run` opens and checks everything, so that every mistake is reported before work starts."""
 
 import dataclasses
 import os
@@ -28,13 +28,16 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
 PRESET = "preset:"
-# Parts of a run between which a step is looked at to plan its memory.
-_LOOKED_AT = 8
+# The memory plan looks at this many steps and the last one, evenly spread over the run.
+_PLANNED_STEPS = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop needs, opened and checked. start: steps already done. checkpoint: where they are, None for a fresh run."""
+    """Everything the loop needs, opened and checked.
+
+    start: steps already done. checkpoint: the folder that holds them; None for a fresh run.
+    """
 
     settings: TrainSettings
     ranks: Ranks
@@ -81,42 +84,50 @@ class Run:
 
     @cached_property
     def planned(self) -> MemoryPlan:
-        """The peak of the run on this rank, by the micro-batches of some of its steps, from the first to the last."""
+        """The largest memory plan of this rank over a sample of the run's steps."""
         last = self.plan.steps - 1
         start = min(self.start, last)
         plans = []
-        for index in sorted({start + (last - start) * part // _LOOKED_AT for part in range(_LOOKED_AT + 1)}):
+        for index in sorted({start + (last - start) * part // _PLANNED_STEPS for part in range(_PLANNED_STEPS + 1)}):
             first, *later = self.step(index).batches
-            # While a step's first micro-batch computes there are no gradients yet, so that a smaller later one may need more.
-            # Those of shards wait whole for the last one's.
+            # No gradients exist during a step's first micro-batch, so a smaller later micro-batch may need more memory.
+            # Sharded gradients stay whole until the last micro-batch reduces them.
             plans.append(plan(self._training([first], accumulates=bool(later) and self.ranks.ranks > 1)))
             if later:
                 plans.append(plan(self._training(later, accumulates=True)))
         return max(plans, key=lambda found: found.peak)
 
     def _training(self, batches: Sequence[Batch], *, accumulates: bool) -> Training:
-        """What the memory of a step depends on, with the largest of some micro-batches."""
+        """The facts that a step's memory depends on, with the largest of these micro-batches."""
         settings = self.settings
         largest = max(batches, key=lambda batch: len(batch.tokens_T))
         return Training(
-            self.config, self.dtype, settings.optimizer, settings.recompute, tokens=len(largest.tokens_T),
-            rows=max(int((batch.rows_N >= 0).sum()) for batch in batches), accumulates=accumulates,
-            log_probs=self.plan.paired, kernels=self.device.type == "cuda" and self.dtype == torch.bfloat16,
-            shards=self.ranks.ranks // settings.parallel.replicas, reshard=settings.parallel.reshard,
+            self.config,
+            self.dtype,
+            settings.optimizer,
+            settings.recompute,
+            tokens=len(largest.tokens_T),
+            rows=max(int((batch.rows_N >= 0).sum()) for batch in batches),
+            accumulates=accumulates,
+            log_probs=self.plan.paired,
+            kernels=self.device.type == "cuda" and self.dtype == torch.bfloat16,
+            shards=self.ranks.ranks // settings.parallel.replicas,
+            reshard=settings.parallel.reshard,
             documents=largest.attention,
-        )  # fmt: skip
+        )
 
     def state(self, step: int) -> TrainingState:
-        # As resolved: `auto` on another machine may be another dtype, which would drop or lack the masters' low bits.
+        """The state that a checkpoint after this many steps records."""
+        # The resolved dtype: `auto` may mean another dtype on another machine, which would lose the masters' low bits.
         dtype = str(self.dtype).removeprefix("torch.")
         return TrainingState(step, {**to_table(self.settings), "dtype": dtype}, self.plan.fingerprint)
 
     def load_model(self) -> Mistral:
-        """The model to continue with, this rank's shard of it: the checkpoint's, else the one that the run starts from."""
+        """This rank's shard of the model to train: the checkpoint's weights, or the starting model's in a fresh run."""
         return self.load_initial_model() if self.checkpoint is None else self._load(self.checkpoint)
 
     def load_initial_model(self) -> Mistral:
-        """The model that the run starts (or started) from; for preference tuning that is the reference."""
+        """This rank's shard of the starting model. Preference tuning uses it as the reference."""
         if not self.settings.model.startswith(PRESET):
             return self._load(model_folder(self.settings.model))
         model = self.empty_model()
@@ -134,9 +145,9 @@ class Run:
         return model
 
     def empty_model(self) -> Mistral:
-        """The model without weights, set up as the settings say.
+        """The model with uninitialised weights, configured by the settings.
 
-        Sharded before it has memory, so that no rank ever needs that of the whole.
+        Sharding comes before allocation, so no rank ever needs memory for the whole model.
         """
         with torch.device("meta"):
             model = Mistral(self.config)
@@ -147,33 +158,27 @@ class Run:
 
 
 def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: bool = False) -> Run:
-    """Open model configuration, tokenizer, datasets and plan, and find what is already done.
+    """Open the model's configuration, the tokenizer, the datasets and the plan, and find the steps already done.
 
-    Args: kinds: of datasets that the objective can train on; share_prompts: compute the common prompt of a pair once.
-    Raises: FileNotFoundError or ValueError naming what does not exist or fit, and the remedy.
+    Args: kinds: dataset kinds that the objective can train on. share_prompts: compute the common prompt of a pair once.
+    Raises: FileNotFoundError or ValueError naming what is missing or does not fit, and the remedy.
     """
     if not settings.replay:
         _check_writable(Path(settings.out))
     ranks = join(choose_device(settings.device), settings.parallel)
-    device = ranks.device
-    if device.type == "cuda":
+    if ranks.device.type == "cuda":
         use_deterministic_algorithms()
-    dtype = _dtype(settings.dtype, device)
-    problem = cannot(settings.backend, device, dtype, gradients=True, prefixes=share_prompts)
+    dtype = _dtype(settings.dtype, ranks.device)
+    problem = cannot(settings.backend, ranks.device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
-    settings.profile.check(device.type)
+    settings.profile.check(ranks.device.type)
     tokenizer = Tokenizer.load(_tokenizer_folder(settings))
     config = _config(settings, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
-        raise ValueError(f"heldout = {list(settings.heldout)}: two folders have one name, which their metrics are called by")
-    if settings.context_length > config.max_position_embeddings:
-        raise ValueError(
-            f"context_length = {settings.context_length} is beyond the model's max_position_embeddings = "
-            f"{config.max_position_embeddings}"
-        )
+        raise ValueError(f"heldout = {list(settings.heldout)}: two folders share a name, and metrics are named after folders")
     plan = Plan(
         datasets,
         list(settings.sources),
@@ -184,28 +189,40 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         epochs=settings.epochs,
         share_prompts=share_prompts,
     )
+    run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, checkpoint=None, start=0)
+    _check_sizes(run)
+    return _resumed(run)
+
+
+def _check_sizes(run: Run) -> None:
+    settings, plan, limit = run.settings, run.plan, run.config.max_position_embeddings
+    if settings.context_length > limit:
+        raise ValueError(f"context_length = {settings.context_length} is above the model's max_position_embeddings = {limit}")
     if settings.replay > plan.steps:
         raise ValueError(f"replay = {settings.replay}: the run has {plan.steps} steps")
-    run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0)
     if run.pack_tokens < plan.longest_unit:
         unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
         raise ValueError(
             f"pack_tokens = {run.pack_tokens} is below {unit} ({plan.longest_unit} tokens); raise it, or leave it out"
         )
-    # Rank 0 decides: what lies in a folder may change while others look.
-    name = ranks.from_main(_starting_point(settings))
-    checkpoint = Path(settings.out) / name if name else None
-    if checkpoint is None:
+
+
+def _resumed(run: Run) -> Run:
+    """The run, continued from its newest checkpoint where it has one."""
+    settings = run.settings
+    # Rank 0 decides, because a folder may change between two looks.
+    name = run.ranks.from_main(_starting_point(settings))
+    if name is None:
         return run
     if settings.resume == "never" and not settings.replay:
-        raise FileExistsError(f"{settings.out}: holds a run already ({checkpoint.name}); choose another out, or resume = auto")
-    state = read_state(checkpoint)
+        raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
+    state = read_state(run.out / name)
     _check_same_run(run, state)
-    return dataclasses.replace(run, checkpoint=checkpoint, start=state.step)
+    return dataclasses.replace(run, checkpoint=run.out / name, start=state.step)
 
 
 def _starting_point(settings: TrainSettings) -> str | None:
-    """Name of the checkpoint to go on from: the newest one, before the step that is to be replayed if there is one."""
+    """Name of the newest checkpoint; for a replay, of the newest one before the replayed step. None where there is none."""
     names = [path.name for path in checkpoints(settings.out)]
     if settings.replay:
         names = [name for name in names if name < f"step-{settings.replay:08d}"]
@@ -213,7 +230,7 @@ def _starting_point(settings: TrainSettings) -> str | None:
 
 
 def _check_writable(out: Path) -> None:
-    """Refuse a run folder that could not be made, before hours of work depend on it."""
+    """Refuse a run folder that cannot be created, before hours of work depend on it."""
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{out}: cannot be written: {existing} is not a folder; choose another out")
@@ -268,15 +285,15 @@ def _check_same_run(run: Run, state: TrainingState) -> None:
     for name in sorted({*asked, *began}):
         if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
             raise ValueError(
-                f"{run.out}: holds a run with {name} = {began.get(name)!r}, asked for is {asked.get(name)!r}; "
-                "choose another out, or the settings that it began with"
+                f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}; "
+                "choose another out, or restore the settings that the run began with"
             )
     if now.plan != state.plan:
         raise ValueError(f"{run.out}: the prepared data changed since this run began; restore it or choose another out")
 
 
 def _named(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value of nested tables and lists by its dotted name."""
+    """Each value of nested tables and lists, with its dotted name."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _named(inner, f"{prefix}{key}.")
