@@ -76,9 +76,9 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/python
 ifeq ($(TORCH),keep)
 	grep -v '^torch==' constraints.txt > $(CONSTRAINTS)
 endif
-	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[quickstart$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[dev,data$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[quickstart,dev,data$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@

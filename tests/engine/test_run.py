@@ -115,7 +115,7 @@ def test_a_tokenizer_larger_than_the_model(tiny_settings, tmp_path):
 def test_two_held_out_folders_of_one_name(tiny_settings, tiny_data, tmp_path):
     copy = shutil.copytree(tiny_data.text_heldout, tmp_path / "copy" / tiny_data.text_heldout.name)
     settings = tiny_settings("pretrain", tmp_path / "run", heldout=[str(tiny_data.text_heldout), str(copy)])
-    assert "two folders have one name" in refused(pretrain, settings)
+    assert "two folders share a name" in refused(pretrain, settings)
 
 
 @pytest.mark.filterwarnings("ignore:.*left out of the evaluation")
@@ -177,26 +177,26 @@ def begun(tiny_settings, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 5}, "seed = 0, asked for is 5"),
-        ({"steps": 7}, "steps = 6, asked for is 7"),
-        ({"neftune_alpha": 1.0}, "neftune_alpha = 5.0, asked for is 1.0"),
-        ({"epochs": 50}, "epochs = None, asked for is 50.0"),
-        ({"schedule": {"peak": 1e-3, "warmup_steps": 2}}, "schedule.peak = 0.003, asked for is 0.001"),
-        ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 = 0.95, asked for is 0.99"),
-        ({"dtype": "bfloat16"}, "dtype = 'float32', asked for is 'bfloat16'"),
-        ({"step_size": 257}, "step_size = 256, asked for is 257"),
+        ({"seed": 5}, "seed = 0, the settings now say 5"),
+        ({"steps": 7}, "steps = 6, the settings now say 7"),
+        ({"neftune_alpha": 1.0}, "neftune_alpha = 5.0, the settings now say 1.0"),
+        ({"epochs": 50}, "epochs = None, the settings now say 50.0"),
+        ({"schedule": {"peak": 1e-3, "warmup_steps": 2}}, "schedule.peak = 0.003, the settings now say 0.001"),
+        ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 = 0.95, the settings now say 0.99"),
+        ({"dtype": "bfloat16"}, "dtype = 'float32', the settings now say 'bfloat16'"),
+        ({"step_size": 257}, "step_size = 256, the settings now say 257"),
     ],
 )
 def test_changed_settings_on_resuming_are_named(tiny_settings, begun, changes, named):
     message = refused(sft, tiny_settings("sft", begun, **changes))
-    remedy = "choose another out, or the settings that it began with"
+    remedy = "choose another out, or restore the settings that the run began with"
     assert message == f"{begun}: holds a run with {named}; {remedy}"
 
 
 def test_changed_sources_on_resuming_are_named(tiny_settings, tiny_data, begun):
     path = str(tiny_data.conversations)
     message = refused(sft, tiny_settings("sft", begun, sources=[{"path": path, "passes": 2.0}]))
-    assert "holds a run with sources.0.passes = None, asked for is 2.0" in message
+    assert "holds a run with sources.0.passes = None, the settings now say 2.0" in message
     message = refused(sft, tiny_settings("sft", begun, sources=[{"path": path}, {"path": str(tiny_data.text)}]))
     assert "holds a run with sources.1.path = None" in message
 

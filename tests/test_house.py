@@ -1,0 +1,67 @@
+"""The walls of the house: who imports whom, and how large a file may be."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each room may import those to its left.
+ROOMS = ("kernels", "model", "engine", "recipes", "benchmarks")
+
+
+def imports() -> dict[str, set[str]]:
+    """module -> the project's modules that it imports when it is loaded."""
+    files = {module_of(path): path for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    found = {}
+    for name, path in files.items():
+        named = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] = named & files.keys() - {name}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_imports_run_downwards():
+    wrong = [
+        f"{name} imports {imported}"
+        for name, found in imports().items()
+        for imported in found
+        if ROOMS.index(imported.split(".")[0]) > ROOMS.index(name.split(".")[0])
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found, done = imports(), set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for imported in found[name]:
+                visit(imported, (*path, name))
+            done.add(name)
+
+    for name in found:
+        visit(name, ())
+
+
+def test_data_imports_nothing_above_it():
+    above = ("engine.estimate", "engine.objectives", "engine.optim", "engine.distributed", "engine.checkpoint", "engine.observe")
+    assert not {
+        f"{name} imports {imported}"
+        for name, found in imports().items()
+        for imported in found
+        if name.startswith("engine.data") and imported.startswith((*above, "engine.run", "engine.loop"))
+    }
+
+
+def test_no_file_is_longer_than_500_lines_and_the_loop_is_shorter_than_250():
+    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not {str(path) for path, lines in sizes.items() if lines > 500}
+    assert sizes[ROOT / "engine" / "loop.py"] < 250
