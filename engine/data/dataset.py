@@ -1,13 +1,13 @@
 """A prepared dataset: a folder of token shards, opened as memory maps.
 
-    dataset.json      what it is: format, kind, tokenizer, counts, shards, sources, skipped records
+    dataset.json      format, kind, tokenizer, counts, shards, sources, skipped records
     tokens-00000.bin  raw little-endian uint16 (vocabularies up to 65,536 pieces) or uint32, documents end to end
-    trained-00000.bin one bit a token of the shard of the same number, least significant bit first (absent for text)
+    trained-00000.bin one bit for each token of the same shard, least significant bit first (absent for text)
     lengths.bin       raw little-endian uint32, tokens of each document, special tokens included
     prompts.bin       raw little-endian uint32, tokens before the answer (preferences only)
 
-No document crosses a shard. Kinds: "text" (every token but the first is trained on), "conversations", and
-"preferences", where document 2i is the chosen and 2i + 1 the rejected side of pair i.
+No document crosses a shard. Kinds: "text" (every token but the first is trained on), "conversations", and "preferences", where
+document 2i is the chosen and 2i + 1 the rejected side of pair i.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ KINDS = ("text", "conversations", "preferences")
 REPORT = "dataset.json"
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 REMEDY = "prepare the dataset again"
-# 256 MiB of uint16: large enough that a shard is not the cost, small enough to copy and check one at a time.
+# 256 MiB of uint16: large enough that opening shards costs nothing, small enough to copy and check one at a time.
 SHARD_TOKENS = 2**27
 FLUSH_TOKENS = 2**20
 
@@ -44,7 +44,7 @@ def trained_file(shard: int) -> str:
 def read_report(folder: str | Path) -> dict[str, Any]:
     """The content of `dataset.json`.
 
-    Raises: FileNotFoundError where there is none; ValueError where it is broken, of another version or no dataset.
+    Raises: FileNotFoundError where the file is missing; ValueError where it is broken, of another version or no dataset.
     """
     path = Path(folder) / REPORT
     if not path.is_file():
@@ -65,9 +65,9 @@ class TokenDataset:
 
     Attributes:
         kind: "text", "conversations" or "preferences".
-        fingerprint: sha256 (hex) over the tokens, lengths and masks and the tokenizer's fingerprint.
-        tokenizer_fingerprint: sha256 (hex) of the tokenizer that the ids belong to.
-        vocab_size: pieces of that tokenizer; every id is below it.
+        fingerprint: sha256 (hex) over the tokens, lengths, masks and the tokenizer's fingerprint.
+        tokenizer_fingerprint: sha256 (hex) of the tokenizer that made the ids.
+        vocab_size: pieces of the tokenizer; every id is below it.
         lengths: int64 [documents], tokens of each document, special tokens included.
         prompt_lengths: int64 [documents], tokens before the answer; None unless the kind is "preferences".
         report: the content of dataset.json.
@@ -108,10 +108,12 @@ class TokenDataset:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenDataset":
-        """Open a prepared folder, checking that it is whole by its file sizes. A file that is newer than dataset.json, which is
-        written last, was copied or changed: it is read and compared with what was written.
+        """Open a prepared folder and check that it is whole.
 
-        Raises: FileNotFoundError or ValueError with the file and the remedy where it is missing, cut, changed or inconsistent.
+        The sizes of all files are compared with dataset.json. dataset.json is written last, so a newer file was copied or
+        changed: its content is hashed and compared too.
+
+        Raises: FileNotFoundError or ValueError with the file and the remedy, for a missing, cut, changed or inconsistent file.
         """
         folder = Path(folder)
         dataset = cls(folder, read_report(folder))
@@ -123,12 +125,12 @@ class TokenDataset:
         return len(self.lengths)
 
     def tokens(self, document: int) -> np.ndarray:
-        """The ids of one document, uint16 or uint32 [length]: a read-only view of the memory map."""
+        """The ids of one document: uint16 or uint32 [length], a read-only view of the memory map."""
         shard, start = self._locate(document)
         return self._tokens[shard][start : start + int(self.lengths[document])]
 
     def trained(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Which of the document's tokens `start` to `stop` are predicted, bool [stop - start]."""
+        """Whether each of the document's tokens `start` to `stop` is trained on: bool [stop - start]."""
         length = int(self.lengths[document])
         stop = length if stop is None else min(stop, length)
         if self.kind == "text":
@@ -141,10 +143,10 @@ class TokenDataset:
 
     @cached_property
     def shared_places(self) -> np.ndarray:
-        """Preferences: the places with which both sides of a pair begin and which may be computed once, int64 [pairs].
+        """Preferences: tokens at the start of each pair that can be computed once for both sides: int64 [pairs].
 
-        They are those of the common prompt without its last token: that one predicts another token on each side. Nor is a
-        place shared that is trained on, as it would have to count twice.
+        These are the common prompt without its last token, which predicts another token on each side. They end before the
+        first token that is trained on, as its loss would have to count twice.
         """
         assert self.prompt_lengths is not None
         shared = np.zeros(len(self) // 2, dtype=np.int64)
@@ -153,14 +155,14 @@ class TokenDataset:
             chosen, rejected = 2 * pair, 2 * pair + 1
             apart = self.tokens(chosen)[:limit] != self.tokens(rejected)[:limit]
             trained = self.trained(chosen, 0, limit) | self.trained(rejected, 0, limit)
-            # The first token is never predicted, whatever its mask says.
+            # Nothing predicts the first token, whatever its mask says.
             trained[:1] = False
             ends = np.flatnonzero(apart | trained)
             shared[pair] = max(0, (int(ends[0]) if len(ends) else limit) - 1)
         return shared
 
     def verify(self) -> None:
-        """Read every file and compare its sha256 with dataset.json. Raises: ValueError naming the first that differs."""
+        """Hash every file and compare with dataset.json. Raises: ValueError naming the first file that differs."""
         self._compare(self.report["files"])
 
     def check_unchanged(self) -> None:
@@ -185,7 +187,7 @@ class TokenDataset:
 class DatasetWriter:
     """Writes a prepared folder, document by document, in bounded memory. The folder must exist and be empty.
 
-    It is complete only after `finish`, which writes dataset.json last; `prepare` gives it its final name after that.
+    The folder is complete only after `finish`, which writes dataset.json last; `prepare` renames the folder after that.
     """
 
     def __init__(
@@ -221,7 +223,11 @@ class DatasetWriter:
                 file.file.close()
 
     def add(self, ids: Any, trained: Any = None, prompt_length: int = 0) -> None:
-        """Append a document: its ids [length >= 2] and, unless the kind is "text", which of them are predicted (bool)."""
+        """Append a document.
+
+        Args: ids: [length >= 2]. trained: bool [length], whether each token is trained on; None for the kind "text".
+            prompt_length: tokens before the answer (preferences).
+        """
         assert len(ids) >= 2
         assert (trained is None) == (self.kind == "text")
         document = np.asarray(ids)
@@ -237,7 +243,7 @@ class DatasetWriter:
             mask = np.asarray(trained, dtype=bool)
             assert len(mask) == len(document)
             self._mask.append(mask)
-            # The first token is never predicted, whatever its mask says.
+            # Nothing predicts the first token, whatever its mask says.
             self.trained_tokens += int(mask[1:].sum())
         else:
             self.trained_tokens += len(document) - 1
@@ -249,7 +255,7 @@ class DatasetWriter:
             self._flush()
 
     def finish(self, **fields: Any) -> dict[str, Any]:
-        """Write the rest and dataset.json with the extra `fields`; returns its content."""
+        """Write the rest, then dataset.json with the extra `fields`. Returns: the content of dataset.json."""
         self._flush()
         if self._token_file is not None:
             self._close_shard()
@@ -288,7 +294,7 @@ class DatasetWriter:
         assert self._token_file is not None
         self._token_file.write(np.concatenate(self._buffer).tobytes())
         if self._trained_file is not None:
-            # Whole bytes only; the bits of the last, incomplete one wait for the next flush.
+            # Write whole bytes only; the bits of an incomplete last byte wait for the next flush.
             mask = np.concatenate(self._mask)
             whole = len(mask) // 8 * 8
             self._trained_file.write(np.packbits(mask[:whole], bitorder="little").tobytes())
@@ -313,7 +319,7 @@ class DatasetWriter:
 
 
 class _HashedFile:
-    """A new file that is hashed while it is written, and on the disk when `close` has returned its sha256."""
+    """A new file, hashed while it is written. `close` syncs it to the disk and returns its sha256."""
 
     def __init__(self, path: Path):
         self.file = open(path, "xb")  # noqa: SIM115 (outlives this call; DatasetWriter closes it)
@@ -349,7 +355,7 @@ def _read_uint32(path: Path, count: int) -> np.ndarray:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file's last change, (-1, -1) where there is none."""
+    """(size, time of the last change in ns) of a file, (-1, -1) where the file is missing."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -359,5 +365,5 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     _check_size(path, dtype.itemsize * count)
-    # As a plain array: each slice of a memmap object costs microseconds more.
+    # A plain array: each slice of a memmap object would cost microseconds more.
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray) if count else np.empty(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Best-fit packing: which segments share a micro-batch."""
+"""Best-fit packing: which segments share a micro-batch, and which rank takes it."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack items into as few bins as best-fit decreasing finds (at most 11/9 of the optimum plus a constant: Johnson 1973).
 
-    Items are taken by decreasing length, equal ones in their order; each goes into the fullest bin that has room, the
-    oldest among equally full ones. Returns the items' indices per bin, bins in the order of their opening.
+    Takes items by decreasing length, equal lengths in their order. Each item goes into the fullest bin that has room, the
+    oldest among equally full bins.
+    Returns: the items' indices per bin, bins in the order of their opening.
 
     Raises: ValueError where an item is longer than `capacity`.
     """
@@ -32,10 +33,10 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def deal(packs: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
-    """Deal packs to ranks: the same number to each, packs at the same place of about equal size.
+    """Deal packs to ranks: the same number to each rank, and packs of about equal size at the same turn.
 
-    Where the number of packs is no multiple of `ranks`, the fullest packs of several items are halved until it is; only
-    where there are too few items for that do some ranks get an empty pack. Deterministic.
+    Halves the fullest packs of several items until the number of packs is a multiple of `ranks`. Too few items leave some
+    ranks with an empty pack. Deterministic.
     """
     packs = [list(pack) for pack in packs]
 

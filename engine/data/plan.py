@@ -1,14 +1,16 @@
-"""The plan of a run: which segments (or pairs) every global step holds.
+"""The plan of a run: the segments (or pairs) of every global step.
 
-A pure function of (datasets, seed, settings). Ranks, packs and micro-batches divide a step afterwards (`batches`), so
-the order of the data depends on none of them, and a run resumes from its step number alone.
+The plan is a pure function of (datasets, seed, settings). Ranks, packs and micro-batches divide a step afterwards (`batch`), so
+the data order does not depend on them, and a run resumes from its step number alone.
 
-A document of L tokens has L - 1 places (place i sees token i and predicts token i + 1); longer than the context, it is
-cut into segments of `context_length` places, which are shuffled like documents. Each source is the concatenation of its
-epochs, each shuffled by (seed, source, epoch). Sources mix by virtual time: a unit starts at (places of its source before
-it) / (rate of its source), and units run in the order of their virtual times. Step k holds the units that begin in
-[k * step_size, (k + 1) * step_size) of the merged order. Nothing of this depends on the number of steps, so a run can be
-made longer, and its first steps stay the same.
+Places: a document of L tokens has L - 1 places; place i holds token i and predicts token i + 1.
+Segments: a document longer than the context is cut into segments of `context_length` places, shuffled like documents.
+Units: a unit is a segment, or both sides of a pair.
+Epochs: a source is the concatenation of its epochs, each shuffled by (seed, source, epoch).
+Mixing: a unit's virtual time is (places of its source before the unit) / (rate of its source). Units run by virtual time.
+Steps: step k holds the units that begin in [k * step_size, (k + 1) * step_size) of the merged order.
+
+Nothing here depends on the number of steps, so a run can be made longer and its first steps stay the same.
 """
 
 import hashlib
@@ -23,37 +25,34 @@ from engine.data.dataset import TokenDataset
 from engine.data.packing import pack_best_fit
 from engine.settings.sections import Source
 
-# Changes whenever equal inputs would give another order, so that no run resumes on an order that it did not begin with.
+# Raise this whenever equal inputs give another order: a run must not resume on another order than it began with.
 ORDER = 1
+# Units to sort at once, which bounds the memory.
 MERGE_UNITS = 2**20
 
 
 @dataclass(frozen=True)
 class Units:
-    """The segments of a step, in the order of the plan; for preferences, rows 2i and 2i + 1 are one pair, chosen first.
+    """The segments of a step, in the order of the plan; for preferences, rows 2i and 2i + 1 are one pair, chosen first."""
 
-    source: index of the source. document: index in its dataset. start: first place of the segment in the document.
-    places: length of the segment. All int64 [segments]. unit: segments that never part, 1 (2 for preferences).
-    shared: places at the start of a pair's sides that are computed once for both, int64 [segments / unit].
-    """
-
-    source: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    places: np.ndarray
-    shared: np.ndarray
-    unit: int
+    source: np.ndarray  # int64 [segments]: index of the source
+    document: np.ndarray  # int64 [segments]: index in the source's dataset
+    start: np.ndarray  # int64 [segments]: first place of the segment in its document
+    places: np.ndarray  # int64 [segments]: length of the segment
+    shared: np.ndarray  # int64 [segments / unit]: places at the start of a pair that are computed once for both sides
+    unit: int  # segments of a unit: 1, or 2 for preferences
 
     @property
     def sizes(self) -> np.ndarray:
-        """Places of each unit that are computed, int64 [segments / unit]."""
+        """Places to compute of each unit: int64 [segments / unit]."""
         return self.places.reshape(-1, self.unit).sum(axis=1) - self.shared
 
 
 class SegmentTable:
-    """The segments (pairs) of one dataset that a plan may use, numbered; arrays, so that millions cost little.
+    """The usable units (segments or pairs) of one dataset, numbered, in arrays: millions cost little.
 
-    sizes: places of each that are computed, int64; share_prompts: those that the sides of a pair share count once.
+    sizes: int64 [units], places to compute of each unit; with share_prompts, a pair's shared places count once.
+    skipped: pairs longer than the context, or segments of conversations without a trained place.
     """
 
     def __init__(self, dataset: TokenDataset, context_length: int, share_prompts: bool = False):
@@ -82,7 +81,7 @@ class SegmentTable:
         sizes = np.full(int(self._first[-1]), context_length, dtype=np.int64)
         sizes[self._first[1:] - 1] = places - (counts - 1) * context_length
         if dataset.kind == "conversations":
-            # A segment without a trained place would cost its forward pass and change nothing.
+            # A segment without a trained place would cost a forward pass and change nothing.
             useful = np.ones(len(sizes), dtype=bool)
             for document in np.flatnonzero(counts > 1).tolist():
                 predicted = dataset.trained(document, 1)
@@ -98,7 +97,7 @@ class SegmentTable:
         return len(self.sizes)
 
     def locate(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(document, start, places) of each segment of the given units (indices into `sizes`), int64."""
+        """(document, start, places) of each segment of the given units (indices into `sizes`): int64 [segments]."""
         numbers = units.astype(np.int64) if self._used is None else self._used[units]
         if self.paired:
             document = np.stack((2 * numbers, 2 * numbers + 1), axis=1).reshape(-1)
@@ -107,7 +106,7 @@ class SegmentTable:
         return document, (numbers - self._first[document]) * self.context_length, self.sizes[units]
 
     def shared(self, units: np.ndarray) -> np.ndarray:
-        """Places of each of the given units that both its sides begin with and that are computed once, int64."""
+        """Places that the two sides of each given unit share, 0 without shared prompts: int64 [units]."""
         return np.zeros(len(units), dtype=np.int64) if self._shared is None else self._shared[units]
 
 
@@ -115,19 +114,22 @@ class Plan:
     """Global steps over a mixture of prepared datasets.
 
     Args:
-        datasets: the opened datasets, one for each of `sources`, all of one kind (text and conversations mix) and tokenizer.
-        sources: their weights.
+        datasets: one opened dataset for each of `sources`, all of one kind (text and conversations mix) and one tokenizer.
+        sources: their shares or passes.
         seed: keys the shuffles.
         context_length: places of the longest segment. Pairs with a longer side are left out and counted in `skipped`.
         step_size: places of a global step; pairs for preferences.
-        steps, epochs: how long the run is. Shares need `steps`; otherwise `steps` alone repeats the data as needed,
-            `epochs` alone ends with the data, and with both `steps` ends the run early.
+        steps, epochs: length of the run. Shares need `steps`. Otherwise `steps` alone repeats the data as needed, `epochs`
+            alone ends with the data, and both together end at `steps`.
         share_prompts: compute the common prompt of a pair once. The order does not depend on it.
 
-    Attributes: steps (int), fingerprint (hex; equal for equal data order, whatever the number of steps), paired (bool),
-        skipped (list per source: pairs longer than the context, or segments of conversations without a trained place),
-        longest_unit (places to compute of the longest segment, or of the longest pair), document_offsets
-        (list: first stable document id of each source).
+    Attributes:
+        steps: int.
+        fingerprint: hex; equal for equal data order, whatever the number of steps.
+        paired: bool; preferences.
+        skipped: of each source, `SegmentTable.skipped`.
+        longest_unit: places to compute of the longest segment or pair.
+        document_offsets: of each source, the id of its first document.
 
     Raises: ValueError naming the setting or the source, and the remedy.
     """
@@ -205,7 +207,7 @@ class Plan:
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def units(self, step: int) -> Units:
-        """The segments of global step `step`, by source and then in the source's order."""
+        """The segments of global step `step`, source by source, each in the source's order."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         parts = []
@@ -218,10 +220,10 @@ class Plan:
         return Units(source_of, document, start, places, shared, unit=2 if self.paired else 1)
 
     def summary(self, pack_tokens: int, *, sample_steps: int = 8) -> dict[str, Any]:
-        """What the run will see: per source its documents, tokens of the run, share and passes; steps; utilisation.
+        """The data of the run: per source its documents, tokens, share and passes; steps; utilisation.
 
-        tokens counts places that are computed; tokens_saved those that sharing prompts saves. utilisation: places /
-        (packs * pack_tokens) over up to `sample_steps` evenly spread steps.
+        tokens: places to compute. tokens_saved: places that shared prompts save. utilisation: places / (packs * pack_tokens)
+        over up to `sample_steps` evenly spread steps.
         """
         sources = []
         totals = [int(table.sizes[sequence].sum()) for table, sequence in zip(self.tables, self._sequences, strict=True)]
@@ -281,7 +283,7 @@ class Plan:
         return lines
 
     def _sequence(self, source: int, target: int) -> np.ndarray:
-        """Units of a source in its own order, epoch after epoch, as many as begin before `target` places (pairs)."""
+        """The units of a source in its own order, epoch after epoch, that begin before `target` places (pairs)."""
         table = self.tables[source]
         dtype = np.uint32 if len(table) <= 2**32 else np.uint64
         total = len(table) if self.paired else int(table.sizes.sum())
@@ -294,7 +296,7 @@ class Plan:
         return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
 
     def _starts(self, table: SegmentTable, order: np.ndarray) -> np.ndarray:
-        """Places (pairs) before each unit of `order`, int64."""
+        """Places (pairs) before each unit of `order`: int64 [units]."""
         if self.paired:
             return np.arange(len(order), dtype=np.int64)
         starts = np.zeros(len(order), dtype=np.int64)
@@ -302,10 +304,9 @@ class Plan:
         return starts
 
     def _merge(self) -> np.ndarray:
-        """Units of each source in each step, int64 [steps, sources].
+        """Number of units of each source in each step: int64 [steps, sources].
 
-        Merged a slice of virtual time after another: the slices are exact cuts of the sorted times, so that their
-        number bounds the memory and nothing else.
+        The sources are merged in slices of virtual time. The slices bound the memory; the result does not depend on them.
         """
         times, total = [], 0
         for table, sequence, rate in zip(self.tables, self._sequences, self._rates, strict=True):
@@ -340,10 +341,10 @@ class Plan:
 
 
 def _shuffle(count: int, seed: int, source: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count) keyed by (seed, source, epoch).
+    """A permutation of range(count), keyed by (seed, source, epoch).
 
-    Sorts SplitMix64 outputs (Steele, Lea, Flood 2014): distinct for distinct counters, and the same in every NumPy
-    release, which its own generators do not promise.
+    Sorts outputs of SplitMix64 (Steele, Lea, Flood 2014). They are distinct for distinct counters and the same in every NumPy
+    release; NumPy's own generators do not promise that.
     """
     key = hashlib.sha256(f"{seed} {source} {epoch}".encode()).digest()
     mixed = np.arange(count, dtype=np.uint64)

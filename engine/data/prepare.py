@@ -1,4 +1,4 @@
-"""Tokenise sources once into a prepared dataset (`dataset` says what that is on disk)."""
+"""Tokenise sources once into a prepared dataset (`dataset` describes its files)."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from model.folder import complete_folder
 from model.vocabulary.chat import CHAT_TEMPLATE, Message, encode_chat
 from model.vocabulary.tokenizer import Tokenizer
 
-# Enough texts at once to keep all of the tokenizer's threads busy, few enough to bound the memory.
+# Enough texts to keep all of the tokenizer's threads busy, few enough to bound the memory.
 BATCH_RECORDS = 256
 
 
@@ -40,24 +40,24 @@ def prepare(
     overwrite: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Write the prepared dataset `out` from files, folders, globs and `hub:` names; returns its dataset.json.
+    """Write the prepared dataset `out` from files, folders, globs and `hub:` names.
 
     Args:
         kind: "text", "conversations" or "preferences".
-        text_field: the field of a JSONL or Parquet record that holds the text ("text" only).
-        split: what ends a document of a text file: a "blank" line, each "line", or the end of the "file".
-        max_length: tokens of the longest side of a pair ("preferences" only); longer pairs are skipped.
-        heldout: a share of the documents or pairs (below 1), or how many of them (1 and above), for a second dataset
-            `<out>-heldout`. Chosen by a hash of the content (of the prompt, for preferences) and the seed, so that equal
-            ones go the same way (which can exceed the number) and the order of the sources does not matter.
-        seed: of the hash for `heldout`.
-        strict: a record that cannot be used is an error, instead of skipped, counted and reported.
-        overwrite: replace datasets at `out` that were prepared from something else.
-        shard_tokens: bound of a shard.
+        text_field: field of a JSONL or Parquet record that holds the text ("text" only).
+        split: the end of a document of a text file: a "blank" line, each "line", or the end of the "file".
+        max_length: skip pairs with a side of more tokens than this ("preferences" only).
+        heldout: validation split, written to `<out>-heldout`: a share of the documents or pairs (below 1), or their number (1
+            and above). A hash of the content (of the prompt, for preferences) and the seed chooses them. So duplicates land on
+            the same side (which can exceed the number), and the order of the sources does not matter.
+        seed: seed of the hash for `heldout`.
+        strict: raise for a record that cannot be used, instead of skipping, counting and reporting it.
+        overwrite: replace a dataset at `out` that was prepared from other inputs.
+        shard_tokens: most tokens of a shard.
 
-    A dataset that is there already and was prepared from the same inputs is kept as it is. What is written appears under
-    its name only when complete.
+    Keeps an existing dataset that was prepared from the same inputs. A new dataset appears under its name only when complete.
 
+    Returns: the content of dataset.json.
     Raises: ValueError or FileNotFoundError with the place and the remedy in one line.
     """
     out = Path(out)
@@ -73,19 +73,9 @@ def prepare(
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    inputs = hashlib.sha256(
-        json.dumps(
-            [
-                VERSION,
-                kind,
-                settings,
-                tokenizer.fingerprint,
-                "" if kind == "text" else CHAT_TEMPLATE,
-                identities,
-            ],
-            sort_keys=True,
-        ).encode()
-    ).hexdigest()
+    template = "" if kind == "text" else CHAT_TEMPLATE
+    determined_by = [VERSION, kind, settings, tokenizer.fingerprint, template, identities]
+    inputs = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
     targets = (out, aside) if heldout else (out,)
     ready = [_is_ready(target, inputs, overwrite) for target in targets]
     if all(ready):
@@ -99,37 +89,26 @@ def prepare(
     reader = _Reader(tokenizer, kind, text_field, max_length, seed, strict)
     limit = _heldout_limit(sources, split, reader, heldout)
     with ExitStack() as stack:
-        # Entered in this order, so that the held-out part gets its name first: where `out` stands, both do.
-        writers = [
-            stack.enter_context(
-                DatasetWriter(
-                    stack.enter_context(complete_folder(target, overwrite=True)),
-                    kind,
-                    vocab_size=tokenizer.vocab_size,
-                    tokenizer_fingerprint=tokenizer.fingerprint,
-                    shard_tokens=shard_tokens,
-                )
+        # The stack exits in reverse: the held-out part is renamed first, so wherever `out` exists, both do.
+        writers = []
+        for target in targets:
+            folder = stack.enter_context(complete_folder(target, overwrite=True))
+            writer = DatasetWriter(
+                folder,
+                kind,
+                vocab_size=tokenizer.vocab_size,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                shard_tokens=shard_tokens,
             )
-            for target in targets
-        ]
-        described = []
-        for source, identity, records in zip(sources, identities, _with_progress(sources, split, writers), strict=True):
-            before = reader.records, sum(writer.documents for writer in writers)
-            while batch := list(islice(records, BATCH_RECORDS)):
-                for entry in reader.entries(batch):
-                    for document in entry.documents:
-                        writers[-1 if entry.key < limit else 0].add(*document)
-            seen, used = reader.records - before[0], sum(writer.documents for writer in writers) - before[1]
-            if not used:
-                raise ValueError(f"{source.name}: none of its {seen} records can be used; the last: {reader.last_skip}")
-            described.append({"name": source.name, **identity, "records": seen, "documents": used})
+            writers.append(stack.enter_context(writer))
+        written = _write_sources(sources, split, reader, writers, limit)
         for writer, target in zip(writers, targets, strict=True):
             if not writer.documents:
                 raise ValueError(f"heldout = {heldout:g} leaves no document for {target}: change it")
         fields = {
             "inputs": inputs,
             "settings": settings,
-            "sources": described,
+            "sources": [{**counts, **identity} for counts, identity in zip(written, identities, strict=True)],
             "records": reader.records,
             "skipped": reader.skipped,
             "characters": reader.characters,
@@ -140,8 +119,36 @@ def prepare(
     return reports[0]
 
 
+def _write_sources(
+    sources: Sequence[SourceFile | HubSource],
+    split: str,
+    reader: "_Reader",
+    writers: Sequence[DatasetWriter],  # first the dataset, last the held-out part
+    limit: int,  # records with a key below this are held out
+) -> list[dict[str, Any]]:
+    """Write the usable records of all sources.
+
+    Returns: of each source its name, records and documents.
+    Raises: ValueError for a source without a usable record.
+    """
+    written = []
+    for source, records in zip(sources, _with_progress(sources, split, writers), strict=True):
+        records_before, documents_before = reader.records, sum(writer.documents for writer in writers)
+        while batch := list(islice(records, BATCH_RECORDS)):
+            for entry in reader.entries(batch):
+                writer = writers[-1 if entry.key < limit else 0]
+                for document in entry.documents:
+                    writer.add(*document)
+        seen = reader.records - records_before
+        used = sum(writer.documents for writer in writers) - documents_before
+        if not used:
+            raise ValueError(f"{source.name}: none of its {seen} records can be used; the last: {reader.last_skip}")
+        written.append({"name": source.name, "records": seen, "documents": used})
+    return written
+
+
 def describe(report: dict[str, Any]) -> list[str]:
-    """What a dataset.json says, as lines for a console."""
+    """A dataset.json as lines for a console."""
     unit, divisor = {"text": ("documents", 1), "conversations": ("conversations", 1), "preferences": ("pairs", 2)}[
         report["kind"]
     ]
@@ -159,14 +166,14 @@ def describe(report: dict[str, Any]) -> list[str]:
 
 
 class _Entry(NamedTuple):
-    """A record that can be used: its hold-out key and the documents to write (ids, mask or None, prompt length)."""
+    """A usable record."""
 
-    key: int
-    documents: list[tuple[Any, Any, int]]
+    key: int  # decides whether the record is held out
+    documents: list[tuple[Any, Any, int]]  # (ids, trained or None, prompt length) of each document to write
 
 
 class _Reader:
-    """Turns records into token documents, counting what it sees and skips."""
+    """Turns records into token documents, and counts records, characters, roles and skipped records."""
 
     def __init__(self, tokenizer: Tokenizer, kind: str, text_field: str, max_length: int | None, seed: int, strict: bool):
         self.tokenizer, self.kind, self.text_field = tokenizer, kind, text_field
@@ -178,7 +185,7 @@ class _Reader:
         self.last_skip = ""
 
     def entries(self, records: Sequence[Record]) -> Iterator[_Entry]:
-        """The usable ones of a batch of records, in order."""
+        """The usable records of a batch, in order."""
         self.records += len(records)
         usable = []
         for record in records:
@@ -201,13 +208,13 @@ class _Reader:
             yield _Entry(self.key(content), documents)
 
     def content(self, value: Any) -> Any:
-        """What a record says: a text, messages or a pair. Raises: Unusable."""
+        """A record's text, messages or pair. Raises: Unusable."""
         if self.kind == "text":
             return read_text(value, self.text_field)
         return read_conversation(value) if self.kind == "conversations" else read_pair(value)
 
     def key(self, content: Any) -> int:
-        """A hash of the content below 2^64; of the prompt alone for a pair, so that no prompt is on both sides."""
+        """A hash of the content below 2^64. A pair hashes its prompt alone: no prompt is both trained on and held out."""
         text = content if isinstance(content, str) else json.dumps(content.prompt if isinstance(content, Pair) else content)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest())
 
@@ -220,7 +227,7 @@ class _Reader:
         documents = []
         for answer in (pair.chosen, pair.rejected):
             encoded = encode_chat(self.tokenizer, [*pair.prompt, Message(role="assistant", content=answer)])
-            # The last answer is what follows the last token that is not the assistant's; earlier answers are prompt.
+            # Everything before the last answer is prompt, earlier answers included.
             trained = np.array(encoded.trained)
             prompt_length = int(np.flatnonzero(~trained)[-1]) + 1
             trained[:prompt_length] = False
@@ -251,7 +258,7 @@ class _Reader:
 
 
 def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader: _Reader, heldout: float) -> int:
-    """Content with a key below this is held out. A count needs the keys of all records first."""
+    """Records with a key below this are held out. A number of documents needs the keys of all records first."""
     if heldout < 1:
         return int(heldout * 2**64)
     keys = []
@@ -261,7 +268,7 @@ def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader
                 keys.append(reader.key(reader.content(record.value)))
             except Unusable:
                 continue
-    # Equal keys stay together, so the count can be exceeded by the last one's duplicates.
+    # Equal keys stay together, so duplicates of the last record can exceed the number.
     count = int(heldout)
     return sorted(keys)[count - 1] + 1 if len(keys) > count else 2**64
 
@@ -269,7 +276,7 @@ def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader
 def _with_progress(
     sources: Sequence[SourceFile | HubSource], split: str, writers: Sequence[DatasetWriter]
 ) -> Iterator[Iterator[Record]]:
-    """The records of each source, under one bar over the bytes of all that shows tokens per second."""
+    """The records of each source, under one progress bar over all bytes that shows tokens per second."""
     began = time.perf_counter()
     done = 0
     total = sum(source.size for source in sources)
@@ -305,7 +312,7 @@ def _check_settings(kind: str, text_field: str, split: str, max_length: int | No
 
 
 def _is_ready(path: Path, inputs: str, overwrite: bool) -> bool:
-    """Whether a whole dataset of the same inputs lies at `path`. Raises: ValueError where something else does."""
+    """Whether `path` holds a whole dataset of the same inputs. Raises: ValueError if it holds anything else."""
     if not path.name:
         raise ValueError(f"out = '{path}': must name a folder")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):

@@ -1,4 +1,4 @@
-"""What a record says: a text, a conversation or a preference pair, or why it cannot be used."""
+"""Reads records: a text, a conversation or a preference pair, or the reason why a record cannot be used."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MESSAGE_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 class Unusable(Exception):
-    """A record that training does without: `reason` is one of few, to be counted; `detail` is about this record."""
+    """A record that cannot be used. reason: one of few, to be counted. detail: about this record."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -21,7 +21,7 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: two conversations that differ in their last message alone, an assistant's."""
+    """A preference: two conversations that differ only in their last message, the assistant's."""
 
     prompt: list[Message]
     chosen: str
@@ -29,7 +29,7 @@ class Pair:
 
 
 def read_text(value: Any, field: str) -> str:
-    """The document of a record: the record itself where it is a text, else its `field`. Raises: Unusable."""
+    """The text of a record: the record itself if it is a string, else its `field`. Raises: Unusable."""
     if not isinstance(value, str):
         value = _field(value, field)
     text = _text(value, f"field '{field}'")
@@ -41,9 +41,10 @@ def read_text(value: Any, field: str) -> str:
 def read_conversation(value: Any) -> list[Message]:
     """The messages of a record: [system,] user, assistant, ... in strict alternation, with at least one assistant turn.
 
-    Forms, the first that fits: `messages` [{role, content}], ShareGPT's `conversations` [{from, value}] with system,
-    human and gpt, `prompt` and `completion`, and Alpaca's `instruction`, `input` (may be empty or absent), `output`.
-    An empty system message counts as none. Raises: Unusable.
+    Formats, tried in this order: `messages` [{role, content}]; ShareGPT's `conversations` [{from, value}] with system, human
+    and gpt; `prompt` and `completion`; Alpaca's `instruction`, `input` (may be empty or absent) and `output`. An empty system
+    message is dropped.
+    Raises: Unusable.
     """
     if not isinstance(value, Mapping):
         raise Unusable("not an object", f"is {_name(value)}")
@@ -76,8 +77,9 @@ def read_conversation(value: Any) -> list[Message]:
 def read_pair(value: Any) -> Pair:
     """The preference pair of a record with `prompt`, `chosen` and `rejected`.
 
-    `prompt` is a text or messages; `chosen` and `rejected` are texts, [the last message], or whole conversations, which
-    may then stand without `prompt`. Raises: Unusable.
+    `prompt` is a text or messages. `chosen` and `rejected` are texts, [the last message], or whole conversations; with whole
+    conversations `prompt` may be absent.
+    Raises: Unusable.
     """
     text_or_turns = _optional(value, "prompt")
     given = None if text_or_turns is None else _turns(text_or_turns, "user", "prompt")
@@ -92,7 +94,7 @@ def read_pair(value: Any) -> Pair:
     prompt = contexts[0] if contexts else given
     if prompt is None:
         raise Unusable("no prompt", "neither 'prompt' nor a conversation in 'chosen' and 'rejected'")
-    # Beside a prompt that is one text, the conversation may open with a system message or earlier turns of its own.
+    # Beside a prompt that is one text, the conversation may also hold a system message or earlier turns.
     agrees = given in (None, prompt) or (isinstance(text_or_turns, str) and prompt[-1:] == given)
     if not agrees or any(context != prompt for context in contexts):
         raise Unusable("sides of different prompts", "'prompt', 'chosen' and 'rejected' disagree before the last answer")
@@ -109,7 +111,7 @@ def read_pair(value: Any) -> Pair:
 
 
 def _check(messages: list[Message]) -> list[Message]:
-    """The messages, an empty system message left out, if the chat template can express them."""
+    """The messages without an empty system message. Raises: Unusable where the chat template cannot express them."""
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
     system = bool(messages) and messages[0]["role"] == "system"
@@ -119,12 +121,12 @@ def _check(messages: list[Message]) -> list[Message]:
             raise Unusable("empty answer" if role == "assistant" else "empty message", f"message {number} ({role})")
         expected = "system" if system and number == 1 else ("user", "assistant")[(number - 1 - system) % 2]
         if role != expected:
-            raise Unusable("roles do not alternate", f"message {number} has role {role}, where {expected} must stand")
+            raise Unusable("roles do not alternate", f"message {number} has role {role}, must be {expected}")
     return messages
 
 
 def _turns(value: Any, role: str, field: str) -> list[Message]:
-    """A list of messages, or one message of `role` where the value is a text."""
+    """A list of messages; a text becomes one message of `role`."""
     if isinstance(value, list):
         return _messages(value, field)
     return [Message(role=role, content=_text(value, f"field '{field}'"))]
@@ -162,7 +164,7 @@ def _optional(value: Any, field: str) -> Any:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise Unusable("content is not text", f"{what} is {_name(value)}")
-    # JSON can spell half a surrogate pair, which no tokenizer takes.
+    # JSON can hold half a surrogate pair, which no tokenizer accepts.
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""Files (and hub data sets) as streams of records, each with the place that it came from.
+"""Files (and datasets of the Hugging Face hub) as streams of records, each with its file and line.
 
-Text files give strings; JSONL, JSON arrays, Parquet and hub data sets give the decoded value of each record. What a
-record means is `records`' concern.
+Text files give strings; JSONL, JSON arrays, Parquet files and hub datasets give the decoded value of each record. `records`
+reads the values' meaning.
 """
 
 import glob
@@ -20,11 +20,12 @@ SPLITS = ("blank", "line", "file")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_SUFFIXES = (".txt", ".txt.gz", *RECORD_SUFFIXES)
 HUB = "hub:"
-NEEDS_DATASETS = "needs the optional packages: pip install komainu[data]"
+# For Parquet (pyarrow) and the hub (datasets).
+NEEDS_EXTRA = "needs the optional packages of 'data': pip install 'komainu[data]', or make ... EXTRAS=data"
 
 
 class Record(NamedTuple):
-    """place: `file:line` (or `file, row n`), for messages. value: a text, or a decoded JSON value."""
+    """place: `file:line` (or `file, row n`), for error messages. value: a text, or a decoded JSON value."""
 
     place: str
     value: Any
@@ -32,7 +33,7 @@ class Record(NamedTuple):
 
 @dataclass
 class SourceFile:
-    """One file. `position` follows the bytes read so far, of `size`, for a progress bar."""
+    """One file. position: bytes read so far, of `size`, for a progress bar."""
 
     path: Path
     size: int
@@ -43,12 +44,13 @@ class SourceFile:
         return str(self.path)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two sources the same: the content, wherever it lies."""
+        """Equal for equal content, wherever the file lies."""
         return {"bytes": self.size, "sha256": file_sha256(self.path)}
 
     def records(self, split: str) -> Iterator[Record]:
-        """The records of the file; `split` ("blank", "line" or "file") says what ends a document of a text file.
+        """The records of the file.
 
+        Args: split: the end of a document of a text file: a "blank" line, each "line", or the end of the "file".
         Raises: ValueError naming file and line for an empty file, broken JSON, broken gzip or text that is not UTF-8.
         """
         suffix = self.path.name.removesuffix(".gz").rpartition(".")[2]
@@ -115,7 +117,7 @@ class SourceFile:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise ValueError(f"{self.name}: Parquet {NEEDS_DATASETS}") from None
+            raise ValueError(f"{self.name}: Parquet {NEEDS_EXTRA}") from None
         number = 0
         try:
             with parquet.ParquetFile(self.path) as file:
@@ -129,14 +131,14 @@ class SourceFile:
 
 
 class HubSource:
-    """A data set of the Hugging Face hub, `hub:owner/name` or `hub:owner/name:split`, downloaded when it is first read."""
+    """A dataset of the Hugging Face hub, `hub:owner/name` or `hub:owner/name:split`, downloaded when it is opened."""
 
     def __init__(self, name: str):
         try:
             import datasets
             import huggingface_hub
         except ImportError:
-            raise ValueError(f"{name}: a hub data set {NEEDS_DATASETS}") from None
+            raise ValueError(f"{name}: a dataset of the hub {NEEDS_EXTRA}") from None
         repository, _, part = name.removeprefix(HUB).partition(":")
         self.name = name
         self.position = 0
@@ -144,7 +146,7 @@ class HubSource:
             self.revision = huggingface_hub.HfApi().dataset_info(repository).sha
             self._rows = datasets.load_dataset(repository, split=part or "train", revision=self.revision)
         except Exception as error:
-            # Whatever network, hub or data set failed with, the user needs the name and the reason in one line.
+            # Network, hub and dataset fail in many ways; the user needs the name and the reason in one line.
             raise ValueError(f"{name}: not available: {' '.join(str(error).split())}") from None
         self.size = len(self._rows)
 
@@ -152,7 +154,7 @@ class HubSource:
         return {"name": self.name, "revision": self.revision, "rows": len(self._rows)}
 
     def records(self, split: str) -> Iterator[Record]:
-        """The rows. Raises: ValueError where there are none."""
+        """The rows. Raises: ValueError for an empty dataset."""
         if not len(self._rows):
             raise ValueError(f"{self.name}: empty: nothing to prepare in it")
         for number, value in enumerate(self._rows, 1):
@@ -161,10 +163,10 @@ class HubSource:
 
 
 def find_sources(paths: Sequence[str], suffixes: Sequence[str]) -> list[SourceFile | HubSource]:
-    """The sources that files, folders (searched through), globs and `hub:` names stand for, in a fixed order.
+    """The sources named by files, folders (searched through), globs and `hub:` names, in a fixed order.
 
-    Of a folder or a glob, files with one of `suffixes` count; hidden files and prepared datasets do not.
-    Raises: FileNotFoundError or ValueError naming the path that gives nothing, is of an unknown type or comes twice.
+    Folders and globs give their files with one of `suffixes`, without hidden files and prepared datasets.
+    Raises: FileNotFoundError or ValueError naming a path that gives nothing, is of an unknown type or comes twice.
     """
     found: list[SourceFile | HubSource] = []
     seen: dict[Path, str] = {}

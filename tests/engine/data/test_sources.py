@@ -103,8 +103,9 @@ def test_paths_that_give_nothing_are_refused(tmp_path, paths, error, message):
         )
 
 
-def test_parquet(tmp_path):
+def test_parquet_is_read_by_pyarrow_alone(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setitem(sys.modules, "datasets", None)
     from pyarrow import parquet
 
     values = [{"text": f"文 {i}", "messages": [{"role": "user", "content": "a"}]} for i in range(3000)]
@@ -118,7 +119,7 @@ def test_parquet(tmp_path):
         read(tmp_path / "c.parquet")
 
 
-def test_hub_data_sets_come_through_the_datasets_package(monkeypatch):
+def test_hub_datasets_come_through_the_datasets_package(monkeypatch):
     datasets = pytest.importorskip("datasets")
     import huggingface_hub
 
@@ -151,8 +152,8 @@ def test_hub_data_sets_come_through_the_datasets_package(monkeypatch):
 def test_without_the_optional_packages_the_remedy_is_named(tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"hub:owner/name: .*pip install komainu\[data\]"):
+    with pytest.raises(ValueError, match=r"hub:owner/name: .*pip install 'komainu\[data\]'.* EXTRAS=data"):
         find_sources(["hub:owner/name"], TEXT_SUFFIXES)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"a\.parquet: Parquet needs .*pip install komainu\[data\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet: Parquet needs .*pip install 'komainu\[data\]'.* EXTRAS=data"):
         read(tmp_path / "a.parquet")

@@ -15,7 +15,7 @@ from engine.checkpoint.state import checkpoints
 from engine.data.batch import Packing, make_step
 from engine.distributed.ranks import Ranks
 from engine.estimate.flops import step_flops, training_flops
-from engine.observe.metrics import Metrics, StepRecord
+from engine.observe.metrics import Metrics, RunFacts, StepRecord
 from engine.run import open_run
 from engine.settings.sections import LogSettings
 from recipes import dpo, pretrain, sft
