@@ -1,4 +1,4 @@
-"""Copies of a rank's tensors on the host, from which a checkpoint is written while training goes on."""
+"""Copies of a rank's tensors on the host. A checkpoint is written from the copies while training goes on."""
 
 import warnings
 
@@ -7,12 +7,16 @@ from torch import Tensor
 
 
 class Staging:
-    """Takes the copies. On a CUDA device they go to page-locked memory, beside the computation, and that memory is kept.
+    """Copies a fixed set of tensors to the host, again and again.
 
-    Args: tensors: of one device, by name; the same memory at every `copy`.
+    On a CUDA device the copies go to page-locked memory, which is allocated once and kept, and run beside the computation.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],  # by name, all on `device`; their memory stays the same between copies
+        device: torch.device,
+    ) -> None:
         self._tensors, self._device = tensors, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
@@ -32,23 +36,23 @@ class Staging:
         return copies
 
     def before_update(self) -> None:
-        """Let the device, not the host, wait until everything is copied: the next kernels may overwrite it."""
+        """Make the device wait for the copies before later kernels overwrite the tensors. The host does not wait."""
         if self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def wait(self) -> None:
-        """Let the host wait until everything is copied."""
+        """Make the host wait until the copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the page-locked memory."""
         if self._locked and self._buffer is not None:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
         self._buffer, self._locked = None, False
 
     def _page_locked(self) -> dict[str, Tensor]:
-        # torch's own page-locked allocations are rounded up to powers of two; this is as large as the tensors.
+        # torch rounds its own page-locked allocations up to powers of two; this buffer is as large as the tensors.
         sizes = {name: -(-tensor.nbytes // 256) * 256 for name, tensor in self._tensors.items()}
         if self._buffer is None:
             self._buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8)
@@ -62,7 +66,7 @@ class Staging:
                 )
         copies, begin = {}, 0
         for name, tensor in self._tensors.items():
-            # By way of NumPy, as a view of the buffer would share its storage, which writers then copy once more.
+            # Through NumPy: a torch view would share the whole buffer's storage, and writers would copy it once more.
             part = torch.from_numpy(self._buffer.numpy()[begin : begin + tensor.nbytes])
             copies[name] = part.view(tensor.dtype).view(tensor.shape)
             begin += sizes[name]

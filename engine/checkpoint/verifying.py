@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and nothing but what a checkpoint holds."""
+"""Checks that a checkpoint is complete and holds only the kinds of files that a checkpoint has."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import TensorFolder
 
-# Of the header of a safetensors file: what the Hub asks for, what torch notes about shards.
+# Allowed keys in the header of a safetensors file: the Hub's own, and torch's notes about shards.
 _HEADER = {"format", "DCP_VERSION", "DCP_SHARDING_INFO"}
-# How a pickle of protocol 2 and later begins, and a zip archive, which torch.save writes.
+# First bytes of a pickle (protocol 2 and later) and of a zip archive, which torch.save writes.
 _PICKLES = (b"\x80", b"PK\x03\x04")
 
 
 def problems(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint, each naming the file or tensor; nothing for one that is whole.
+    """Everything wrong with a checkpoint: one line a problem, naming the file or tensor. A good checkpoint has none.
 
-    Every byte is read: sizes and SHA-256 of the files, their kinds, the index, names and shapes of all tensors.
+    Reads every byte: sizes and SHA-256 of the files, their kinds, the index, names and shapes of all tensors.
     """
     try:
         written = fingerprints(folder)
@@ -63,7 +63,7 @@ def _strange(folder: Path, written: dict[str, Fingerprint]) -> Iterator[str]:
 
 
 def _foreign(path: Path) -> str | None:
-    """Why a file is none that a checkpoint holds, judged by its content."""
+    """The reason why a file does not belong in a checkpoint, judged by its content; None if it belongs."""
     with open(path, "rb") as file:
         if file.read(4).startswith(_PICKLES):
             return "begins as a pickle or an archive does; a checkpoint holds none"
@@ -107,11 +107,11 @@ def _check_weights(folder: Path) -> None:
         tensors.check(read_config(folder))
         dtypes = {tensors.dtype(name) for name in tensors.names}
     if len(dtypes) > 1:
-        raise ValueError(f"{folder}: the weights are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+        raise ValueError(f"{folder}: the weights have several dtypes: {', '.join(sorted(map(str, dtypes)))}")
 
 
 def _check_optimizer(folder: Path) -> None:
-    """Raises: ValueError naming a tensor that is missing, too many, of another shape, or has rows that no shard holds."""
+    """Raises: ValueError naming a tensor that is missing, unknown, of another shape, or has rows not in exactly one shard."""
     with TensorFolder(folder) as tensors, torch.device("meta"):
         model = Mistral(read_config(folder)).to(tensors.dtype("model.norm.weight"))
     shapes = {name: tensor.shape for name, tensor in AdamW(model.named_parameters(), OptimizerSettings()).state.items()}

@@ -1,14 +1,14 @@
-"""Python's garbage collector, run when a log line is written instead of whenever it likes.
+"""Python's garbage collector, run at log lines instead of at random moments.
 
-A collection looks at every object that torch and its libraries have made, for up to half a second, in which this rank launches
-nothing and all others wait for it.
+A collection visits every object that torch and its libraries have made. It takes up to half a second, during which this rank
+launches nothing and all other ranks wait for it.
 """
 
 import gc
 
 
 class GarbageAtLogLines:
-    """A context manager within which garbage of cycles is collected only by `collect`."""
+    """A context manager inside which reference cycles are collected only by `collect`."""
 
     def __init__(self) -> None:
         self._enabled, self._frozen = gc.isenabled(), False
@@ -23,7 +23,7 @@ class GarbageAtLogLines:
             gc.enable()
 
     def collect(self) -> None:
-        """Collect now. What is left after the first time, the libraries and the model, is not looked at again."""
+        """Collect now. The objects that survive the first collection (libraries, the model) are not visited again."""
         gc.collect()
         if not self._frozen:
             gc.freeze()

@@ -1,4 +1,4 @@
-"""A model sharded over the ranks of a run with FSDP2 (`fully_shard`), and this rank's part of a sharded tensor."""
+"""A model sharded over ranks with FSDP2 (`fully_shard`), and this rank's rows of a sharded tensor."""
 
 import itertools
 from typing import Any
@@ -15,9 +15,10 @@ from model.mistral import Mistral
 
 
 def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
-    """Shard a model in place: each block, the embedding and the head are units of their own, the rest is the root's.
+    """Shard a model in place; a single rank's model stays as it is.
 
-    Gradients arrive as sums over the ranks, added in float32. While a unit computes, its neighbour's weights are gathered.
+    Each block, the embedding and the head are FSDP units of their own; the root holds the final norm. Gradients are summed over
+    ranks in float32, never averaged. The next unit's weights are gathered while a unit computes.
     """
     if ranks.mesh is None:
         return model
@@ -25,7 +26,7 @@ def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
     *blocks, last = model.layers
     for inner in (*blocks, model.embed_tokens):
         fully_shard(inner, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
-    # The backward pass begins with these: giving them back would gather them twice in a row.
+    # The backward pass begins with these units: resharding them would gather their weights twice in a row.
     for outer in (last, model.lm_head, model):
         fully_shard(outer, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
     order: list[Any] = [model.embed_tokens, *model.layers, model.lm_head]
@@ -43,40 +44,42 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def reduce_after(model: nn.Module, last: bool) -> None:
-    """Say whether the coming backward pass is the step's last, after which alone gradients are summed over the ranks."""
+    """Before each backward pass: say whether it is the step's last. Gradients are summed over ranks only after the last."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back the weights that a forward pass without a backward pass has left gathered."""
+    """Free the gathered weights that a forward pass without a backward pass has left behind."""
     for unit in _units(model):
         unit.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a sharded tensor, sharing its memory; the tensor itself where it is whole."""
+    """This rank's rows of a sharded tensor, sharing its memory; an unsharded tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of a sharded tensor, gathered by all ranks together."""
+    """All rows of a sharded tensor. A collective: all ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def first_row(tensor: Tensor) -> int:
-    """The number of this rank's first row in the whole tensor."""
+    """Index of this rank's first row in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return 0
     mesh = tensor.device_mesh[SHARD]
-    # As torch.chunk cuts: all the same number of rows but the last, which may be fewer or none.
+    # FSDP2 cuts as torch.chunk does: equal numbers of rows, except that the last shards may have fewer rows or none.
     rows = -(-len(tensor) // mesh.size())
     return min(mesh.get_local_rank() * rows, len(tensor))
 
 
-def sum_over_shards(value: Tensor, sharded: DTensor) -> Tensor:
-    """A number of this rank's shards, of which one is given, summed over all shards in place, each counted once, whatever the
-    replicas."""
+def sum_over_shards(
+    value: Tensor,  # a scalar computed from this rank's shards, changed in place
+    sharded: DTensor,  # any of them: names the ranks to sum over
+) -> Tensor:
+    """Sum a scalar over all shards, each counted once, whatever the number of replicas."""
     dist.all_reduce(value, group=sharded.device_mesh[SHARD].get_group())
     return value

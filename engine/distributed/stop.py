@@ -1,4 +1,4 @@
-"""Stopping all ranks after the same step, because one of them was told to (SIGTERM), or has a reason of its own."""
+"""All ranks stop after the same step when one of them received SIGTERM, or has a reason of its own."""
 
 import signal
 import threading
@@ -12,42 +12,42 @@ from engine.distributed.ranks import Ranks
 
 
 class Interruption:
-    """Asks between steps whether any rank wants to stop. A context manager, within which SIGTERM is such a wish.
+    """Asks after each step whether any rank wants to stop. A context manager, inside which SIGTERM asks to stop.
 
-    Schedulers send SIGTERM some time before they kill, and torchrun passes it on. The ranks' wishes are added up while the next
-    step runs, so that none of them waits for the answer, which is therefore one step old.
+    Schedulers send SIGTERM some time before they kill, and torchrun passes it on. The ranks' requests are summed while the next
+    step runs. No rank waits for the sum, so the answer is one step old.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._told = False
-        self._before: Any = None
-        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+        self._terminated = False
+        self._previous_handler: Any = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
-    def _tell(self, _number: int, _frame: FrameType | None) -> None:
-        self._told = True
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        self._terminated = True
 
-    def after_step(self, wish: bool = False) -> bool:
-        """Whether all ranks stop now. To be called by all of them after every step. wish: this rank's own reason."""
-        wish = wish or self._told
+    def after_step(self, stop: bool = False) -> bool:
+        """Returns whether all ranks stop now. Every rank calls this after every step. stop: this rank's own reason to stop."""
+        stop = stop or self._terminated
         if self._ranks.mesh is None:
-            return wish
+            return stop
         answer = False
-        if self._asked is not None:
-            work, total = self._asked
+        if self._pending is not None:
+            work, requests = self._pending
             work.wait()
-            answer = bool(total)
-        total = torch.tensor(float(wish))
-        work = dist.all_reduce(total, async_op=True)
+            answer = bool(requests)
+        requests = torch.tensor(float(stop))
+        work = dist.all_reduce(requests, async_op=True)
         assert work is not None
-        self._asked = (work, total)
+        self._pending = (work, requests)
         return answer

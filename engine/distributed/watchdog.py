@@ -1,4 +1,4 @@
-"""A rank that hangs says where, and ends."""
+"""A rank that hangs prints its stacks and ends."""
 
 import faulthandler
 import signal
@@ -8,11 +8,11 @@ from engine.distributed.ranks import Ranks
 
 
 class Watchdog:
-    """Waits for signs of life of this process. A context manager.
+    """Expects a sign of life of this process every `seconds`. A context manager.
 
-    After `seconds` without one, the stacks of all threads go to standard error, also where no Python code can run. On one of
-    several ranks the process ends after as many seconds more, by SIGALRM, so that whoever started it can start it again. The
-    ranks that wait for it have left by then: they raise after `seconds` in the collective.
+    Without a sign of life, the stacks of all threads go to standard error, even while no Python code can run. On one of several
+    ranks SIGALRM ends the process after as many seconds more, so that its launcher can start it again. The ranks that wait for
+    it have left by then: their collective raises after `seconds`.
     """
 
     def __init__(self, ranks: Ranks, seconds: float) -> None:
@@ -27,14 +27,14 @@ class Watchdog:
         self.pause()
 
     def alive(self) -> None:
-        """Count from now."""
-        # The process's own standard error: what a program may have put in its place need not be a file.
+        """Give a sign of life: count the seconds from now."""
+        # sys.stderr may have been replaced by an object that is no file.
         faulthandler.dump_traceback_later(self._seconds, file=sys.__stderr__ or 2)
         if self._ends:
             signal.setitimer(signal.ITIMER_REAL, 2 * self._seconds)
 
     def pause(self) -> None:
-        """Expect no sign of life until the next one."""
+        """Expect nothing until the next sign of life."""
         faulthandler.cancel_dump_traceback_later()
         if self._ends:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,14 +1,14 @@
-"""What a run is about to do, before it does it."""
+"""Prints a run's plan before it starts."""
 
 from engine.data.batch import Batch, Packing, make_step
 from engine.optim.schedule import learning_rate
 from engine.run import Run
 
-_SHOWN_TOKENS = 160
+_SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 160
 
 
 def describe(run: Run) -> list[str]:
-    """Model, memory of its state, data and schedule of a run, a line each."""
+    """The run's model, memory, data and schedule, one line each."""
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
     rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
     return [
@@ -22,7 +22,7 @@ def describe(run: Run) -> list[str]:
 
 
 def _planned(run: Run) -> str:
-    """The planned peak of a rank's device, and what it is made of from the largest down."""
+    """The planned memory peak of this rank's device and its parts, largest first."""
     found = run.planned
     parts = sorted(((size, name) for name, size in found.items.items() if size), reverse=True)
     unit, scale = ("GiB", 2**30) if found.peak >= 2**30 else ("MiB", 2**20)
@@ -31,7 +31,7 @@ def _planned(run: Run) -> str:
 
 
 def sample(run: Run) -> list[str]:
-    """The first micro-batch's beginning as text: what is trained on stands in brackets."""
+    """The beginning of the first micro-batch as text. Brackets mark the trained tokens."""
     batch = make_step(run.plan, 0, Packing(run.config.sliding_window, run.pack_tokens)).batches[0]
     lines = [f"sample     first micro-batch: {batch.tokens} tokens, {int((batch.rows_N >= 0).sum())} trained on"]
     return lines + [f"           {text}" for text in _marked(run, batch)]
@@ -40,11 +40,11 @@ def sample(run: Run) -> list[str]:
 def _marked(run: Run, batch: Batch) -> list[str]:
     texts = []
     names = run.tokenizer.pieces()
-    for places in _documents(batch)[:3]:
+    for places in _documents(batch)[:_SHOWN_DOCUMENTS]:
         pieces: list[str] = []
         trained = False
         for place in places[:_SHOWN_TOKENS]:
-            # The weight of a place is that of the token it predicts.
+            # A place's weight belongs to the token that it predicts.
             weighted = bool(batch.weight_T[place])
             pieces.append("[" if weighted and not trained else "]" if trained and not weighted else "")
             pieces.append(names[int(batch.labels_T[place])])
@@ -54,7 +54,7 @@ def _marked(run: Run, batch: Batch) -> list[str]:
 
 
 def _documents(batch: Batch) -> list[list[int]]:
-    """The places of each document, a shared prompt's in front of each that continues it."""
+    """The places of each document. A shared prompt stands before each answer that continues it."""
     segments = batch.attention.segments
     prefixes = {prefix for *_, prefix in segments}
     found = []

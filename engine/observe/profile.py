@@ -1,7 +1,7 @@
-"""Where a step's time and memory go: torch's profiler, each operation told apart by what called it.
+"""Profiles a step: where its time and memory go, with torch's profiler.
 
-Our operators run inside named ranges; what autograd runs for them in the backward pass carries the number of the forward
-operation, which says which range it belongs to. On a GPU it is the same, with the time of the kernels that it launched.
+Our operators run inside named ranges. Their backward operations carry the sequence number of the forward operation, which
+leads back to its range. On a GPU an operation's time is the time of the kernels that it launched.
 """
 
 import importlib
@@ -20,39 +20,44 @@ from engine.distributed.ranks import Ranks
 from engine.settings.sections import ProfileSettings
 from model.folder import write_file
 
-# Public operators by what the benchmarks' ladder calls them; each has its eager reference beside it.
+# Public operators, (module, function), by the part of the benchmarks' ladder that they belong to.
 OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
     "fused operators": (
-        ("kernels.rms_norm", "rms_norm"), ("kernels.rms_norm", "add_rms_norm"), ("kernels.rotary", "rotary_"),
-        ("kernels.swiglu", "swiglu"), ("kernels.embedding", "embedding"), ("kernels.norm_qkv", "norm_qkv"),
+        ("kernels.rms_norm", "rms_norm"),
+        ("kernels.rms_norm", "add_rms_norm"),
+        ("kernels.rotary", "rotary_"),
+        ("kernels.swiglu", "swiglu"),
+        ("kernels.embedding", "embedding"),
+        ("kernels.norm_qkv", "norm_qkv"),
         ("kernels.feed_forward", "feed_forward"),
     ),
     "attention": (("kernels.attention.sliding_window", "sliding_window_attention"),),
     "fused head": (("kernels.linear_log_prob", "linear_log_prob"), ("kernels.linear_log_prob", "linear_nll")),
     "fused optimizer": (("kernels.adamw", "adamw_"), ("kernels.gradient_norm", "gradient_norm")),
-}  # fmt: skip
+}
 CATEGORIES = ("products", "attention", "our operators", "optimizer", "communication", "rest", "waiting")
 _OURS = ("kernels", "model", "engine")
 _PREFIX = "komainu "
+# Range around the optimizer's part of a step.
 OPTIMIZER = _PREFIX + "optimizer"
 _PRODUCTS = frozenset(
     f"aten::{name}"
     for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "dot", "_scaled_mm", "mkldnn_linear")
 )
 _COMMUNICATION = ("c10d::", "nccl", "gloo", "_c10d_functional", "record_param_comms")
-# A node of autograd's graph; the operations it runs are its children.
+# Prefix of the events of autograd nodes; the operations that a node runs are its children.
 _BACKWARD = "autograd::engine::evaluate_function"
 
 
 class StepProfiler:
-    """Profiles the chosen steps of a run."""
+    """Profiles the steps that `profile.steps` names."""
 
     def __init__(self, settings: ProfileSettings, out: Path, ranks: Ranks) -> None:
         self._settings, self._out, self._ranks = settings, out, ranks
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """Run a step, profiled if it was chosen."""
+        """Wraps a step (numbered from 1); profiles it if it was chosen."""
         if step not in self._settings.steps:
             yield
         elif self._settings.tool == "nvtx":
@@ -65,14 +70,17 @@ class StepProfiler:
                 yield
             if self._ranks.main:
                 print(f"step {step}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + f"; see {folder}")
+                if not (folder / "memory.svg").exists():
+                    print("matplotlib is not installed: no memory.svg (pip install matplotlib)")
 
 
 @contextmanager
 def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
-    """Profile what runs within. Yields what will hold the shares of its time, as `breakdown` returns them.
+    """Profile the code inside. Yields a dictionary that holds the shares of its time afterwards, as `shares_of` returns them.
 
-    Writes trace.json (for chrome://tracing or Perfetto), time.json (these shares), memory.svg (allocated memory over time) and
-    on CUDA memory.json (the allocator's history and segments as `torch.cuda.memory._snapshot` gives them).
+    Writes into `folder`: trace.json (for chrome://tracing or Perfetto), time.json (the shares), memory.svg (allocated memory
+    over time, where matplotlib is installed), and on CUDA memory.json (the allocator's history and segments, as
+    `torch.cuda.memory._snapshot` returns them).
     """
     cuda, shares = device.type == "cuda", dict[str, float]()
     if cuda:
@@ -89,14 +97,13 @@ def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
     write_file(folder / "time.json", json.dumps({"seconds": seconds, "shares": shares}, indent=1) + "\n")
     profiler.export_chrome_trace(str(folder / "trace.json"))
     curve = memory_curve(json.loads((folder / "trace.json").read_text(encoding="utf-8")), cuda=cuda)
-    write_file(folder / "memory.svg", _drawing(curve))
+    _draw(curve, folder / "memory.svg")
 
 
 def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> dict[str, float]:
-    """Shares of the wall time of `steps` calls by category; they add up to 1. "rest" are other operations, "waiting" is when
-    none ran: the host's own work on a CPU, an idle device on a GPU. Communication that computing hides counts as well.
+    """Shares of the wall time of `steps` calls by category, as `shares_of` returns them.
 
-    A step's optimizer is expected inside `record_function(OPTIMIZER)`.
+    The step runs its optimizer inside `record_function(OPTIMIZER)`.
     """
     with ranges(), profile(activities=_activities(device), acc_events=True) as profiler:
         start = _synchronized(device)
@@ -107,7 +114,11 @@ def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> 
 
 
 def shares_of(events: Any, device: torch.device, seconds: float) -> dict[str, float]:
-    """Shares of `seconds` by category, which add up to 1, of a profiler's events."""
+    """Shares of `seconds` by category, from a profiler's events. They add up to 1.
+
+    "rest" is time in other operations. "waiting" is time in none: the host's own work on a CPU, an idle device on a GPU.
+    "communication" counts even where computation hides it.
+    """
     spent = dict.fromkeys(CATEGORIES, 0.0)
     for event, category in classified(events):
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
@@ -119,7 +130,7 @@ def shares_of(events: Any, device: torch.device, seconds: float) -> dict[str, fl
 
 @contextmanager
 def ranges() -> Iterator[None]:
-    """Run our operators inside ranges that the profiler sees."""
+    """Inside, our operators run in ranges that the profiler records."""
     with replaced(list(_in_ranges())):
         yield
 
@@ -130,7 +141,7 @@ def _in_ranges() -> Iterator[tuple[Callable, Callable]]:
         for module, name in operators:
             operator = getattr(importlib.import_module(module), name)
             yield operator, _in_range(operator, _PREFIX + category)
-    # Lists of who sees whom, made on the host once a batch.
+    # The work lists of attention are built on the host once a batch.
     lists = importlib.import_module("kernels.attention.work").attention_work
     yield lists, _in_range(lists, _PREFIX + "attention")
 
@@ -145,7 +156,7 @@ def _in_range(operator: Callable, name: str) -> Callable:
 
 @contextmanager
 def replaced(substitutes: Iterable[tuple[Callable, Callable]]) -> Iterator[None]:
-    """Wherever our modules name one of these functions, let them name its substitute."""
+    """Inside, every reference of our modules to a function is replaced by its substitute: (function, substitute) pairs."""
     undo = []
     for original, substitute in substitutes:
         for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] in _OURS]:
@@ -161,7 +172,7 @@ def replaced(substitutes: Iterable[tuple[Callable, Callable]]) -> Iterator[None]
 
 
 def classified(events: Any) -> Iterator[tuple[Any, str]]:
-    """Every operation that the host ran, with its category."""
+    """(event, category) of every operation that the host ran."""
     ranged = _forward_categories(events)
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CPU:
@@ -169,7 +180,7 @@ def classified(events: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _forward_categories(events: Any) -> dict[int, str]:
-    """Category of each numbered operation that ran inside a range."""
+    """Category by sequence number, of the forward operations that ran inside a range."""
     found = {}
     for event in events:
         if event.sequence_nr >= 0 and not event.name.startswith(_BACKWARD):
@@ -202,9 +213,9 @@ def _category(event: Any, ranged: dict[int, str]) -> str:
 
 
 def memory_curve(trace: dict[str, Any], *, cuda: bool) -> list[tuple[float, int]]:
-    """(milliseconds since the first, bytes) after each allocation of a Chrome trace on a device or the host, in order of time.
+    """Allocated memory over time, from a Chrome trace: (milliseconds since the first event, bytes), in order of time.
 
-    On CUDA these are all that the allocator holds; on the host what was allocated since the trace began.
+    On CUDA the bytes are everything that the allocator holds; on the host they count from the beginning of the trace.
     """
     wanted = 1 if cuda else 0
     events = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
@@ -216,20 +227,20 @@ def memory_curve(trace: dict[str, Any], *, cuda: bool) -> list[tuple[float, int]
     return curve
 
 
-def _drawing(curve: list[tuple[float, int]], width: int = 960, height: int = 320, margin: int = 24) -> str:
-    """The curve as SVG, with its peak and its length written on it."""
-    end, peak = (curve[-1][0] or 1.0, max(size for _, size in curve) or 1) if curve else (1.0, 1)
-    points, before = [], 0
-    for at, size in curve:
-        x = margin + at / end * (width - 2 * margin)
-        points += [f"{x:.1f},{height - margin - level / peak * (height - 2 * margin):.1f}" for level in (before, size)]
-        before = size
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="{margin}" y="{margin - 8}">allocated memory, peak {peak / 2**30:.3f} GiB, over {end:.1f} ms</text>\n'
-        f'<polyline fill="none" stroke="#1f5fa8" points="{" ".join(points)}"/>\n</svg>\n'
-    )
+def _draw(curve: list[tuple[float, int]], file: Path) -> None:
+    """Draw a memory curve as SVG; without matplotlib, draw nothing."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    peak = max((size for _, size in curve), default=0)
+    # Keep text as text, not as outlines.
+    with rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        axes = figure.add_subplot(title=f"allocated memory, peak {peak / 2**30:.3f} GiB", xlabel="ms", ylabel="GiB")
+        axes.step([at for at, _ in curve], [size / 2**30 for _, size in curve], where="post")
+        figure.savefig(file)
 
 
 def _activities(device: torch.device) -> list[ProfilerActivity]:
@@ -237,7 +248,7 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 
 
 def _synchronized(device: torch.device) -> float:
-    """The time, once the device is idle."""
+    """The host's time once the device is idle, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""One step of a run once more, with the same batch: what it computed, by micro-batch and by document."""
+"""Repeats one step of a run with the same data, and prints its loss by micro-batch and by document."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _WORST, _WORDS = 5, 24
 
 
 class ReplayedObjective(Protocol):
-    """An objective that can also tell the losses of a micro-batch's documents (or pairs) apart."""
+    """An objective that can also give the loss of each document (or pair) of a micro-batch."""
 
     def __call__(self, model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]: ...
 
@@ -29,45 +29,43 @@ class ReplayedObjective(Protocol):
 
 @dataclass(frozen=True)
 class _Document:
-    """A document, a part of one from `start` on, or the chosen side of a pair, by its number over all sources."""
+    """A document or a part of one; for preference tuning the chosen side of a pair."""
 
     loss: float
-    number: int
-    start: int
+    number: int  # counted over all sources
+    start: int  # first token of the part in its document
 
 
 @lost_ranks_named()
 def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
-    """Run step `replay` of the run forward and backward from the weights in `model`, and print what came of it.
+    """Run step `settings.replay` forward and backward with the weights in `model`, and print its values beside the logged ones.
 
-    The loss is to the bit the logged one where these weights are those of the step before, and rows are dealt to as many ranks.
+    The values equal the logged ones to the bit if the weights are from the step before and the number of ranks is the same.
+    Prints each micro-batch's part of the loss and the documents with the largest losses. Writes nothing.
     """
     number, ranks = run.settings.replay, run.ranks
     step = run.step(number - 1)
     parts: list[Tensor] = []
 
-    def noted(model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def recorded(model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:
         values = objective(model, batch, step)
         parts.append(values["loss"].detach())
         return values
 
-    values = ranks.sum(accumulate(model, noted, step))
+    values = ranks.sum(accumulate(model, recorded, step))
     values["gradient_norm"] = norm_of_gradients(list(model.parameters()))
     documents = [document for batch in step.batches for document in _documents(model, objective, batch, step)]
     reshard(model)
+    batches = [
+        f"micro-batch rank {ranks.rank}, {batch.tokens} tokens in {len(batch.document_B)} documents: adds {float(part):.6f}"
+        for batch, part in zip(step.batches, parts, strict=True)
+        if batch.tokens
+    ]
     group = host_group(ranks)
-    batches = gather(
-        [
-            f"micro-batch rank {ranks.rank}, {batch.tokens} tokens in {len(batch.document_B)} documents: adds {float(part):.6f}"
-            for batch, part in zip(step.batches, parts, strict=True)
-            if batch.tokens
-        ],
-        ranks,
-        group,
-    )
+    batches = gather(batches, ranks, group)
     worst = sorted(gather(documents, ranks, group), key=lambda document: -document.loss)[:_WORST]
     if ranks.main:
-        lines = [_began(run), *_compared(run, values), *batches, *(_described(run, document) for document in worst)]
+        lines = [_heading(run), *_compared(run, values), *batches, *(_described(run, document) for document in worst)]
         print("\n".join(lines))
 
 
@@ -76,26 +74,31 @@ def _documents(model: Mistral, objective: ReplayedObjective, batch: Batch, step:
     losses = objective.losses(model, batch.to(model.lm_head.weight.device), step).tolist()
     every = 1 if batch.pair_B is None else 2
     numbers, starts = batch.document_B[::every].tolist(), batch.document_start_B[::every].tolist()
+    # Padding has a negative number.
     return [_Document(*found) for found in zip(losses, numbers, starts, strict=True) if found[1] >= 0]
 
 
-def _began(run: Run) -> str:
-    number, before = run.settings.replay, run.settings.replay - 1 - run.start
+def _heading(run: Run) -> str:
+    number, older = run.settings.replay, run.settings.replay - 1 - run.start
     where = run.checkpoint or f"{run.settings.model}, as the run began"
-    late = f"; they are {before} steps older than the step's own, whose loss is another" if before else ""
-    return f"replay     step {number} with the weights of {where}{late}"
+    remark = f"; they are {older} steps older than the step's own, so its loss differs" if older else ""
+    return f"replay     step {number} with the weights of {where}{remark}"
 
 
 def _compared(run: Run, values: dict[str, Tensor]) -> list[str]:
-    """The step's values beside those that the run logged."""
-    steps = logged_steps(run.out / "metrics.jsonl")
-    logged, lines = next((line for line in steps if line["step"] == run.settings.replay), {}), []
+    """The step's values, each beside the value that the run logged."""
+    logged: dict[str, float] = {}
+    for line in logged_steps(run.out / "metrics.jsonl"):
+        if line["step"] == run.settings.replay:
+            logged = line
+    lines = []
     for name, value in values.items():
-        found, then = float(value), logged.get(name)
-        beside = (
-            "not logged" if then is None else f"logged {then!r}, " + ("the same" if found == then else f"{found - then:+.3g}")
-        )
-        lines.append(f"{name:<10} {found!r} ({beside})")
+        now, then = float(value), logged.get(name)
+        if then is None:
+            beside = "not logged"
+        else:
+            beside = f"logged {then!r}, " + ("the same" if now == then else f"{now - then:+.3g}")
+        lines.append(f"{name:<10} {now!r} ({beside})")
     return lines
 
 

@@ -1,6 +1,6 @@
-"""Steps whose loss stands out: noted with all that they were made of, so that they can be looked at and replayed.
+"""Loss spikes: steps whose loss stands out are recorded with their documents, to be looked at and replayed.
 
-The losses are looked at when they are logged, so that nothing waits for the device in between.
+Losses are examined when they are logged, so nothing waits for the device between log lines.
 """
 
 import json
@@ -14,26 +14,33 @@ from typing import Any
 from engine.data.plan import Plan
 from engine.settings.sections import LEAST_HISTORY, GuardSettings
 
-# A scale needs a few losses; below this share of the median, what differs is rounding.
+# Least deviation, as a share of the median: smaller differences are rounding.
 _FLOOR = 1e-3
-# The median distance from the median of normal noise, in standard deviations.
+# Median distance from the median of normal noise, in standard deviations.
 _NORMAL = 0.6745
 
 
 class SpikeLog:
-    """Compares each loss with those before it, and writes the steps that stand out to `file`, a line of JSON each:
-    step, loss, gradient_norm, median, deviations (both null for a loss that is not finite), documents."""
+    """Compares each loss with the losses before it and appends the steps that stand out to a JSON-lines file.
 
-    def __init__(self, file: Path, settings: GuardSettings, plan: Plan) -> None:
+    A line holds step, loss, gradient_norm, median and deviations (null for a loss that is not finite), and documents.
+    """
+
+    def __init__(
+        self,
+        file: Path,  # spikes.jsonl of the run folder
+        settings: GuardSettings,
+        plan: Plan,
+    ) -> None:
         self.file, self._settings, self._plan = file, settings, plan
         self._losses: deque[float] = deque(maxlen=settings.history)
 
     def resume(self, losses: Iterable[float]) -> None:
-        """Take the losses of the steps before, so that a resumed run sees what one without a break would."""
+        """Take the losses of earlier steps, so that a resumed run sees the spikes that an unbroken one would."""
         self._losses.extend(losses)
 
     def look(self, line: dict[str, Any]) -> str | None:
-        """Take a step's logged values. Returns: a message where it stands out, None otherwise."""
+        """Take a step's logged values. Returns a message if the step stands out, else None."""
         if not self._settings.spike:
             return None
         values = {name: line[name] if math.isfinite(line[name]) else None for name in ("loss", "gradient_norm")}
@@ -52,7 +59,7 @@ class SpikeLog:
         return f"step {line['step']}: {what}its documents are in {self.file}, --replay {line['step']} runs it again"
 
     def _compared(self, loss: float) -> tuple[float | None, float | None]:
-        """The median before this loss and how many deviations it is above that; None while too few are known."""
+        """The median of the losses before, and this loss's distance above it in deviations; None with too few losses."""
         if len(self._losses) < LEAST_HISTORY:
             return None, None
         median = statistics.median(self._losses)
@@ -60,15 +67,21 @@ class SpikeLog:
         return median, (loss - median) / max(deviation, _FLOOR * abs(median), 1e-30)
 
 
-def documents_of(plan: Plan, step: int) -> list[dict[str, Any]]:
-    """What a global step (from 0) is made of, over all ranks: source folder, document, start (place in it) and tokens of each
-    segment; of pairs the source folder, the pair and the tokens of both sides."""
+def documents_of(
+    plan: Plan,
+    step: int,  # global step, from 0
+) -> list[dict[str, Any]]:
+    """The documents of a step, over all ranks.
+
+    A document has source (folder), document (number), start (its first token here) and tokens. A preference pair has source,
+    pair (number) and tokens of both sides.
+    """
     units = plan.units(step)
     rows = list(zip(*(column.tolist() for column in (units.source, units.document, units.start, units.places)), strict=True))
     if not plan.paired:
         return [
-            {"source": plan.sources[source].path, "document": document, "start": start, "tokens": places}
-            for source, document, start, places in rows
+            {"source": plan.sources[source].path, "document": document, "start": start, "tokens": tokens}
+            for source, document, start, tokens in rows
         ]
     return [
         {"source": plan.sources[source].path, "pair": document // 2, "tokens": [chosen, rejected]}

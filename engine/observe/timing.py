@@ -1,4 +1,4 @@
-"""Marks of time that nothing waits for: on a CUDA device events on its current stream, elsewhere the host's clock."""
+"""Time marks that nothing waits for: events on the current stream of a CUDA device, the host's clock elsewhere."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def mark(device: torch.device) -> Any:
-    """Now, for `seconds_between`."""
+    """A mark of the present moment, for `seconds_between`."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -16,5 +16,5 @@ def mark(device: torch.device) -> Any:
 
 
 def seconds_between(before: Any, after: Any) -> float:
-    """Seconds between two marks of one device, which has to have reached both."""
+    """Seconds between two marks of one device. A CUDA device must have reached both."""
     return after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3
