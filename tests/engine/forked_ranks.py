@@ -1,4 +1,4 @@
-"""Not a test: ranks of a run on this machine, forked from a process that has imported torch, as imports are dear."""
+"""Not a test: forks the ranks of a run from a process that has imported torch, because importing torch is slow."""
 
 import os
 import socket
@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 
 def fork_ranks(ranks: int, body: Callable[[int], int | None]) -> list[int]:
-    """Process ids of as many ranks, each of which calls `body` with its number and has its environment as torchrun would have
-    set it. Exit code of a rank: what the body returns, 0 for None, 1 where it raises, which is printed."""
+    """Fork `ranks` processes, set the environment that torchrun sets, and call `body` with the rank in each.
+
+    A process exits with what the body returns (0 for None), or prints the traceback and exits with 1.
+    Returns: the process ids.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return [_fork(rank, ranks, port, body) for rank in range(ranks)]
@@ -26,10 +29,10 @@ def _fork(rank: int, ranks: int, port: int, body: Callable[[int], int | None]) -
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    # Nothing of what the forking process would do at its end.
+    # Skip everything that the parent process would do at its end.
     os._exit(code)
 
 
 def end_of(children: list[int]) -> list[int]:
-    """Exit codes of processes, negative for the signal that ended one."""
+    """Wait for processes. Returns their exit codes, negative for the signal that ended one."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -1,13 +1,16 @@
-"""Metrics of a run: what is written, where, and what stops a run."""
+"""Metrics: their names and values, their files, and the errors that stop a run."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.loop
 import engine.optim.adamw
@@ -30,7 +33,9 @@ def lines_of(out):
 
 
 def scalars(out):
-    """{tag: {step: value}} of the TensorBoard files, as TensorBoard reads them."""
+    """{tag: {step: value}}, as TensorBoard reads the event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -40,7 +45,7 @@ def scalars(out):
 
 
 def kill_at(monkeypatch, step):
-    """Let the process die in the middle of a step (from 0)."""
+    """Kill the process in the middle of a step (from 0)."""
     accumulate = engine.loop.accumulate
 
     def dying(model, objective, part):
@@ -52,65 +57,111 @@ def kill_at(monkeypatch, step):
 
 
 SPEED = {
-    "tokens_per_second", "tokens_per_second_per_gpu", "trained_tokens_per_second", "mfu", "hfu", "of_ceiling", "step_seconds",
-    "step_seconds_p50", "step_seconds_p95", "data_wait_seconds", "checkpoint_blocked_seconds", "memory_peak_rss_gib",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "trained_tokens_per_second",
+    "mfu",
+    "hfu",
+    "of_ceiling",
+    "step_seconds",
+    "step_seconds_p50",
+    "step_seconds_p95",
+    "data_wait_seconds",
+    "checkpoint_blocked_seconds",
+    "memory_peak_rss_gib",
     "memory_planned_gib",
-}  # fmt: skip
+}
 
 
-def test_each_step_has_a_line(tiny_settings, tmp_path, capsys):
-    out = tmp_path / "run"
-    sft.run(tiny_settings("sft", out, evaluate_every=4, log={"every": 4}))
-    lines = lines_of(out)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
-    evaluations = [line for line in lines if "loss" not in line]
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    settings: object
+    lines: list[dict]
+    console: list[str]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory):
+    """finished(recipe, name, **changes) -> a run that has ended."""
+
+    def run(recipe, name, **changes):
+        settings = tiny_settings(name, tmp_path_factory.mktemp("metrics") / "run", **changes)
+        console = io.StringIO()
+        with contextlib.redirect_stdout(console):
+            recipe.run(settings)
+        return Finished(settings, lines_of(Path(settings.out)), console.getvalue().splitlines())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned(finished):
+    """Fine-tuning, six steps logged every four, evaluated every four."""
+    return finished(sft, "sft", evaluate_every=4, log={"every": 4})
+
+
+@pytest.fixture(scope="module")
+def preferred(finished):
+    """Preference tuning, six steps, with shared prompts."""
+    return finished(dpo, "dpo", log={"every": 2, "tensorboard": False})
+
+
+def test_each_step_has_a_line(tuned):
+    assert [line["step"] for line in tuned.lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    evaluations = [line for line in tuned.lines if "loss" not in line]
     assert [line.keys() for line in evaluations] == [{"step", "eval/conversations-heldout/loss"}] * 3
-    for line in lines:
+    for line in tuned.lines:
         if "loss" in line:
             assert line.keys() == SPEED | {"step", "loss", "learning_rate", "gradient_norm", "tokens"}
             assert line["mfu"] is None
             assert line["trained_tokens_per_second"] < line["tokens_per_second"] == line["tokens_per_second_per_gpu"]
             assert line["step_seconds"] > line["data_wait_seconds"] >= 0
-    console = capsys.readouterr().out.splitlines()
-    shown = [line for line in console if line.startswith("step ") and "held-out" not in line]
+    shown = [line for line in tuned.console if line.startswith("step ") and "held-out" not in line]
     assert [line.split()[1] for line in shown] == ["4/6", "6/6"]
     assert all("MFU n/a" in line and "tok/s" in line and "left" in line for line in shown)
 
 
-def test_tokens_are_those_of_the_plan_without_padding(tiny_settings, tmp_path):
-    settings = tiny_settings("sft", tmp_path / "run", heldout=[])
-    sft.run(settings)
-    plan = open_run(settings, ("conversations",)).plan
+def test_logged_tokens_are_the_plans_without_padding(tuned):
+    plan = open_run(tuned.settings, ("conversations",)).plan
     tokens = [int(plan.units(step).places.sum()) for step in range(6)]
-    assert [line["tokens"] for line in lines_of(tmp_path / "run")] == tokens
+    assert [line["tokens"] for line in tuned.lines if "loss" in line] == tokens
 
 
-def test_a_preference_run_reports_rewards(tiny_settings, tmp_path, capsys):
-    out = tmp_path / "run"
-    dpo.run(tiny_settings("dpo", out))
+def test_tensorboard_holds_the_values_of_the_lines(tuned):
+    pytest.importorskip("tensorboard")
+    expected = {}
+    for line in tuned.lines:
+        for tag, value in line.items():
+            if tag != "step" and value is not None:
+                expected.setdefault(tag, {})[line["step"]] = value
+    found = scalars(Path(tuned.settings.out))
+    assert found.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert found[tag] == {step: pytest.approx(value, rel=1e-6) for step, value in values.items()}, tag
+
+
+def test_a_preference_run_reports_rewards(preferred):
     rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
     names = {"loss", *rewards, "logps/chosen", "logps/rejected"}
-    for line in lines_of(out):
+    for line in preferred.lines:
         if "loss" in line:
             assert names < line.keys()
             margin = line["rewards/chosen"] - line["rewards/rejected"]
             assert line["rewards/margins"] == pytest.approx(margin, abs=1e-6)
         else:
             assert line.keys() == {"step"} | {f"eval/preferences-heldout/{name}" for name in names}
-    first = next(line for line in lines_of(out) if "loss" in line)
+    first = next(line for line in preferred.lines if "loss" in line)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert "rewards/margins" in capsys.readouterr().out
+    assert any("rewards/margins" in line for line in preferred.console)
 
 
-def test_a_preference_run_says_what_shared_prompts_save(tiny_settings, tmp_path):
-    """The same run twice, but for the places that it computed."""
-    found = []
-    for share in (True, False):
-        dpo.run(tiny_settings("dpo", tmp_path / str(share), share_prompts=share))
-        found.append(lines_of(tmp_path / str(share)))
-    dataset = open_run(tiny_settings("dpo", tmp_path / "plan"), ("preferences",)).datasets[0]
+def test_a_preference_run_reports_the_tokens_that_shared_prompts_save(preferred, finished):
+    """The same run without shared prompts computes the same values from more tokens."""
+    unshared = finished(dpo, "dpo", log={"every": 2, "tensorboard": False}, share_prompts=False)
+    assert not (Path(unshared.settings.out) / "tensorboard").exists()
+    dataset = open_run(preferred.settings, ("preferences",)).datasets[0]
     assert dataset.shared_places.all()
-    for shared, whole in zip(*found, strict=True):
+    for shared, whole in zip(preferred.lines, unshared.lines, strict=True):
         for name in whole.keys() - SPEED - {"tokens"}:
             assert shared[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
         if "loss" in whole:
@@ -119,28 +170,15 @@ def test_a_preference_run_says_what_shared_prompts_save(tiny_settings, tmp_path)
             assert shared["tokens_saved"] >= 4 * dataset.shared_places.min()
 
 
-def test_tensorboard_holds_the_same_values(tiny_settings, tmp_path):
-    out = tmp_path / "run"
-    pretrain.run(tiny_settings("pretrain", out))
-    expected = {}
-    for line in lines_of(out):
-        for tag, value in line.items():
-            if tag != "step" and value is not None:
-                expected.setdefault(tag, {})[line["step"]] = value
-    found = scalars(out)
-    assert found.keys() == expected.keys()
-    for tag, values in expected.items():
-        assert found[tag] == {step: pytest.approx(value, rel=1e-6) for step, value in values.items()}, tag
-
-
-def test_without_tensorboard(tiny_settings, tmp_path):
-    pretrain.run(tiny_settings("pretrain", tmp_path / "run", log={"tensorboard": False}))
-    assert not (tmp_path / "run" / "tensorboard").exists()
-
-
-def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_settings, tmp_path, monkeypatch):
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tiny_settings, tmp_path, monkeypatch):
     out = tmp_path / "run"
     settings = tiny_settings("pretrain", out, checkpoint_every=2, evaluate_every=2, log={"every": 1})
+    # An attempt that ended before its first checkpoint leaves nothing behind.
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1)
+        with pytest.raises(Killed):
+            pretrain.run(settings)
+    assert [line["step"] for line in lines_of(out)] == [0, 1]
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
@@ -157,22 +195,9 @@ def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_settings, tmp_p
     assert sorted(scalars(out)["eval/text-heldout/loss"]) == [0, 2, 4, 6]
 
 
-def test_a_second_attempt_without_a_checkpoint_starts_a_new_file(tiny_settings, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    settings = tiny_settings("pretrain", out, log={"every": 1})
-    with monkeypatch.context() as patch:
-        kill_at(patch, 2)
-        with pytest.raises(Killed):
-            pretrain.run(settings)
-    pretrain.run(settings)
-    assert [line["step"] for line in lines_of(out)] == [0, 1, 2, 3, 4, 5, 6, 6]
-    assert sorted(scalars(out)["eval/text-heldout/loss"]) == [0, 6]
-
-
-@pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(("what", "every"), [("loss", 1), ("gradient", 4)])
 def test_a_value_that_is_not_finite_stops_the_run(tiny_settings, tmp_path, monkeypatch, every, what):
-    """However rarely it is logged, no checkpoint holds what came of it."""
+    """However rarely the run logs, no checkpoint holds the step or a later one."""
     out = tmp_path / "run"
     accumulate = engine.loop.accumulate
 
@@ -185,7 +210,15 @@ def test_a_value_that_is_not_finite_stops_the_run(tiny_settings, tmp_path, monke
         return values
 
     monkeypatch.setattr(engine.loop, "accumulate", poisoned)
-    settings = tiny_settings("pretrain", out, steps=8, checkpoint_every=1, keep_checkpoints=9, log={"every": every})
+    settings = tiny_settings(
+        "pretrain",
+        out,
+        steps=5,
+        checkpoint_every=1,
+        keep_checkpoints=9,
+        heldout=[],
+        log={"every": every, "tensorboard": False},
+    )
     with pytest.raises(FloatingPointError, match=r"step 3: loss .*, gradient norm .*: training stopped") as stopped:
         pretrain.run(settings)
     assert "in another out with a lower learning rate (schedule.peak)" in str(stopped.value)
@@ -196,17 +229,7 @@ def test_a_value_that_is_not_finite_stops_the_run(tiny_settings, tmp_path, monke
     # JSON has no NaN and no infinity.
     assert last["loss" if what == "loss" else "gradient_norm"] is None
     monkeypatch.setattr(engine.loop, "accumulate", accumulate)
-    assert pretrain.run(settings).name == "step-00000008"
-
-
-def test_a_rate_that_explodes_stops_the_run(tiny_settings, tmp_path):
-    """From the numbers themselves, between two log lines and with no checkpoint asked for."""
-    settings = tiny_settings(
-        "pretrain", tmp_path / "run", schedule={"peak": 1e20}, heldout=[], checkpoint_every=0, log={"every": 100}
-    )
-    with pytest.raises(FloatingPointError, match=r"step 2: loss .*, gradient norm (nan|inf): training stopped"):
-        pretrain.run(settings)
-    assert checkpoints(tmp_path / "run") == []
+    assert pretrain.run(settings).name == "step-00000005"
 
 
 @pytest.fixture
@@ -227,12 +250,22 @@ def metrics_of(tmp_path):
 
 def record(step, **changes):
     values = {"loss": torch.tensor(2.0), "gradient_norm": torch.tensor(1.0)}
-    return StepRecord(**{"step": step, "learning_rate": 1e-4, "values": values, "tokens": 100, "trained_tokens": 40,
-                         "flops": 5_000, "data_wait": 0.25} | changes)  # fmt: skip
+    return StepRecord(
+        **{
+            "step": step,
+            "learning_rate": 1e-4,
+            "values": values,
+            "tokens": 100,
+            "trained_tokens": 40,
+            "flops": 5_000,
+            "data_wait": 0.25,
+            **changes,
+        }
+    )
 
 
 def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
-    """Two steps in four seconds; evaluation and checkpoints in between are not counted."""
+    """Two steps in four seconds. Evaluation and checkpoints in between do not count."""
     now = [100.0]
     monkeypatch.setattr("engine.observe.metrics.time.perf_counter", lambda: now[0])
     metrics = metrics_of(peak_flops=10_000.0, ceiling=8_000.0)
@@ -261,8 +294,8 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
     assert "left 00:04" in console
 
 
-def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
-    """Segments, not packs: the same however they are packed; only trained places reach the head."""
+def test_the_flops_of_a_step_do_not_depend_on_packing(tiny_settings, tmp_path):
+    """Attended pairs count within segments, and only trained places reach the head."""
     run = open_run(tiny_settings("sft", tmp_path / "run"), ("conversations",))
     steps = [make_step(run.plan, 1, Packing(16, pack, rank=rank, ranks=3)) for pack in (64, 100) for rank in range(3)]
     found = {(step_flops(run.config, step), step.trained) for step in steps}
@@ -276,7 +309,7 @@ def test_work_of_a_step_counts_what_is_computed(tiny_settings, tmp_path):
     assert found == {(expected, trained)}
 
 
-def test_skipped_steps_are_counted_and_end_the_run_when_too_many(tmp_path, metrics_of, capsys):
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, metrics_of, capsys):
     def bad(step):
         values = {"loss": torch.tensor(torch.nan), "gradient_norm": torch.tensor(1.0), "skipped": torch.tensor(1.0)}
         return record(step, values=values)
@@ -314,6 +347,18 @@ def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
     assert calls[1][1]["loss"] == 2.0
     assert "mfu" not in calls[1][1]
     assert calls[-1] == "finish"
+
+
+def test_without_tensorboard_one_line_says_so_and_the_run_goes_on(tmp_path, metrics_of, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    metrics = metrics_of(log={"tensorboard": True})
+    said = "tensorboard is not installed: no event files (pip install tensorboard, or log.tensorboard = false)\n"
+    assert capsys.readouterr().out == said
+    metrics.step(record(1))
+    metrics.step(record(2))
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_weights_and_biases_not_installed(metrics_of, monkeypatch):
