@@ -1,7 +1,6 @@
-"""Operators of the model and the optimizer: one public function each, beside its eager reference.
+"""Operators of the model and the optimizer: each a public function beside its eager reference and its Triton kernels.
 
-Floating-point convention: inputs and outputs keep their dtype; whatever is summed, exponentiated or divided is computed in
-`accumulation_dtype`, float32 for anything narrower.
+Numerics: inputs and outputs keep their dtype; sums, exponentials and quotients are computed in `accumulation_dtype`.
 """
 
 import sys
@@ -12,9 +11,12 @@ from typing import Any
 
 import torch
 
+# Rows of a tile of the kernels' matrix products. Lengths are padded to whole tiles: rows that fill the last tile cost nothing.
+TILE = 128
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that reductions over `dtype` are computed in: float32, or float64 for float64."""
+    """The dtype of reductions over `dtype`: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 

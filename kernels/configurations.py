@@ -1,4 +1,4 @@
-"""How each kernel is launched on each chip: fixed tables, nothing is tuned while training."""
+"""Launch configurations: one fixed table for each chip. Nothing is tuned while training."""
 
 import functools
 from dataclasses import dataclass
@@ -9,24 +9,18 @@ import triton
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a kernel is launched.
+    """How a kernel is launched; fields that a kernel does not use keep their defaults."""
 
-    block: elements of a row that a program holds at once; 0 for a kernel that holds whole rows. per_thread: elements of a whole
-    row that a thread holds, which decides the warps. rows: of a program's tile. warps: where `per_thread` does not decide.
-    programs: of a multiprocessor, for kernels whose programs walk through the rows. stages: loads in flight of a loop with
-    products. descriptors: whether rows are read by the chip's tensor memory accelerator (TMA).
-    """
-
-    block: int = 0
-    per_thread: int = 0
-    rows: int = 1
-    warps: int = 4
-    programs: int = 0
-    stages: int = 1
-    descriptors: bool = False
+    block: int = 0  # elements of a row that a program holds at once; 0 for a kernel that holds whole rows
+    per_thread: int = 0  # elements of a whole row that a thread holds: they decide the warps
+    rows: int = 1  # rows of a program's tile
+    warps: int = 4  # warps of a program, for a kernel without `per_thread`
+    programs: int = 0  # programs for each multiprocessor, for a kernel whose programs walk through the rows
+    stages: int = 1  # loads in flight of a loop with matrix products
+    descriptors: bool = False  # whether the chip's tensor memory accelerator (TMA) reads the rows
 
     def whole_row(self, width: int) -> tuple[int, int]:
-        """(block, warps) for rows of `width` elements."""
+        """(block, warps) of a kernel that holds whole rows of `width` elements."""
         block = triton.next_power_of_2(width)
         return block, min(16, max(1, block // (32 * self.per_thread)))
 
@@ -72,7 +66,10 @@ def configuration(kernel: str, device: torch.device) -> Configuration:
 
 @functools.cache
 def chip(device: torch.device) -> int:
-    """The table that a device is served from: the newest chip not newer than it. The interpreter has Hopper's."""
+    """The key in `TABLES` for a device: the newest chip that is not newer than the device; 90 for the interpreter.
+
+    A GPU older than sm_80 gets 80.
+    """
     if device.type != "cuda":
         return 90
     major, _ = torch.cuda.get_device_capability(device)

@@ -1,10 +1,10 @@
 """Embedding look-up with NEFTune noise (Jain et al. 2023, https://arxiv.org/abs/2310.05914).
 
-While training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token
-document. L is the document's own length, not the packed row's: scaling by the row makes the noise several times too weak.
+In training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token document.
+L is the document's own length: the length of the packed row would make the noise several times too weak.
 
-The noise is drawn where it is added, by Philox; kernel and reference give the same bits. The weight's gradient is summed over
-the occurrences of each id in the order in which they stand in the row, so that it is the same in every run.
+The kernel draws the noise where it adds it, by Philox. Kernel and reference give the same bits. The weight's gradient sums the
+occurrences of a token in the order of the row, so it is the same in every run.
 
 Shapes: T tokens, V vocabulary, D width.
 """
@@ -20,39 +20,35 @@ from torch import Tensor
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton, unit_stride
-from kernels.philox import philox, uniform_symmetric
+from kernels.philox import philox, philox_words, uniform_symmetric
 
 _WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class EmbeddingNoise:
-    """NEFTune noise of one micro-batch, keyed by what each token is and not by where it lies.
+    """NEFTune noise of one micro-batch, keyed by each token's identity, not by its place in the batch."""
 
-    alpha: the paper's scale (5, 10 or 15). seed, step: the run's seed and optimizer step, 32 bits of each are used.
-    document_T int64: stable id of the document. position_T int64: place in the whole document (below 2^32).
-    length_T int64: tokens of the whole document.
-    """
-
-    alpha: float
-    seed: int
-    step: int
-    document_T: Tensor
-    position_T: Tensor
-    length_T: Tensor
+    alpha: float  # the paper's scale: 5, 10 or 15
+    seed: int  # the run's seed, of which 32 bits are used
+    step: int  # the optimizer step, of which 32 bits are used
+    document_T: Tensor  # int64, stable id of the document
+    position_T: Tensor  # int64, position in the whole document, below 2^32
+    length_T: Tensor  # int64, tokens of the whole document
 
     def scale_T(self, width: int) -> Tensor:
-        """alpha / sqrt(L D) of each token, float32. Root and quotient are IEEE's in float64: the same bits on every device."""
+        """alpha / sqrt(L D) of each token, float32. Float64 roots and quotients give the same bits on every device."""
         alpha = torch.tensor(self.alpha, dtype=torch.float64)
         return (alpha / (self.length_T.to(torch.float64) * width).sqrt()).to(torch.float32)
 
 
 def embedding(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None = None) -> Tensor:
-    """Rows of the embedding matrix, with NEFTune noise where given.
+    """Rows of the embedding matrix, plus NEFTune noise if given.
 
-    Args: tokens_T integer [T], 0 <= token < V; weight_VD floating [V, D].
-    Returns: [T, D] in the dtype of `weight_VD`; noise is added in float32 and the sum rounded once. The noise has no gradient.
-    Raises: IndexError where a token is no row of the matrix; on CUDA the device's assertion fails, later, as nobody waits.
+    Args: tokens_T integer, 0 <= token < V. weight_VD floating.
+    Returns: [T, D] in the dtype of `weight_VD`. Noise is added in float32 and the sum rounded once; it has no gradient.
+    Raises: IndexError for a token outside the matrix. On CUDA an assertion on the device fails instead, later, because the host
+        does not wait.
     """
     if not runs_triton(weight_VD):
         return embedding_reference(tokens_T, weight_VD, noise)
@@ -71,8 +67,11 @@ def embedding_reference(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoi
 
 
 def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
-    """The noise itself, float32 [T, D]. Word w of counter (column / 4, position, document low, document high) under the key
-    (seed, step) is the noise of column 4 * (column / 4) + w."""
+    """The noise, float32 [T, D].
+
+    Column 4 n + w of a token comes from word w of the counter (n, position, low half of the document, high half) under the key
+    (seed, step).
+    """
     group = torch.arange((width + 3) // 4, dtype=torch.int64, device=noise.position_T.device)[None, :]
     document_T = noise.document_T.to(torch.int64)[:, None]
     position_T = noise.position_T.to(torch.int64)[:, None]
@@ -84,9 +83,14 @@ def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
 
 @torch.library.custom_op("komainu::embedding", mutates_args=())
 def _embedding(
-    tokens_T: Tensor, weight_VD: Tensor, scale_T: Tensor | None, document_T: Tensor | None, position_T: Tensor | None,
-    seed: int, step: int,
-) -> Tensor:  # fmt: skip
+    tokens_T: Tensor,
+    weight_VD: Tensor,
+    scale_T: Tensor | None,
+    document_T: Tensor | None,
+    position_T: Tensor | None,
+    seed: int,
+    step: int,
+) -> Tensor:
     rows, width = weight_VD.shape
     device = weight_VD.device
     config = configuration("embedding", device)
@@ -99,9 +103,22 @@ def _embedding(
     # A program draws whole groups of four columns.
     block = max(4, min(config.block, triton.next_power_of_2(width)))
     launch(
-        _forward_kernel, (len(tokens_T), triton.cdiv(width, block)), tokens_T, weight_VD, *noise, out_TD, weight_VD.stride(0),
-        seed, step, WIDTH=width, BLOCK=block, NOISY=scale_T is not None, device=device, warps=config.warps, fusion=False,
-    )  # fmt: skip
+        _forward_kernel,
+        (len(tokens_T), triton.cdiv(width, block)),
+        tokens_T,
+        weight_VD,
+        *noise,
+        out_TD,
+        weight_VD.stride(0),
+        seed,
+        step,
+        WIDTH=width,
+        BLOCK=block,
+        NOISY=scale_T is not None,
+        device=device,
+        warps=config.warps,
+        fusion=False,
+    )
     return out_TD
 
 
@@ -114,9 +131,20 @@ def _embedding_backward(grad_TD: Tensor, tokens_T: Tensor, rows: int) -> Tensor:
     grad_VD = torch.zeros((rows, width), dtype=grad_TD.dtype, device=grad_TD.device)
     block = min(config.block, triton.next_power_of_2(width))
     launch(
-        _backward_kernel, (tokens, triton.cdiv(width, block)), grad_TD, sorted_T, order_T, grad_VD, tokens, grad_TD.stride(0),
-        WIDTH=width, BLOCK=block, ROWS=config.rows, device=grad_TD.device, warps=config.warps,
-    )  # fmt: skip
+        _backward_kernel,
+        (tokens, triton.cdiv(width, block)),
+        grad_TD,
+        sorted_T,
+        order_T,
+        grad_VD,
+        tokens,
+        grad_TD.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        ROWS=config.rows,
+        device=grad_TD.device,
+        warps=config.warps,
+    )
     return grad_VD
 
 
@@ -125,13 +153,14 @@ def _ids(tensor_T: Tensor) -> Tensor:
 
 
 def _check_tokens(tokens_T: Tensor, rows: int) -> None:
-    """A token that is no row would read memory of others. Only where it costs no wait is its value named."""
+    """Refuse tokens outside the matrix, which would read foreign memory. On CUDA the message omits the token: no wait for it."""
     valid = ((tokens_T >= 0) & (tokens_T < rows)).all()
+    problem = f"is no row of the embedding matrix: it must be from 0 to {rows - 1}"
     if tokens_T.is_cuda:
-        torch._assert_async(valid, f"a token is no row of the embedding matrix: it must be from 0 to {rows - 1}")
+        torch._assert_async(valid, f"a token {problem}")
     elif tokens_T.device.type == "cpu" and not valid:
         wrong = tokens_T[(tokens_T < 0) | (tokens_T >= rows)][0]
-        raise IndexError(f"token {int(wrong)} is no row of the embedding matrix: it must be from 0 to {rows - 1}")
+        raise IndexError(f"token {int(wrong)} {problem}")
 
 
 @_embedding.register_fake
@@ -156,12 +185,22 @@ def _differentiate(ctx, grad_TD):
 _embedding.register_autograd(_differentiate, setup_context=_save)
 
 
-# The key changes with every step: its words have one type and no special values, so that no step compiles anew.
+# Seed and step have fixed types and no specialised values, so that a new step compiles nothing.
 @triton.jit(do_not_specialize=["seed", "step"])
 def _forward_kernel(
-    tokens, weight, scale, document, position, out, weight_stride, seed: tl.int64, step: tl.int64,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NOISY: tl.constexpr,
-):  # fmt: skip
+    tokens,  # [T] int64
+    weight,  # [V, WIDTH]
+    scale,  # [T] float32; this and the next two are read if NOISY
+    document,  # [T] int64
+    position,  # [T] int64
+    out,  # [T, WIDTH]
+    weight_stride,  # elements from row to row
+    seed: tl.int64,
+    step: tl.int64,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    NOISY: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -171,11 +210,9 @@ def _forward_kernel(
         group = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         number = tl.load(document + place)
         key = (tl.cast(step, tl.int64) << 32) | seed
-        w0, w1, w2, w3 = tl.philox(
-            key, group, tl.load(position + place).to(tl.int32), number.to(tl.int32), (number >> 32).to(tl.int32)
-        )
-        word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-        # As in kernels.philox.uniform_symmetric: the signed upper 24 bits.
+        position_word = tl.load(position + place).to(tl.int32)
+        word = philox_words(key, group, position_word, number.to(tl.int32), (number >> 32).to(tl.int32))
+        # `uniform_symmetric` of kernels.philox, from the signed upper 24 bits.
         uniform = ((word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 1.1920928955078125e-07
         hidden = hidden.to(tl.float32) + uniform * tl.load(scale + place)
     tl.store(out + place * WIDTH + column, hidden.to(out.dtype.element_ty), mask=inside)
@@ -183,13 +220,20 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
-    grad, sorted_tokens, order, grad_weight, tokens, grad_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    grad,  # [tokens, WIDTH]
+    sorted_tokens,  # [tokens] int64
+    order,  # [tokens] int64: place in the row of each sorted token
+    grad_weight,  # [V, WIDTH], zeros
+    tokens,
+    grad_stride,  # elements from row to row
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    ROWS: tl.constexpr,  # occurrences of a step
+):
     place = tl.program_id(0).to(tl.int64)
     token = tl.load(sorted_tokens + place)
     before = tl.load(sorted_tokens + place - 1, mask=place > 0, other=-1)
-    # The first of equal ids sums the gradients of all.
+    # The first occurrence of a token sums the gradients of all its occurrences.
     if token != before:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < WIDTH

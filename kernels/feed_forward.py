@@ -1,24 +1,20 @@
 """The feed-forward half of a block as one function: residual sum, RMS norm, gate and up, SwiGLU, down.
 
-What is kept for the backward pass is chosen; what is not kept is made again there by the same functions, so that loss and
-gradients are to the bit the same:
+Besides the residual stream, which its neighbours keep anyway, it keeps for the backward pass:
 
-    none    normed rows, gate and up, product of SwiGLU
-    light   gate and up: norm and SwiGLU again, passes over memory without a product
-    ffn     nothing of its own: the product for gate and up again as well
+    none, block   normed rows, gate and up, product of SwiGLU
+    light         gate and up
+    ffn           nothing
 
-Shapes: T tokens, D width, F feed-forward size.
+Shapes: T tokens, D width, F feed-forward size, G = 2F.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kernels.recompute import Recompute
 from kernels.rms_norm import add_norm_forward, add_rms_norm_reference, norm_backward, norm_forward
 from kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
-
-Recompute = Literal["none", "light", "ffn"]
 
 
 def feed_forward(
@@ -34,11 +30,11 @@ def feed_forward(
     """SwiGLU network of norm(residual + delta).
 
     Args:
-        residual_TD: the residual stream. delta_TD: what attention adds to it.
-        gate_up_weight_GD: [2F, D], rows of the gate, then of the up projection. down_weight_DF: [D, F].
-        recompute: what is made again in the backward pass, see the module.
-    Returns: (residual + delta, output of the network), both [T, D]; the output is yet to be added to the stream.
-    Raises: RuntimeError in a second backward pass: the first has put the gradient of gate and up in their place.
+        residual_TD: the residual stream. delta_TD: the output of attention, to be added to it.
+        gate_up_weight_GD: rows of the gate, then of the up projection.
+        recompute: what the backward pass computes again. "block" keeps as much as "none": the caller checkpoints the block.
+    Returns: (residual + delta, output of the network), both [T, D]. The caller adds the output to the stream.
+    Raises: RuntimeError in a second backward pass, because the first overwrites gate and up by their gradient.
     """
     return _FeedForward.apply(residual_TD, delta_TD, norm_weight_D, gate_up_weight_GD, down_weight_DF, eps, recompute)
 
@@ -63,11 +59,17 @@ class _FeedForward(torch.autograd.Function):
         total_TD, normed_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_weight_D, eps)
         gate_up_TG = normed_TD @ gate_up_weight_GD.T
         product_TF = swiglu(gate_up_TG)
-        everything = recompute == "none"
+        everything = recompute in ("none", "block")
         ctx.save_for_backward(
-            total_TD, scale_T, norm_weight_D, gate_up_weight_GD, down_weight_DF, None if recompute == "ffn" else gate_up_TG,
-            normed_TD if everything else None, product_TF if everything else None,
-        )  # fmt: skip
+            total_TD,
+            scale_T,
+            norm_weight_D,
+            gate_up_weight_GD,
+            down_weight_DF,
+            None if recompute == "ffn" else gate_up_TG,
+            normed_TD if everything else None,
+            product_TF if everything else None,
+        )
         ctx.eps = eps
         return total_TD, product_TF @ down_weight_DF.T
 
@@ -79,7 +81,7 @@ class _FeedForward(torch.autograd.Function):
             normed_TD, _ = norm_forward(total_TD, norm_weight_D, ctx.eps)
         if gate_up_TG is None:
             gate_up_TG = normed_TD @ gate_up_weight_GD.T
-        # From here on gate and up hold their gradients: nobody else has this buffer.
+        # From here on this buffer, which has no other reader, holds the gradients of gate and up.
         emitted_TF = swiglu_backward_(gate_up_TG, grad_out_TD @ down_weight_DF, emit=product_TF is None)
         grad_down_DF = grad_out_TD.T @ (emitted_TF if product_TF is None else product_TF)
         grad_gate_up_weight_GD = gate_up_TG.T @ normed_TD

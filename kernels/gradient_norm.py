@@ -1,6 +1,6 @@
 """The Euclidean norm of all gradients together, in two stages of fixed order.
 
-Each program adds the squares of a run of one gradient's elements in float32; one program adds those sums in float64.
+First each program sums the squares of one block of one gradient in float32, then one program sums these sums in float64.
 """
 
 import itertools
@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Square root of the sum of all squares.
+    """Square root of the sum of the squares of all elements.
 
     Args: gradients: of any shapes and floating dtypes, on one device.
-    Returns: a float32 scalar there, 0 of no gradients; infinite or NaN where a gradient is. Nothing waits for it.
+    Returns: a float32 scalar on that device, without waiting for it: 0 for no gradients, infinite or NaN where a gradient is.
     """
     if gradients and runs_triton(gradients[0]):
         return _norm(gradients)
@@ -31,25 +32,29 @@ def gradient_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
     return torch.stack(sums).double().sum().sqrt().float() if sums else torch.zeros(())
 
 
-# The schema is said: not every torch infers it from every spelling of a sequence.
+# An explicit schema: some versions of torch cannot infer the schema of a sequence.
 @torch.library.custom_op("komainu::gradient_norm", mutates_args=(), schema="(Tensor[] gradients) -> Tensor")
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     device = gradients[0].device
     config, total = configuration("gradient_norm", device), configuration("gradient_norm_total", device)
     programs = [triton.cdiv(gradient.numel(), config.block) for gradient in gradients]
-    # Whole blocks, so that the second stage needs no mask.
+    # Padded with zeros to whole blocks, so that the second stage needs no mask.
     sums = torch.zeros(triton.cdiv(sum(programs), total.block) * total.block, dtype=torch.float32, device=device)
     firsts = itertools.accumulate(programs, initial=0)
     for gradient, count, first in zip(gradients, programs, firsts, strict=False):
         if not count:
             continue  # a rank's empty shard
-        # Integers, as the kernel converts bfloat16 itself: casts of a backend may round as they like.
-        gradient = gradient.contiguous()
-        gradient = gradient.view(torch.int16) if gradient.dtype == torch.bfloat16 else gradient
         launch(
-            _sum_squares_kernel, (count,), gradient, sums, gradient.numel(), first, BLOCK=config.block, device=device,
+            _sum_squares_kernel,
+            (count,),
+            bits_of(gradient.contiguous()),
+            sums,
+            gradient.numel(),
+            first,
+            BLOCK=config.block,
+            device=device,
             warps=config.warps,
-        )  # fmt: skip
+        )
     norm = torch.empty((), dtype=torch.float32, device=device)
     launch(_total_kernel, (1,), sums, norm, len(sums), BLOCK=total.block, device=device, warps=total.warps)
     return norm
@@ -61,17 +66,21 @@ def _(gradients):
 
 
 @triton.jit(do_not_specialize=["elements", "first_sum"])
-def _sum_squares_kernel(gradient, sums, elements: tl.int64, first_sum: tl.int64, BLOCK: tl.constexpr):
+def _sum_squares_kernel(
+    gradient,  # [elements]: floats, or bfloat16 bits in int16
+    sums,  # float32
+    elements: tl.int64,
+    first_sum: tl.int64,  # place in `sums` of this gradient's first block
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0).to(tl.int64)
     offset = block * BLOCK + tl.arange(0, BLOCK)
-    # A mask of a number of elements that the compiler does not know would make every load narrow.
+    # Whole blocks load without a mask: a bound that the compiler does not know would make every load narrow.
     if (block + 1) * BLOCK <= elements:
         value = tl.load(gradient + offset)
     else:
         value = tl.load(gradient + offset, mask=offset < elements, other=0)
-    if gradient.dtype.element_ty == tl.int16:
-        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    value = value.to(tl.float32)
+    value = float32_of(value)
     tl.store(sums + first_sum + block, tl.sum(value * value, axis=0))
 
 

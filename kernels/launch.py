@@ -1,8 +1,8 @@
-"""Where an operator runs, and with what its Triton kernels are launched.
+"""Where an operator runs, and how its Triton kernels are launched.
 
-CUDA tensors go to the Triton kernels and CPU tensors to the eager references. Where TRITON_INTERPRET=1 was set before Triton
-was imported, CPU tensors go to the same kernels in Triton's interpreter. float64, which the kernels would compute in float32,
-always goes to the references.
+CUDA tensors go to the Triton kernels, CPU tensors to the eager references. With TRITON_INTERPRET=1 set before Triton is
+imported, CPU tensors go to the same kernels in Triton's interpreter. float64 always goes to the references, because the kernels
+compute in float32.
 """
 
 import functools
@@ -23,7 +23,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; the interpreter has one."""
+    """Streaming multiprocessors of a device; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -37,9 +37,14 @@ def launch(
     fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Start a kernel on the current stream of `device`; nothing is waited for.
+    """Start a kernel on the current stream of `device`, without waiting for it. An empty grid starts nothing.
 
-    Args: fusion: whether products and sums may be contracted to one rounding; said always, as Triton's default changes.
+    Args:
+        grid: programs in each dimension.
+        arguments: of the kernel, in its order.
+        warps, stages: warps of a program, and loads in flight of a loop with matrix products.
+        fusion: whether a product and a sum may share one rounding. It is always given, because Triton's default has changed.
+        constants: the kernel's `tl.constexpr` arguments.
     """
     if 0 in grid:
         return
@@ -48,5 +53,5 @@ def launch(
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last dimension is not contiguous: kernels take any stride of the others."""
+    """The tensor, copied only where its last dimension is not contiguous. Kernels take any stride of the other dimensions."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

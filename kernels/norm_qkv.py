@@ -1,9 +1,9 @@
 """The way into attention as one function: residual sum, RMS norm, the packed projection, rotary embedding.
 
-Autograd would keep the normed rows for the gradient of the projection's weight. Here only the rows that were normed are kept,
-the residual stream, which the block keeps anyway; norming them again costs a pass over memory and no product.
+Autograd would keep the normed rows for the gradient of the projection's weight. This function keeps the residual stream, which
+the block keeps anyway, and norms it again: a pass over memory, no matrix product.
 
-Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads.
+Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, P = S * E.
 """
 
 import torch
@@ -27,13 +27,13 @@ def norm_qkv(
     *,
     keep_normed: bool = False,
 ) -> NormQkv:
-    """Query, key and value of norm(residual + delta), queries and keys rotated.
+    """Query, key and value of norm(residual + delta), with queries and keys rotated.
 
     Args:
-        residual_TD: the residual stream. delta_TD: what the block before adds to it, None for nothing.
-        qkv_weight_PD: [S * E, D], rows of queries, keys and values in this order. table: angles of each token's position.
-        heads: (H, K). keep_normed: keep the normed rows for the backward pass; making them again gives the same.
-    Returns: (residual + delta, query, key, value); the last three are views of one packed row.
+        residual_TD: the residual stream. delta_TD: the previous block's output, to be added to it; None for nothing.
+        qkv_weight_PD: rows of queries, keys and values, in this order. table: the angles of each token's position.
+        heads: (H, K). keep_normed: whether to keep the normed rows for the backward pass; the gradients are the same.
+    Returns: (residual + delta, query, key, value). The last three are views of one packed row.
     """
     return _NormQkv.apply(residual_TD, delta_TD, norm_weight_D, qkv_weight_PD, *table, heads, eps, keep_normed)
 
@@ -67,9 +67,8 @@ class _NormQkv(torch.autograd.Function):
             total_TD, normed_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_weight_D, eps)
         qkv_TSE = (normed_TD @ qkv_weight_PD.T).unflatten(-1, (sum(heads) + heads[1], -1))
         rotate_(qkv_TSE, RotaryTable(cos_TE, sin_TE), sum(heads))
-        ctx.save_for_backward(
-            total_TD, normed_TD if keep_normed else None, scale_T, norm_weight_D, qkv_weight_PD, cos_TE, sin_TE
-        )
+        kept_TD = normed_TD if keep_normed else None
+        ctx.save_for_backward(total_TD, kept_TD, scale_T, norm_weight_D, qkv_weight_PD, cos_TE, sin_TE)
         ctx.eps, ctx.added = eps, delta_TD is not None
         return total_TD, *qkv_TSE.split((*heads, heads[1]), dim=1)
 

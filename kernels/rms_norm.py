@@ -1,12 +1,12 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4).
 
-With s = (mean(x^2) + eps)^(-1/2), out = x s w. Its backward pass, for a gradient g of out:
+With s = (mean(x^2) + eps)^(-1/2), out = x s w. For a gradient g of out:
 
     dx = s (g w - x s^2 mean(g w x)),   dw = sum over rows of g x s
 
-dw is summed in two stages of fixed order: each program over its rows, then all programs' sums.
+dw is summed in two stages of fixed order: each program sums its rows, then a second kernel adds up the programs' sums.
 
-Shapes: T tokens, D width.
+Shapes: T tokens, D width, P programs.
 """
 
 import torch
@@ -23,7 +23,7 @@ def rms_norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """hidden / sqrt(mean(hidden^2) + eps) * weight, row by row.
 
     Args: hidden_TD and weight_D of one floating dtype; eps is added to the mean of squares.
-    Returns: [T, D] in the dtype of `hidden_TD`; statistics and product are computed in float32 and rounded once.
+    Returns: [T, D] in the dtype of `hidden_TD`, computed in float32 and rounded once.
     """
     return norm_forward(hidden_TD, weight_D, eps)[0]
 
@@ -31,8 +31,8 @@ def rms_norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add a block's output to the residual stream and normalise the sum.
 
-    Returns: (residual + hidden, its RMS norm), both [T, D] in the dtype of `residual_TD`. The norm is of the sum as
-    rounded to that dtype, which is what the next block's residual holds.
+    Returns: (residual + hidden, its RMS norm), both [T, D] in the dtype of `residual_TD`. The sum is rounded to that dtype
+        before the norm, because the next block's residual holds the rounded sum.
     """
     return add_norm_forward(residual_TD, hidden_TD, weight_D, eps)[:2]
 
@@ -46,7 +46,7 @@ def add_rms_norm_reference(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Ten
     return total_TD, rms_norm_reference(total_TD, weight_D, eps)
 
 
-# The steps that the operators above, and composites of a norm and a product, are made of.
+# Steps of the operators above, and of `norm_qkv` and `feed_forward`.
 
 
 def norm_forward(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -65,9 +65,11 @@ def add_norm_forward(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, e
 def norm_backward(
     grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the normed rows [T, D], gradient of the weight [D]).
+    """(gradient of the input rows [T, D], gradient of the weight [D]).
 
-    Args: grad_TD: gradient of the norm. grad_total_TD: of the rows themselves, where they are used otherwise too; it is added.
+    Args:
+        grad_TD: gradient of the norm. grad_total_TD: gradient that the input rows get from their other use, None for none.
+        total_TD: the input rows. scale_T: s of each row.
     """
     step = _norm_backward if runs_triton(total_TD) else _norm_backward_eager
     return step(grad_TD, grad_total_TD, total_TD, weight_D, scale_T)
@@ -103,22 +105,45 @@ def _norm_backward(
     grad_total_TD = unit_stride(grad_total_TD) if grad_total_TD is not None else grad_TD
     block, warps = config.whole_row(width)
     launch(
-        _backward_kernel, (programs,), grad_TD, grad_total_TD, total_TD, weight_D, scale_T, grad_input_TD, partial_PD, tokens,
-        grad_TD.stride(0), grad_total_TD.stride(0), total_TD.stride(0), WIDTH=width, BLOCK=block, ADDED=added, device=device,
+        _backward_kernel,
+        (programs,),
+        grad_TD,
+        grad_total_TD,
+        total_TD,
+        weight_D,
+        scale_T,
+        grad_input_TD,
+        partial_PD,
+        tokens,
+        grad_TD.stride(0),
+        grad_total_TD.stride(0),
+        total_TD.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        ADDED=added,
+        device=device,
         warps=warps,
-    )  # fmt: skip
+    )
     return grad_input_TD, sum_rows(partial_PD, weight_D.dtype)
 
 
 def sum_rows(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of the rows of contiguous float32 [P, D] in a fixed order: [D] in `dtype`."""
+    """Sum over the rows of a contiguous float32 [P, D], in a fixed order: [D] in `dtype`."""
     programs, width = partial_PD.shape
     config = configuration("sum_rows", partial_PD.device)
     out_D = torch.empty(width, dtype=dtype, device=partial_PD.device)
     launch(
-        _sum_rows_kernel, (triton.cdiv(width, config.block),), partial_PD, out_D, programs, WIDTH=width, BLOCK=config.block,
-        ROWS=config.rows, device=partial_PD.device, warps=config.warps,
-    )  # fmt: skip
+        _sum_rows_kernel,
+        (triton.cdiv(width, config.block),),
+        partial_PD,
+        out_D,
+        programs,
+        WIDTH=width,
+        BLOCK=config.block,
+        ROWS=config.rows,
+        device=partial_PD.device,
+        warps=config.warps,
+    )
     return out_D
 
 
@@ -134,10 +159,24 @@ def _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, sca
     residual_TD = unit_stride(residual_TD) if added else hidden_TD
     block, warps = configuration("rms_norm", hidden_TD.device).whole_row(width)
     launch(
-        _forward_kernel, (tokens,), residual_TD, hidden_TD, weight_D, out_TD if total_TD is None else total_TD, out_TD, scale_T,
-        residual_TD.stride(0), hidden_TD.stride(0), eps, WIDTH=width, BLOCK=block, ADDED=added, device=hidden_TD.device,
-        warps=warps, fusion=False,
-    )  # fmt: skip
+        _forward_kernel,
+        (tokens,),
+        residual_TD,
+        hidden_TD,
+        weight_D,
+        total_TD if added else out_TD,
+        out_TD,
+        scale_T,
+        residual_TD.stride(0),
+        hidden_TD.stride(0),
+        eps,
+        WIDTH=width,
+        BLOCK=block,
+        ADDED=added,
+        device=hidden_TD.device,
+        warps=warps,
+        fusion=False,
+    )
 
 
 @_norm.register_fake
@@ -197,9 +236,19 @@ def _norm_backward_eager(grad_TD, grad_total_TD, total_TD, weight_D, scale_T) ->
 
 @triton.jit
 def _forward_kernel(
-    residual, hidden, weight, total, out, scale, residual_stride, hidden_stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
-):  # fmt: skip
+    residual,  # [tokens, WIDTH], read if ADDED
+    hidden,  # [tokens, WIDTH]
+    weight,  # [WIDTH]
+    total,  # [tokens, WIDTH]: residual + hidden, written if ADDED
+    out,  # [tokens, WIDTH]
+    scale,  # [tokens] float32
+    residual_stride,  # elements from row to row
+    hidden_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
+    ADDED: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -217,9 +266,21 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _backward_kernel(
-    grad, grad_total, total, weight, scale, grad_input, partial, tokens, grad_stride, grad_total_stride, total_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
-):  # fmt: skip
+    grad,  # [tokens, WIDTH]
+    grad_total,  # [tokens, WIDTH], read if ADDED
+    total,  # [tokens, WIDTH]
+    weight,  # [WIDTH]
+    scale,  # [tokens] float32
+    grad_input,  # [tokens, WIDTH]
+    partial,  # [programs, WIDTH] float32: each program's part of the weight's gradient
+    tokens,
+    grad_stride,  # elements from row to row
+    grad_total_stride,
+    total_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
+    ADDED: tl.constexpr,
+):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -240,7 +301,14 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _sum_rows_kernel(partial, out, programs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _sum_rows_kernel(
+    partial,  # [programs, WIDTH] float32
+    out,  # [WIDTH]
+    programs,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    ROWS: tl.constexpr,  # rows of a step
+):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -1,7 +1,7 @@
 """Rotary position embedding in the rotate-half layout (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
 Element e of a head (e < E/2) is paired with element e + E/2, as in Hugging Face's Mistral, so weights need no permutation.
-The backward pass turns by the negative angle.
+The backward pass rotates by the negative angle.
 
 Shapes: T tokens, S heads of a packed query-key-value row (H query, K key, K value), E head size.
 """
@@ -19,7 +19,7 @@ from kernels.launch import launch, runs_triton, unit_stride
 
 
 class RotaryTable(NamedTuple):
-    """Cosine and sine of position times frequency, each float32 [T, E/2]; one table serves all layers of a batch."""
+    """Cosine and sine of position times frequency, each float32 [T, E/2]. One table serves all layers of a batch."""
 
     cos_TE: Tensor
     sin_TE: Tensor
@@ -38,9 +38,9 @@ def rotary_table(positions_T: Tensor, head_dim: int, theta: float) -> RotaryTabl
 def rotary_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> Tensor:
     """Rotate the first `rotated_heads` heads (queries and keys) of each packed row by its position's angles, in place.
 
-    Args: qkv_TSE [T, S, E] of any floating dtype; rotated_heads = H + K; the K value heads behind them stay as they are.
+    Args: qkv_TSE of any floating dtype; rotated_heads = H + K. The K value heads behind them do not change.
     Returns: `qkv_TSE`, rotated in float32 and rounded once.
-    Raises: RuntimeError where `qkv_TSE` is a leaf that requires a gradient.
+    Raises: RuntimeError for a `qkv_TSE` that is a leaf and requires a gradient.
     """
     return _Rotary.apply(qkv_TSE, *table, rotated_heads)
 
@@ -51,7 +51,7 @@ def rotary_reference_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -
 
 
 class _Rotary(torch.autograd.Function):
-    """Takes the whole packed row, not its parts: autograd cannot follow several views that change in one place."""
+    """Takes the whole packed row, not its parts: autograd cannot follow several views that change in place."""
 
     @staticmethod
     def forward(ctx, qkv_TSE, cos_TE, sin_TE, rotated_heads):
@@ -67,13 +67,13 @@ class _Rotary(torch.autograd.Function):
         return rotate_back(rotated_TSE, value_TKE[:, :0], value_TKE, RotaryTable(*ctx.saved_tensors)), None, None, None
 
 
-# The steps that the operator above, and composites of a product and a rotation, are made of.
+# Steps of the operator above, and of `norm_qkv`.
 
 
 def rotate_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> None:
-    """`rotary_` that autograd does not see: for use inside an autograd.Function.
+    """`rotary_` without autograd, for use inside an autograd.Function.
 
-    Raises: RuntimeError where autograd would have to see it.
+    Raises: RuntimeError for a `qkv_TSE` that autograd follows.
     """
     if torch.is_grad_enabled() and qkv_TSE.requires_grad:
         raise RuntimeError("rotate_ has no gradient: call rotary_, or rotate_ inside an autograd.Function")
@@ -85,10 +85,13 @@ def rotate_(qkv_TSE: Tensor, table: RotaryTable, rotated_heads: int) -> None:
 
 
 def rotate_back(grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, table: RotaryTable) -> Tensor:
-    """The gradient of the packed row before its rotation from those of the rotated query and key and of the value.
+    """The gradient of the packed row before its rotation, in one pass over the gradients of its three parts.
 
-    Args: of one dtype, and any strides: parts of one packed tensor, tensors of their own, or expanded ones.
-    Returns: [T, S, E], contiguous; queries and keys are rotated by the negative angle, values copied, in one pass.
+    Queries and keys are rotated by the negative angle, values are copied.
+
+    Args: gradients of the rotated query, the rotated key and the value, of one dtype and any strides: parts of one packed
+        tensor, separate tensors or expanded tensors.
+    Returns: [T, S, E], contiguous.
     """
     step = _rotate_back if runs_triton(grad_query_THE) else _rotate_back_eager
     return step(grad_query_THE, grad_key_TKE, grad_value_TKE, *table)
@@ -114,7 +117,7 @@ def _rotate_back(
 
 
 def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-    """A packed row's tensor for these parts, without values."""
+    """An uninitialised packed row with room for these parts."""
     tokens, heads, size = query_THE.shape
     shape = (tokens, heads + key_TKE.shape[1] + value_TKE.shape[1], size)
     return torch.empty(shape, dtype=query_THE.dtype, device=query_THE.device)
@@ -127,11 +130,29 @@ def _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE, *, back) -> 
     assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
     config = configuration("rotary", out_TSE.device)
     launch(
-        _rotary_kernel, (triton.cdiv(tokens * sum(heads), config.rows),), query_THE, key_TKE, value_TKE, cos_TE.contiguous(),
-        sin_TE.contiguous(), out_TSE, tokens, *query_THE.stride()[:2], *key_TKE.stride()[:2], *value_TKE.stride()[:2],
-        *out_TSE.stride()[:2], QUERY_HEADS=heads[0], KEY_HEADS=heads[1], VALUE_HEADS=heads[2], HALF=size // 2,
-        BLOCK=triton.next_power_of_2(size // 2), ROWS=config.rows, BACK=back, device=out_TSE.device, warps=config.warps,
-    )  # fmt: skip
+        _rotary_kernel,
+        (triton.cdiv(tokens * sum(heads), config.rows),),
+        query_THE,
+        key_TKE,
+        value_TKE,
+        cos_TE.contiguous(),
+        sin_TE.contiguous(),
+        out_TSE,
+        tokens,
+        *query_THE.stride()[:2],
+        *key_TKE.stride()[:2],
+        *value_TKE.stride()[:2],
+        *out_TSE.stride()[:2],
+        QUERY_HEADS=heads[0],
+        KEY_HEADS=heads[1],
+        VALUE_HEADS=heads[2],
+        HALF=size // 2,
+        BLOCK=triton.next_power_of_2(size // 2),
+        ROWS=config.rows,
+        BACK=back,
+        device=out_TSE.device,
+        warps=config.warps,
+    )
 
 
 @_rotate_.register_fake
@@ -158,14 +179,31 @@ def _turned(heads_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rotary_kernel(
-    query, key, value, cos, sin, out, tokens, query_token_stride, query_head_stride, key_token_stride, key_head_stride,
-    value_token_stride, value_head_stride, out_token_stride, out_head_stride,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, VALUE_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
+    query,  # [tokens, QUERY_HEADS, 2 HALF]
+    key,  # [tokens, KEY_HEADS, 2 HALF]
+    value,  # [tokens, VALUE_HEADS, 2 HALF]
+    cos,  # [tokens, HALF] float32
+    sin,  # [tokens, HALF] float32
+    out,  # [tokens, QUERY_HEADS + KEY_HEADS + VALUE_HEADS, 2 HALF]
+    tokens,
+    query_token_stride,  # elements from token to token
+    query_head_stride,  # elements from head to head
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    out_token_stride,
+    out_head_stride,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head
+    BLOCK: tl.constexpr,  # HALF up to a power of two
+    ROWS: tl.constexpr,  # rows of a program: a row is one head of one token
+    BACK: tl.constexpr,  # whether to rotate by the negative angle
+):
     ROTATED: tl.constexpr = QUERY_HEADS + KEY_HEADS
     HEADS: tl.constexpr = QUERY_HEADS + KEY_HEADS + VALUE_HEADS
-    # A row is one head of one token.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // HEADS
     head = row % HEADS
@@ -187,7 +225,7 @@ def _rotary_kernel(
     s = tl.load(sin + angle, mask=rotated, other=0.0)
     if BACK:
         s = -s
-    # Chosen, not turned by 0: a value that is not finite must not spread to its pair.
+    # Values are selected, not rotated by 0: an infinite value must not spread to its pair.
     turned_first = tl.where(rotated, first * c - second * s, first)
     turned_second = tl.where(rotated, second * c + first * s, second)
     written = out + (token * out_token_stride + head * out_head_stride)[:, None] + column

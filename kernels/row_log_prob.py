@@ -1,13 +1,14 @@
-"""What the head does with rows of logits, beside the matrix products: statistics, gradients, and the rows' way in and out.
+"""The head's work on rows of logits beside the matrix products: statistics, gradients, gathering and scattering rows.
 
-For a row x of logits with target y, P = softmax(x) and Y = 1 at y: log_prob = x_y - log_sum_exp(x), whose gradient by x is
-Y - P; entropy = -sum(P log P).
+For a row x of logits with target y, P = softmax(x) and Y = 1 at y:
 
-Statistics are made in one pass: each lane holds the largest logit m that it has seen and the sum s of exp(x - m), after Milakov
-and Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3; lanes are joined at the end of the row. The lane's
-t = sum((x - m) exp(x - m)) gives the entropy, log(S) - T / S, which does not cancel where all logits are far from 0.
+    log_prob = x_y - log_sum_exp(x), with the gradient Y - P by x;   entropy = -sum(P log P)
 
-Rows of a chunk are places of a list `rows_N`: number n of the list belongs to token rows_N[n], or to none where that is -1.
+Statistics take one pass (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867, algorithm 3): each lane holds its
+largest logit m and the sum s of exp(x - m), and the lanes are joined at the end of the row. With t = sum((x - m) exp(x - m)),
+entropy = log(s) - t / s, which does not cancel for logits far from 0.
+
+`rows_N` lists the trained tokens: row n of the list is token rows_N[n]; -1 is padding.
 
 Shapes: T tokens, N listed rows, V columns of logits, of which the first `vocab_size` are real, D width.
 """
@@ -33,11 +34,16 @@ def row_statistics(
     gradient_NV: Tensor | None = None,
     scale_T: Tensor | None = None,
 ) -> None:
-    """Write each listed token's log-prob, log-sum-exp and, where given, entropy; and where given (P - Y) * scale.
+    """Write each listed token's log-prob and log-sum-exp, and if given its entropy and the gradient (P - Y) * scale.
 
-    Args: logits_NV float32 (float64), may be overwritten. target_T integer, contiguous. rows_N int32, contiguous. The results
-        [T] in the logits' dtype, contiguous, hold 0 at the listed tokens; others' places stay as they are. gradient_NV in any
-        floating dtype: 0 in padding columns, and in rows that belong to no token. scale_T like the results; None: 1.
+    Args:
+        logits_NV: float32 (float64); may be overwritten.
+        target_T: integer, contiguous.
+        rows_N: int32, contiguous.
+        log_prob_T, log_sum_exp_T, entropy_T: results in the logits' dtype, contiguous. They must hold 0 at the listed tokens;
+            other tokens keep their values.
+        gradient_NV: result in any floating dtype, 0 in padding columns and padding rows.
+        scale_T: factors of the gradient, in the logits' dtype; None for 1.
     """
     step = _launch_rows if runs_triton(logits_NV) else _rows_eager
     step(logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size, statistics=True)
@@ -53,13 +59,13 @@ def row_gradients(
     *,
     vocab_size: int,
 ) -> None:
-    """The gradients alone, to the bit those of `row_statistics`, from its log-sum-exp."""
+    """The gradients alone, from the log-sum-exp of `row_statistics`, to the bit as `row_statistics` gives them."""
     step = _launch_rows if runs_triton(logits_NV) else _rows_eager
     step(logits_NV, target_T, rows_N, None, log_sum_exp_T, None, gradient_NV, scale_T, vocab_size, statistics=False)
 
 
 def gather_rows(source_TD: Tensor, rows_N: Tensor, scale_T: Tensor | None = None) -> Tensor:
-    """The listed tokens' rows, times the token's scale: [N, D] in the dtype of the source; 0 where there is no token."""
+    """The listed tokens' rows, times the tokens' scale: [N, D] in the dtype of the source, 0 in padding rows."""
     if runs_triton(source_TD):
         out_ND = torch.empty((len(rows_N), source_TD.shape[1]), dtype=source_TD.dtype, device=source_TD.device)
         _launch_moved(source_TD, out_ND, rows_N, scale_T, scatter=False)
@@ -69,24 +75,24 @@ def gather_rows(source_TD: Tensor, rows_N: Tensor, scale_T: Tensor | None = None
 
 
 def scatter_rows(source_ND: Tensor, rows_N: Tensor, tokens: int, scale_T: Tensor | None = None) -> Tensor:
-    """The rows at their tokens' places, times the token's scale: [tokens, D] in the dtype of the source, 0 elsewhere.
+    """The rows at their tokens' places, times the tokens' scale: [tokens, D] in the dtype of the source, 0 elsewhere.
 
-    Each token is listed at most once.
+    Each token may be listed only once.
     """
     out_TD = torch.zeros((tokens, source_ND.shape[1]), dtype=source_ND.dtype, device=source_ND.device)
     if runs_triton(source_ND):
         _launch_moved(source_ND, out_TD, rows_N, scale_T, scatter=True)
         return out_TD
     factor_N = _scale_of(rows_N, scale_T, torch.promote_types(source_ND.dtype, torch.float32))
-    # As in `_rows_eager`, what belongs to no token adds 0 to the first.
+    # Padding adds 0 to token 0; a boolean mask would force a host sync.
     return out_TD.index_add_(0, rows_N.clamp(min=0), (source_ND * factor_N[:, None]).to(source_ND.dtype))
 
 
 @torch.library.custom_op("komainu::scale_in_place", mutates_args=("tensor",))
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, of which nothing is read or written where the factor, a scalar on the device, is 1.
+    """tensor *= factor. A factor of 1, a scalar on the device, reads and writes nothing of the tensor.
 
-    Args: tensor: floating [R, D], contiguous. factor: of one element.
+    Args: tensor: floating [R, D], contiguous. factor: one element.
     """
     if not runs_triton(tensor):
         tensor.mul_(factor)
@@ -94,9 +100,16 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     config = configuration("scale_in_place", tensor.device)
     rows, width = tensor.shape
     launch(
-        _scale_kernel, (min(rows, config.programs * multiprocessors(tensor.device)),), tensor, factor, rows, WIDTH=width,
-        BLOCK=min(config.block, triton.next_power_of_2(width)), device=tensor.device, warps=config.warps,
-    )  # fmt: skip
+        _scale_kernel,
+        (min(rows, config.programs * multiprocessors(tensor.device)),),
+        tensor,
+        factor,
+        rows,
+        WIDTH=width,
+        BLOCK=min(config.block, triton.next_power_of_2(width)),
+        device=tensor.device,
+        warps=config.warps,
+    )
 
 
 @scale_in_place.register_fake
@@ -114,12 +127,28 @@ def _launch_rows(
         return log_sum_exp_T if tensor is None else tensor
 
     launch(
-        _row_kernel, (rows,), logits_NV, target_T, rows_N, or_any(log_prob_T), log_sum_exp_T, or_any(entropy_T),
-        or_any(gradient_NV), or_any(scale_T), logits_NV.stride(0), 0 if gradient_NV is None else gradient_NV.stride(0),
-        COLUMNS=columns, VOCAB=vocab_size, BLOCK=min(config.block, triton.next_power_of_2(columns)), STATISTICS=statistics,
-        ENTROPY=entropy_T is not None, GRADIENT=gradient_NV is not None, SCALED=scale_T is not None, device=logits_NV.device,
+        _row_kernel,
+        (rows,),
+        logits_NV,
+        target_T,
+        rows_N,
+        or_any(log_prob_T),
+        log_sum_exp_T,
+        or_any(entropy_T),
+        or_any(gradient_NV),
+        or_any(scale_T),
+        logits_NV.stride(0),
+        0 if gradient_NV is None else gradient_NV.stride(0),
+        COLUMNS=columns,
+        VOCAB=vocab_size,
+        BLOCK=min(config.block, triton.next_power_of_2(columns)),
+        STATISTICS=statistics,
+        ENTROPY=entropy_T is not None,
+        GRADIENT=gradient_NV is not None,
+        SCALED=scale_T is not None,
+        device=logits_NV.device,
         warps=config.warps,
-    )  # fmt: skip
+    )
 
 
 def _launch_moved(source: Tensor, out: Tensor, rows_N: Tensor, scale_T: Tensor | None, *, scatter: bool) -> None:
@@ -128,10 +157,21 @@ def _launch_moved(source: Tensor, out: Tensor, rows_N: Tensor, scale_T: Tensor |
     source = unit_stride(source)
     block = min(config.block, triton.next_power_of_2(width))
     launch(
-        _move_kernel, (len(rows_N), triton.cdiv(width, block)), source, out, rows_N, rows_N if scale_T is None else scale_T,
-        source.stride(0), out.stride(0), WIDTH=width, BLOCK=block, SCATTER=scatter, SCALED=scale_T is not None,
-        device=source.device, warps=config.warps,
-    )  # fmt: skip
+        _move_kernel,
+        (len(rows_N), triton.cdiv(width, block)),
+        source,
+        out,
+        rows_N,
+        rows_N if scale_T is None else scale_T,
+        source.stride(0),
+        out.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        SCATTER=scatter,
+        SCALED=scale_T is not None,
+        device=source.device,
+        warps=config.warps,
+    )
 
 
 def _rows_eager(
@@ -141,10 +181,10 @@ def _rows_eager(
     target_N1 = target_T[row_N].long().where(listed_N, 0)[:, None]
 
     def put(result_T: Tensor, values_N: Tensor) -> None:
-        # What belongs to no token adds 0 to the first: choosing by a mask would wait for the device.
+        # Padding adds 0 to token 0; a boolean mask would force a host sync.
         result_T.index_add_(0, row_N, values_N.where(listed_N, 0))
 
-    # In place, as one exponential of a logit must serve both.
+    # In place, so that statistics and gradients share one exponential of each logit.
     weight_NV = logits_NV[:, :vocab_size]
     peak_N = weight_NV.amax(dim=-1)
     weight_NV.sub_(peak_N[:, None])
@@ -165,7 +205,7 @@ def _rows_eager(
 
 
 def _scale_of(rows_N: Tensor, scale_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The factor of each listed row, 0 where there is no token."""
+    """The factor of each listed row, 0 for padding."""
     listed_N = rows_N >= 0
     if scale_T is None:
         return listed_N.to(dtype)
@@ -174,10 +214,24 @@ def _scale_of(rows_N: Tensor, scale_T: Tensor | None, dtype: torch.dtype) -> Ten
 
 @triton.jit
 def _row_kernel(
-    logits, target, rows, log_prob, log_sum_exp, entropy, gradient, scale, logits_stride, gradient_stride,
-    COLUMNS: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr, STATISTICS: tl.constexpr, ENTROPY: tl.constexpr,
-    GRADIENT: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    logits,  # [N, COLUMNS] float32
+    target,  # [T] integer
+    rows,  # [N] int32: the token of each row, -1 for padding
+    log_prob,  # [T] float32, written if STATISTICS
+    log_sum_exp,  # [T] float32, written if STATISTICS, else read
+    entropy,  # [T] float32, written if ENTROPY
+    gradient,  # [N, COLUMNS], written if GRADIENT
+    scale,  # [T] float32, read if SCALED
+    logits_stride,  # elements from row to row
+    gradient_stride,
+    COLUMNS: tl.constexpr,
+    VOCAB: tl.constexpr,  # real columns
+    BLOCK: tl.constexpr,  # columns of a step
+    STATISTICS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     number = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + number).to(tl.int64)
     listed = row >= 0
@@ -185,14 +239,14 @@ def _row_kernel(
     logits += number * logits_stride
     lane = tl.arange(0, BLOCK)
     if STATISTICS:
-        # Finite, as the difference of two infinities is not a number; no logit comes near.
+        # Below any logit, and finite: the difference of two infinities is NaN.
         nothing = -1e38
         m = tl.full((BLOCK,), nothing, dtype=tl.float32)
         s = tl.zeros((BLOCK,), dtype=tl.float32)
         t = tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, VOCAB, BLOCK):
             column = first + lane
-            # The mask of the load ends where the row does: a vocabulary of any size would forbid wide loads.
+            # The mask of the load ends with the row, whose padded size allows wide loads; VOCAB may be any number.
             x = tl.load(logits + column, mask=column < COLUMNS, other=nothing)
             x = tl.where(column < VOCAB, x, nothing)
             d = x - m
@@ -227,9 +281,17 @@ def _row_kernel(
 
 @triton.jit
 def _move_kernel(
-    source, out, rows, scale, source_stride, out_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCATTER: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    source,  # [N, WIDTH] if SCATTER, else [T, WIDTH]
+    out,  # [T, WIDTH] if SCATTER, else [N, WIDTH]
+    rows,  # [N] int32: the token of each row, -1 for padding
+    scale,  # [T], read if SCALED
+    source_stride,  # elements from row to row
+    out_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    SCATTER: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     number = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + number).to(tl.int64)
     listed = row >= 0
@@ -251,7 +313,13 @@ def _move_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _scale_kernel(tensor, factor, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_kernel(
+    tensor,  # [rows, WIDTH]
+    factor,  # one element
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a step
+):
     f = tl.load(factor).to(tl.float32)
     if f != 1:
         for number in range(tl.program_id(0), rows, tl.num_programs(0)):

@@ -4,10 +4,10 @@ With s = sigmoid(gate), for a gradient g of the product:
 
     d gate = g up s (1 + gate (1 - s)),   d up = g gate s
 
-The backward pass can overwrite gate and up by their gradients, and give the product once more, which the weight gradient of the
-matrix behind it needs: so that nobody has to keep it.
+The backward pass can overwrite gate and up by their gradients and return the product again. The weight gradient of the next
+matrix needs the product, so nobody has to keep it.
 
-Shapes: T tokens, F feed-forward size.
+Shapes: T tokens, F feed-forward size, F2 = 2F.
 """
 
 import torch
@@ -22,9 +22,9 @@ from kernels.launch import launch, runs_triton, unit_stride
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
-    """silu(gate) * up of a packed product.
+    """silu(gate) * up.
 
-    Args: gate_up_TF2 [T, 2F], the gate in the first F columns, the up projection in the last F.
+    Args: gate_up_TF2: the gate in the first F columns, the up projection in the last F.
     Returns: [T, F] in the same dtype, computed in float32 and rounded once.
     """
     return (_swiglu if runs_triton(gate_up_TF2) else swiglu_reference)(gate_up_TF2)
@@ -36,10 +36,10 @@ def swiglu_reference(gate_up_TF2: Tensor) -> Tensor:
 
 
 def swiglu_backward_(gate_up_TF2: Tensor, grad_TF: Tensor, *, emit: bool) -> Tensor | None:
-    """Overwrite gate and up by their gradients; their values are lost.
+    """Overwrite gate and up by their gradients.
 
-    Args: gate_up_TF2: of contiguous rows, and with no other reader. grad_TF: gradient of the product.
-    Returns: the product [T, F] with `emit`, to the bit as the forward pass gave it, else None.
+    Args: gate_up_TF2: contiguous rows without another reader. grad_TF: gradient of the product.
+    Returns: with `emit` the product [T, F], to the bit as in the forward pass, else None.
     """
     if runs_triton(gate_up_TF2):
         product_TF = _swiglu_backward_(gate_up_TF2, grad_TF, emit)
@@ -56,9 +56,17 @@ def _swiglu(gate_up_TF2: Tensor) -> Tensor:
     width = out_TF.shape[1]
     config = configuration("swiglu", gate_up_TF2.device)
     launch(
-        _forward_kernel, (out_TF.shape[0] * triton.cdiv(width, config.block),), gate_up_TF2, out_TF, gate_up_TF2.stride(0),
-        WIDTH=width, BLOCK=config.block, device=gate_up_TF2.device, warps=config.warps, fusion=False,
-    )  # fmt: skip
+        _forward_kernel,
+        (out_TF.shape[0] * triton.cdiv(width, config.block),),
+        gate_up_TF2,
+        out_TF,
+        gate_up_TF2.stride(0),
+        WIDTH=width,
+        BLOCK=config.block,
+        device=gate_up_TF2.device,
+        warps=config.warps,
+        fusion=False,
+    )
     return out_TF
 
 
@@ -82,10 +90,22 @@ def _launch_backward(gate_up_TF2: Tensor, grad_TF: Tensor, grad_gate_up_TF2: Ten
     tokens, width = grad_TF.shape
     config = configuration("swiglu_backward", grad_TF.device)
     launch(
-        _backward_kernel, (tokens * triton.cdiv(width, config.block),), gate_up_TF2, grad_TF, grad_gate_up_TF2,
-        grad_TF if product_TF is None else product_TF, gate_up_TF2.stride(0), grad_TF.stride(0), grad_gate_up_TF2.stride(0),
-        WIDTH=width, BLOCK=config.block, EMIT=product_TF is not None, device=grad_TF.device, warps=config.warps, fusion=False,
-    )  # fmt: skip
+        _backward_kernel,
+        (tokens * triton.cdiv(width, config.block),),
+        gate_up_TF2,
+        grad_TF,
+        grad_gate_up_TF2,
+        grad_TF if product_TF is None else product_TF,
+        gate_up_TF2.stride(0),
+        grad_TF.stride(0),
+        grad_gate_up_TF2.stride(0),
+        WIDTH=width,
+        BLOCK=config.block,
+        EMIT=product_TF is not None,
+        device=grad_TF.device,
+        warps=config.warps,
+        fusion=False,
+    )
 
 
 def _product_of(gate_up_TF2: Tensor) -> Tensor:
@@ -122,19 +142,25 @@ def _backward_eager(gate_up_TF2: Tensor, grad_TF: Tensor) -> Tensor:
     return torch.cat((grad_gate_TF, grad_TF * gate_TF * share_TF), dim=-1)
 
 
-# A program has one block of one row's columns: rows as wide as these would leave most of a multiprocessor idle.
-
-
 @triton.jit
 def _place(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(row, columns) of this program; neighbours in memory are neighbours in time."""
+    """(row, columns) of this program: one block of one row, because a whole row would leave most of a multiprocessor idle.
+
+    Neighbours in memory run next to each other in time.
+    """
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), (program % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _forward_kernel(gate_up, out, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_kernel(
+    gate_up,  # [tokens, 2 WIDTH]
+    out,  # [tokens, WIDTH]
+    row_stride,  # elements from row to row of gate_up
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+):
     row, column = _place(WIDTH, BLOCK)
     inside = column < WIDTH
     gate = tl.load(gate_up + row * row_stride + column, mask=inside).to(tl.float32)
@@ -145,9 +171,17 @@ def _forward_kernel(gate_up, out, row_stride, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _backward_kernel(
-    gate_up, grad, grad_gate_up, product, row_stride, grad_stride, grad_gate_up_stride,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EMIT: tl.constexpr,
-):  # fmt: skip
+    gate_up,  # [tokens, 2 WIDTH]
+    grad,  # [tokens, WIDTH]
+    grad_gate_up,  # [tokens, 2 WIDTH]; may be gate_up
+    product,  # [tokens, WIDTH], written if EMIT
+    row_stride,  # elements from row to row
+    grad_stride,
+    grad_gate_up_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a program
+    EMIT: tl.constexpr,
+):
     row, column = _place(WIDTH, BLOCK)
     inside = column < WIDTH
     gate = tl.load(gate_up + row * row_stride + column, mask=inside).to(tl.float32)

@@ -13,7 +13,6 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +25,11 @@ from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
 from kernels.linear_log_prob import linear_log_prob, linear_nll, wide_product
 from kernels.norm_qkv import norm_qkv
+from kernels.recompute import Recompute
 from kernels.rms_norm import add_rms_norm
 from kernels.rotary import RotaryTable, rotary_table
 from model.config import MistralConfig
 
-# What the backward pass makes again instead of keeping it. none: nothing; light: normed rows and SwiGLU's product; ffn: gate
-# and up as well; block: everything but a block's input. Loss and gradients are to the bit the same in all.
-Recompute = Literal["none", "light", "ffn", "block"]
 # (layer, query_THE, key_TKE, value_TKE) -> out_THE; queries and keys come rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -120,7 +117,7 @@ class Block(nn.Module):
         norm = self.post_attention_layernorm
         return feed_forward(
             residual_TD, delta_TD, norm.weight, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight, norm.eps,
-            recompute="none" if recompute == "block" else recompute,
+            recompute=recompute,
         )  # fmt: skip
 
 

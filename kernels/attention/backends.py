@@ -1,10 +1,11 @@
-"""Who computes attention, by name; the results are the same within rounding, and who cannot do what is asked says so.
+"""Backends of attention, by name. Their results are the same within rounding; a backend refuses what it cannot do.
 
-triton: our kernels, on CUDA or in Triton's interpreter (float32 without tensor cores, which takes long to compile and to run).
-flash: FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without shared prefixes:
-torch's own, or where torch was built without it the package flash-attn's. flex: torch's FlexAttention (Dong et al. 2024,
-https://arxiv.org/abs/2412.05496), compiled on CUDA, on a CPU forward only. reference: eager, anywhere. auto: triton in float16
-and bfloat16 on CUDA and wherever it is interpreted, else the reference.
+auto        triton for float16 and bfloat16 on CUDA and in Triton's interpreter, else reference
+triton      our kernels, on CUDA or in the interpreter. float32 runs without tensor cores, slowly, and compiles slowly
+flash       FlashAttention 2 (Dao 2023, https://arxiv.org/abs/2307.08691), on CUDA in float16 or bfloat16, without shared
+            prefixes: torch's own, or the package flash-attn's if torch was built without it
+flex        torch's FlexAttention (Dong et al. 2024, https://arxiv.org/abs/2412.05496): compiled on CUDA, forward only on a CPU
+reference   eager, anywhere
 
 Shapes: T tokens, H query heads, K key/value heads, E head size.
 """
@@ -26,7 +27,7 @@ Backend = Literal["auto", "triton", "flash", "flex", "reference"]
 def chosen(backend: Backend, query_THE: Tensor, work: AttentionWork) -> Literal["triton", "flash", "flex", "reference"]:
     """The backend that `backend` names for these tensors.
 
-    Raises: ValueError where it cannot do what is asked.
+    Raises: ValueError for a backend that cannot compute this.
     """
     if backend == "auto":
         return "triton" if runs_triton(query_THE) and (INTERPRETED or query_THE.itemsize == 2) else "reference"
@@ -39,17 +40,17 @@ def chosen(backend: Backend, query_THE: Tensor, work: AttentionWork) -> Literal[
 
 
 def cannot(backend: Backend, device: torch.device, dtype: torch.dtype, *, gradients: bool, prefixes: bool) -> str | None:
-    """Why a backend cannot compute attention, with gradients or with shared prefixes where asked for; None where it can."""
+    """Why a backend cannot compute attention (with gradients, with shared prefixes); None if it can."""
     cuda = device.type == "cuda"
     problem = None
     if backend == "triton" and (dtype == torch.float64 or not (cuda or INTERPRETED)):
-        problem = "runs in float32, float16 and bfloat16 on CUDA, or in Triton's interpreter"
+        problem = "needs float32, float16 or bfloat16 on CUDA, or Triton's interpreter"
     elif backend == "flash" and not (cuda and dtype in (torch.float16, torch.bfloat16)):
-        problem = "runs in float16 and bfloat16 on CUDA"
+        problem = "needs float16 or bfloat16 on CUDA"
     elif backend == "flash" and not (torch.backends.cuda.is_flash_attention_available() or _has_package()):
-        problem = "needs a torch that was built with FlashAttention, or the package flash-attn from 2.6 on"
+        problem = "needs a torch built with FlashAttention, or the package flash-attn 2.6 or newer"
     elif backend == "flash" and prefixes:
-        problem = "knows no shared prefixes"
+        problem = "cannot share prefixes"
     elif backend == "flex" and gradients and not cuda:
         problem = "has no gradients on a CPU"
     given = f"{str(dtype).removeprefix('torch.')} on {device.type}"
@@ -63,7 +64,7 @@ def flash_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work:
     if not places:
         return query_THE * 0, query_THE.new_full((query_THE.shape[1], padding), float("-inf"), dtype=torch.float32)
     bounds, longest = work.once("flash", query_THE.device, _bounds)
-    # A window of n places is n - 1 to the left there.
+    # FlashAttention counts the places to the left: one less than the window.
     left = -1 if work.window == UNBOUNDED else work.window - 1
     out_THE, log_sum_exp_HT = _flash()(query_THE[:places], key_TKE[:places], value_TKE[:places], bounds, longest, left)
     if padding:
@@ -93,11 +94,20 @@ def _of_package() -> Any:
 
     def function(query_THE, key_TKE, value_TKE, bounds, longest, left):
         out_THE, log_sum_exp_HT, _ = flash_attn_varlen_func(
-            query_THE, key_TKE, value_TKE, bounds, bounds, longest, longest, causal=True, window_size=(left, 0),
-            deterministic=True, return_attn_probs=True,
-        )  # fmt: skip
+            query_THE,
+            key_TKE,
+            value_TKE,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            causal=True,
+            window_size=(left, 0),
+            deterministic=True,
+            return_attn_probs=True,
+        )
         if log_sum_exp_HT.ndim != 2:
-            raise ValueError("flash-attn before 2.6 gives log-sum-exps of padded documents: install a newer one")
+            raise ValueError("flash-attn before 2.6 returns log-sum-exps of padded documents: install a newer version")
         return out_THE, log_sum_exp_HT
 
     return function
@@ -111,16 +121,34 @@ def _of_torch() -> Any:
 
     def public(query_THE, key_TKE, value_TKE, bounds, longest, left):
         return varlen_attn(
-            query_THE, key_TKE, value_TKE, bounds, bounds, longest, longest, window_size=(left, 0),
-            enable_gqa=query_THE.shape[1] != key_TKE.shape[1], return_aux=AuxRequest(lse=True),
-        )  # fmt: skip
+            query_THE,
+            key_TKE,
+            value_TKE,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            window_size=(left, 0),
+            enable_gqa=query_THE.shape[1] != key_TKE.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
 
     def inner(query_THE, key_TKE, value_TKE, bounds, longest, left):
-        """What varlen_attn calls, which has had a window for longer."""
+        """The operator inside varlen_attn, for versions of torch whose varlen_attn has no window yet."""
         return torch.ops.aten._flash_attention_forward(
-            query_THE, key_TKE, value_TKE, bounds, bounds, longest, longest, 0.0, True, False, window_size_left=left,
+            query_THE,
+            key_TKE,
+            value_TKE,
+            bounds,
+            bounds,
+            longest,
+            longest,
+            dropout_p=0.0,
+            is_causal=True,
+            return_debug_mask=False,
+            window_size_left=left,
             window_size_right=0,
-        )[:2]  # fmt: skip
+        )[:2]
 
     return public if {"window_size", "enable_gqa"} <= set(known) else inner
 
@@ -138,14 +166,14 @@ def flex_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: 
 
 
 def _block_mask(work: AttentionWork, device: torch.device) -> Any:
-    """Who sees whom, by segments and places in the text: a segment's continue its prefix's."""
+    """The mask by segments and by places in the text, where a segment continues its prefix."""
     segment_T = torch.full((work.tokens,), -1, dtype=torch.int32)
     prefix_T = torch.full((work.tokens,), -2, dtype=torch.int32)
     place_T = torch.arange(work.tokens, dtype=torch.int32)
     for number, (start, end, prefix) in enumerate(work.segments):
         segment_T[start:end] = number
         prefix_T[start:end] = prefix if prefix >= 0 else -2
-        # One count for a prefix and what continues it.
+        # A segment's places continue its prefix's.
         if prefix >= 0:
             place_T[start:end] -= start - work.segments[prefix][1]
     segment_T, prefix_T, place_T = segment_T.to(device), prefix_T.to(device), place_T.to(device)
@@ -160,7 +188,7 @@ def _block_mask(work: AttentionWork, device: torch.device) -> Any:
 
 @functools.cache
 def _flex(cuda: bool) -> tuple[Any, Any]:
-    """(flex_attention, create_block_mask), compiled for CUDA: as they are, they hold all pairs."""
+    """(flex_attention, create_block_mask), compiled for CUDA: uncompiled they hold all pairs in memory."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return (torch.compile(flex_attention), torch.compile(create_block_mask)) if cuda else (flex_attention, create_block_mask)

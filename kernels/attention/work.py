@@ -1,13 +1,14 @@
-"""Who attends to whom in a packed row, as lists of work for the attention kernels, made on the CPU once a batch for all layers.
+"""Work lists: which places of a packed row attend to which. The CPU makes them once a batch for all layers.
 
-A row is cut into segments: documents, or parts of one that several share. A segment with a prefix continues the segment that
-it names: its places see the prefix's as if it stood right before them, whatever lies between. So a preference pair is three
-segments, [prompt | chosen | rejected], of which the last two have the first as their prefix, and the prompt is computed once.
+A row is cut into segments. A segment is a document, or a part of one. A segment may continue an earlier segment, its prefix: its
+places see the prefix's places as if the prefix stood right before them, whatever lies between. A preference pair is therefore
+three segments, [prompt | chosen | rejected]: the last two have the prompt as their prefix, and it is computed once.
 
-A tile is up to `tile` neighbouring places of one segment. To each tile of queries belong the ranges of keys that any of its
-places sees, and to each tile of keys the ranges of queries that see any of its places. A range is (start, end, shift): the
-distance of place i to place j of the row is i - j - shift, and i sees j where 0 <= distance < window. Nothing outside of a
-range is visited.
+A tile is up to `tile` neighbouring places of one segment. Each tile of queries has the ranges of keys that any of its places
+sees. Each tile of keys has the ranges of queries that see any of its places. A range is (start, end, shift): the distance from
+place j to place i of the row is i - j - shift, and i sees j if 0 <= distance < window. Kernels visit ranges, nothing else.
+
+Shapes: Q queries of a tile, J keys that the tile sees.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,59 +19,60 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kernels import TILE
+
 # A window that no distance reaches.
 UNBOUNDED = 2**30
 # Lists are padded to multiples of this, so that few different shapes are uploaded.
 _PADDING = 64
+# (start, end, shift)
 Range = tuple[int, int, int]
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """The lists, in one tensor, so that one copy takes them to a device.
+    """The work lists of a row, in one tensor, so that one copy takes them to a device.
 
-    work: int32 [rows, 4]: `query_tiles` rows (start, end, first range, end of its ranges), `key_tiles` such rows, then ranges
-    (start, end, shift, 0). Tiles with much work come first; those of padding have start = end. host: the lists where they were
-    made. segments: (start, end, index of the prefix or -1) of each segment. tokens: places of the row. window: places that see
-    each other, `UNBOUNDED` for all.
+    The tensor is int32 [rows, 4]: `query_tiles` rows (start, end, first range, end of ranges), `key_tiles` such rows, then the
+    ranges (start, end, shift, 0). Tiles with much work come first. Tiles of padding have start = end.
     """
 
     work: Tensor
-    host: Tensor
+    host: Tensor  # the same lists on the CPU
     query_tiles: int
     key_tiles: int
-    segments: tuple[Range, ...]
-    tokens: int
-    window: int
-    tile: int
+    segments: tuple[tuple[int, int, int], ...]  # (start, end, index of the prefix or -1) of each segment
+    tokens: int  # places of the row
+    window: int  # places that a place sees, itself included; `UNBOUNDED` for all
+    tile: int  # places of a tile
     _made: dict[tuple[str, torch.device], Any] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionWork":
-        """The lists on a device. What backends make of them goes when this copy goes."""
+        """The lists on a device. This copy owns the data that backends derive from it."""
         return replace(self, work=self.work.to(device, non_blocking=non_blocking), _made={})
 
     def pinned(self) -> "AttentionWork":
-        """The lists in memory from which a device may copy while the host goes on."""
+        """The lists in pinned memory, from which a device copies while the host goes on."""
         return replace(self, work=self.work.pin_memory())
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
-        """What the kernels must know beside the lists: (tiles of queries, tiles of keys, window, places of a tile)."""
+        """The kernels' arguments beside the lists: (tiles of queries, tiles of keys, window, places of a tile)."""
         return self.query_tiles, self.key_tiles, self.window, self.tile
 
     def once(self, name: str, device: torch.device, make: Callable[["AttentionWork", torch.device], Made]) -> Made:
-        """What a backend makes of the lists on a device, under its name: made once for all layers."""
+        """The data that a backend derives from the lists with `make`, under its name: made once for all layers."""
         if (name, device) not in self._made:
             self._made[name, device] = make(self, device)
         return self._made[name, device]
 
     def tiles(self, device: torch.device) -> "list[MaskedTile]":
-        """The tiles of queries with masks, for the reference."""
+        """The tiles of queries with their masks, for the reference."""
         return self.once("reference", device, lambda work, on: [_masked(*tile, work.window, on) for tile in work.queries()])
 
     def queries(self) -> Iterator[tuple[int, int, list[Range]]]:
-        """(start, end, ranges of keys) of each tile of queries, in the row's order."""
+        """(start, end, ranges of keys) of each tile of queries, in the order of the row."""
         rows = self.host.tolist()
         ranges = rows[self.query_tiles + self.key_tiles :]
         for start, end, first, last in sorted(rows[: self.query_tiles]):
@@ -80,12 +82,12 @@ class AttentionWork:
 
 @dataclass(frozen=True)
 class MaskedTile:
-    """Queries [start, end), the (start, end) of each range of keys, and which query sees which of these keys: mask_QJ."""
+    """A tile of queries, and which of its queries sees which key."""
 
     start: int
     end: int
-    keys: list[tuple[int, int]]
-    mask_QJ: Tensor
+    keys: list[tuple[int, int]]  # (start, end) of each range
+    mask_QJ: Tensor  # bool, over the keys of all ranges
 
 
 def _masked(start: int, end: int, ranges: list[Range], window: int, device: torch.device) -> MaskedTile:
@@ -98,41 +100,38 @@ def _masked(start: int, end: int, ranges: list[Range], window: int, device: torc
 
 
 def attention_work(
-    cu_segments: Sequence[int], window: int | None, *, prefixes: Sequence[int] | None = None, tokens: int | None = None,
-    tile: int = 128,
-) -> AttentionWork:  # fmt: skip
-    """Cut a packed row into tiles and say what each has to visit.
+    cu_segments: Sequence[int],
+    window: int | None,
+    *,
+    prefixes: Sequence[int] | None = None,
+    tokens: int | None = None,
+    tile: int = TILE,
+) -> AttentionWork:
+    """Cut a packed row into tiles and list what each tile visits.
 
     Args:
-        cu_segments: bounds of the segments, [0, ..., places]. window: places, None for unbounded.
-        prefixes: of each segment, the index of the earlier segment that it continues, -1 for none; default none at all.
-        tokens: length of the row, where places behind the last segment are padding: they see nothing, nobody sees them.
-    Raises: ValueError for a window below 1, bounds that do not rise from 0, a prefix that does not lie before its segment, or
-        has a prefix itself.
+        cu_segments: bounds of the segments, [0, ..., places].
+        window: in places, None for unbounded.
+        prefixes: for each segment the index of the earlier segment that it continues, -1 for none. Default: -1 for all.
+        tokens: length of the row. Places behind the last segment are padding: they see nothing, and nothing sees them.
+        tile: places of a tile.
+    Raises: ValueError for a window below 1, bounds that do not rise from 0, a row shorter than its segments, another number of
+        prefixes than segments, and a prefix that is not before its segment or has a prefix itself.
     """
     if window is not None and window < 1:
-        raise ValueError(f"attention window {window}: must be at least 1, a place sees itself")
+        raise ValueError(f"attention window {window}: must be at least 1, because a place sees itself")
     bounds = [int(bound) for bound in cu_segments]
-    if not bounds or bounds[0] != 0 or any(start > end for start, end in pairwise(bounds)):
-        raise ValueError(f"bounds of segments {bounds[:10]}: must rise from 0")
+    segments = _checked_segments(bounds, prefixes)
     tokens = bounds[-1] if tokens is None else tokens
     if tokens < bounds[-1]:
-        raise ValueError(f"segments end at {bounds[-1]}, the row at {tokens}")
-    count = len(bounds) - 1
-    parents = [-1] * count if prefixes is None else [int(prefix) for prefix in prefixes]
-    if len(parents) != count:
-        raise ValueError(f"{len(parents)} prefixes for {count} segments")
-    for segment, prefix in enumerate(parents):
-        if prefix >= segment or prefix < -1 or (prefix >= 0 and parents[prefix] >= 0):
-            raise ValueError(f"segment {segment} has prefix {prefix}: must be an earlier segment without a prefix, or -1")
-    segments = tuple((*ends, prefix) for ends, prefix in zip(pairwise(bounds), parents, strict=True))
+        raise ValueError(f"segments end at {bounds[-1]}, but the row has {tokens} tokens: give at least {bounds[-1]}")
     reach = UNBOUNDED if window is None else window
-    children: dict[int, list[int]] = {}
-    for segment, prefix in enumerate(parents):
-        children.setdefault(prefix, []).append(segment)
+    children: dict[int, list[tuple[int, int]]] = {}
+    for start, end, prefix in segments:
+        children.setdefault(prefix, []).append((start, end))
     query_tiles, key_tiles = [], []
     for segment, (start, end, prefix) in enumerate(segments):
-        followers = [segments[child][:2] for child in children.get(segment, [])]
+        followers = children.get(segment, [])
         for first in range(start, end, tile):
             last = min(first + tile, end)
             query_tiles.append((first, last, _keys_of(first, last, start, segments[prefix] if prefix >= 0 else None, reach)))
@@ -148,8 +147,24 @@ def attention_work(
     return AttentionWork(work, work, listed, listed, segments, tokens, reach, tile)
 
 
-def _keys_of(first: int, last: int, start: int, prefix: Range | None, reach: int) -> list[Range]:
-    """The ranges of keys that queries [first, last) see: those of the prefix, then those of their own segment from `start`."""
+def _checked_segments(bounds: list[int], prefixes: Sequence[int] | None) -> tuple[tuple[int, int, int], ...]:
+    """(start, end, prefix) of each segment."""
+    if not bounds or bounds[0] != 0 or any(start > end for start, end in pairwise(bounds)):
+        raise ValueError(f"bounds of segments {bounds[:10]}: must rise from 0")
+    count = len(bounds) - 1
+    parents = [-1] * count if prefixes is None else [int(prefix) for prefix in prefixes]
+    if len(parents) != count:
+        raise ValueError(f"{len(parents)} prefixes for {count} segments: give one for each segment")
+    for segment, prefix in enumerate(parents):
+        if prefix >= segment or prefix < -1 or (prefix >= 0 and parents[prefix] >= 0):
+            raise ValueError(f"segment {segment} has prefix {prefix}: must be an earlier segment without a prefix, or -1")
+    return tuple((*ends, prefix) for ends, prefix in zip(pairwise(bounds), parents, strict=True))
+
+
+def _keys_of(
+    first: int, last: int, start: int, prefix: tuple[int, int, int] | None, reach: int
+) -> list[Range]:
+    """The ranges of keys that queries [first, last) see: of the prefix, then of their own segment from `start` on."""
     own = (max(start, first - reach + 1), last, 0)
     if prefix is None:
         return [own]
@@ -161,7 +176,7 @@ def _keys_of(first: int, last: int, start: int, prefix: Range | None, reach: int
 
 
 def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, int]], reach: int) -> list[Range]:
-    """The ranges of queries that see keys [first, last): of their own segment, then of those that continue it."""
+    """The ranges of queries that see keys [first, last): of their own segment up to `end`, then of the segments after it."""
     ranges = [(first, min(end, last - 1 + reach), 0)]
     for start, stop in followers:
         shift = start - end
@@ -169,7 +184,7 @@ def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, 
         if stop <= start:
             continue
         if shift == 0:
-            # Seen from behind the segment, it is seen from all of the segment: one range.
+            # This follower stands right behind the segment and sees these keys, so all later queries of the segment do: one range.
             ranges[-1] = (first, stop, 0)
         else:
             ranges.append((start, stop, shift))
@@ -177,7 +192,7 @@ def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, 
 
 
 def _listed(tiles: list[tuple[int, int, list[Range]]], ranges: list[Range]) -> list[tuple[int, int, int, int]]:
-    """Rows of the tiles, heaviest first and padded; their ranges are appended to `ranges`."""
+    """The tiles' rows, heaviest first, padded. Their ranges are appended to `ranges`."""
     rows = []
     for start, end, own in sorted(tiles, key=lambda tile: -sum(stop - begin for begin, stop, _ in tile[2])):
         rows.append((start, end, len(ranges), len(ranges) + len(own)))
@@ -186,7 +201,7 @@ def _listed(tiles: list[tuple[int, int, list[Range]]], ranges: list[Range]) -> l
 
 
 def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
-    """Pairs (query, key) that documents of these lengths attend to: sum over places i of min(i + 1, window)."""
+    """Attended pairs (query, key) of documents of these lengths: the sum over places i of min(i + 1, window)."""
     total = 0
     for length in lengths:
         full = length if window is None else min(length, window)
@@ -195,7 +210,7 @@ def attended_pairs(lengths: Iterable[int], window: int | None) -> int:
 
 
 def pairs_of(work: AttentionWork) -> int:
-    """Pairs (query, key) that the segments of a batch attend to, each at the places that follow those of its prefix."""
+    """Attended pairs (query, key) of a batch; a segment's places follow its prefix's."""
     ends, starts = [], []
     for start, end, prefix in work.segments:
         before = work.segments[prefix][1] - work.segments[prefix][0] if prefix >= 0 else 0

@@ -137,7 +137,7 @@ def test_nothing_new(dtype, device):
 
 def test_a_ring_that_lost_what_is_seen_is_refused(device):
     for text in (Text(9, 1, 4, 2), Text(9, 1, None, 8)):
-        with pytest.raises(ValueError, match=r"sees \d earlier ones, the ring has room for \d: enlarge it"):
+        with pytest.raises(ValueError, match=r"sees \d earlier tokens, but the ring has room for \d: enlarge"):
             text.decode(*text.inputs(torch.float32, device))
 
 

@@ -240,12 +240,12 @@ def test_backends_say_what_they_cannot_do(device):
     row = Row((5, 4), 3, 16, (2, 1), (-1, 0))
     tensors, _ = leaves(row, torch.float32, device)
     work = row.work(device)
-    with pytest.raises(ValueError, match="backend flash runs in float16 and bfloat16 on CUDA; given float32 on"):
+    with pytest.raises(ValueError, match="backend flash needs float16 or bfloat16 on CUDA; given float32 on"):
         sliding_window_attention(*tensors, work=work, backend="flash")
-    with pytest.raises(ValueError, match=r"backend triton runs in float32, float16 and bfloat16 on CUDA.*float64"):
+    with pytest.raises(ValueError, match=r"backend triton needs float32, float16 or bfloat16 on CUDA.*float64"):
         sliding_window_attention(*(tensor.double() for tensor in tensors), work=work, backend="triton")
     if device.type == "cuda":
-        with pytest.raises(ValueError, match="backend flash knows no shared prefixes"):
+        with pytest.raises(ValueError, match="backend flash cannot share prefixes"):
             sliding_window_attention(*(tensor.half() for tensor in tensors), work=work, backend="flash")
     else:
         with pytest.raises(ValueError, match="backend flex has no gradients on a CPU"):
@@ -276,7 +276,7 @@ LITERAL = [
 def test_on_a_gpu_the_models_windows_are_right(row, backend, monkeypatch):
     monkeypatch.undo()
     if backend == "flash" and (row.prefixes or importlib.util.find_spec("torch.nn.attention.varlen") is None):
-        pytest.skip("knows no shared prefixes")
+        pytest.skip("cannot share prefixes")
     device, dtype = torch.device("cuda"), torch.bfloat16
     tensors, grad = leaves(row, dtype, device)
     found = results(row, tensors, grad, backend=backend)

@@ -110,7 +110,7 @@ def test_what_backends_make_is_made_once_for_a_copy():
         ({"cu_segments": []}, "must rise from 0"),
         ({"cu_segments": [1, 4]}, "must rise from 0"),
         ({"cu_segments": [0, 4, 3]}, "must rise from 0"),
-        ({"tokens": 3}, "segments end at 4, the row at 3"),
+        ({"tokens": 3}, "segments end at 4, but the row has 3 tokens"),
         ({"prefixes": [-1]}, "1 prefixes for 2 segments"),
         ({"prefixes": [-1, 1]}, "segment 1 has prefix 1: must be an earlier segment without a prefix, or -1"),
         ({"prefixes": [-2, -1]}, "segment 0 has prefix -2"),

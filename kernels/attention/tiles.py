@@ -1,0 +1,158 @@
+"""Tiles of attention: the steps that the forward, backward and decode kernels share, on the host and on the device.
+
+A program owns a tile of queries (or keys) of one head. It walks through the ranges of keys that the work lists give it, BLOCK
+keys at a time. Kernels read rows by descriptors (TMA) where the chip and the memory layout allow them, else through pointers.
+
+Shapes: T tokens, E head size.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.configurations import Configuration
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The peak before the first score. It is finite, so that a block in which a row sees nothing leaves this row unchanged.
+NO_PEAK = tl.constexpr(-1.0e30)
+
+
+@triton.constexpr_function
+def columns(size: int) -> int:
+    """Columns of a head's tile: a power of two of at least 16, which matrix products need."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def tile_rows(tile: int, config: Configuration) -> tuple[int, int]:
+    """(rows of a program, programs for a tile of the work lists). Rows are a power of two of at least 16."""
+    whole = max(16, triton.next_power_of_2(tile))
+    rows = min(whole, config.rows)
+    return rows, whole // rows
+
+
+def heads_side_by_side(tensor: Tensor) -> Tensor:
+    """[T, heads, E] as kernels take it: any stride between tokens, contiguous inside a token. Copied only where it is not."""
+    contiguous = tensor.stride(2) == 1 and (tensor.shape[1] == 1 or tensor.stride(1) == tensor.shape[2])
+    return tensor if contiguous else tensor.contiguous()
+
+
+def sources(config: Configuration, *parts: tuple[Tensor, int]) -> tuple[bool, list[Tensor | TensorDescriptor]]:
+    """(whether kernels read by descriptors, the descriptors or the tensors themselves).
+
+    All tensors are described, or none is.
+
+    Args: parts: (tensor [T, heads, E] with its heads side by side, rows that a kernel loads at once).
+    """
+    described = config.descriptors and all(_describable(tensor) for tensor, _ in parts)
+    return described, [_described(tensor, rows) if described else tensor for tensor, rows in parts]
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether TMA can read [T, heads, E] as a matrix of T rows: aligned rows, and heads as wide as a kernel's tile."""
+    tokens, _, size = tensor.shape
+    aligned = tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tokens > 0 and aligned and size == columns(size)
+
+
+def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
+    tokens, heads, size = tensor.shape
+    return TensorDescriptor(tensor, [tokens, heads * size], [tensor.stride(0), 1], [rows, size])
+
+
+@triton.jit
+def own_tile(
+    work,  # [rows, 4] int32: the work lists
+    first_tile,  # row of the first tile
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,  # rows of a program
+    PARTS: tl.constexpr,  # programs for a tile of the lists
+):
+    """(head, start, end, first range, end of ranges) of this program's part of a tile; start >= end for an empty part."""
+    # The heads of a tile run next to each other in time, because they read the same rows.
+    part = tl.program_id(0) // HEADS
+    tile = work + (first_tile + part // PARTS) * 4
+    start = tl.load(tile) + part % PARTS * TILE
+    end = tl.minimum(tl.load(tile + 1), start + TILE)
+    return tl.program_id(0) % HEADS, start, end, tl.load(tile + 2), tl.load(tile + 3)
+
+
+@triton.jit
+def own_range(work, number, start, end, window):
+    """(start, end, shift) of range `number` of keys, narrowed to the keys that queries [start, end) see."""
+    found = work + number * 4
+    shift = tl.load(found + 2)
+    return tl.maximum(tl.load(found), start - shift - window + 1), tl.minimum(tl.load(found + 1), end - shift), shift
+
+
+@triton.jit
+def sections(start, end, kv_start, kv_end, shift, window, BLOCK: tl.constexpr):
+    """Bounds of a range's three sections, in blocks of keys, for queries [start, end).
+
+    Section 0: the window's edge cuts the block for some query. Section 1: every query sees the whole block. Section 2: the
+    diagonal or the range's end cuts the block. Only blocks of section 1 are certain to lie inside the range: the masks of the
+    others also hide the rows behind its end.
+    """
+    blocks = tl.cdiv(tl.maximum(kv_end - kv_start, 0), BLOCK)
+    # The last query sees no key before this block.
+    left = tl.cdiv(tl.maximum(end - shift - window - kv_start, 0), BLOCK)
+    whole = tl.maximum(tl.minimum(start - shift + 1, kv_end) - kv_start, 0) // BLOCK
+    left = tl.minimum(left, blocks)
+    return 0, left, tl.maximum(left, whole), blocks
+
+
+@triton.jit
+def within(distance, window):
+    """0 <= distance < window, in one comparison: read without a sign, a negative distance lies beyond any window."""
+    return distance.to(tl.uint32, bitcast=True) < tl.cast(window, tl.uint32)
+
+
+@triton.jit
+def load_rows(
+    source,  # [T, heads, SIZE]: a descriptor, or a pointer
+    stride,  # elements from token to token
+    head,
+    first,  # the first row
+    limit,  # rows from here on are zeros, or by descriptor whatever memory holds
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows [first, first + ROWS) of a head: [ROWS, columns(SIZE)]."""
+    if DESCRIPTORS:
+        rows = source.load([first, head * SIZE])
+    else:
+        row = first + tl.arange(0, ROWS)
+        column = tl.arange(0, columns(SIZE))
+        inside = (row < limit)[:, None] & (column < SIZE)[None, :]
+        offset = tl.cast(head, tl.int64) * SIZE + row.to(tl.int64)[:, None] * stride + column[None, :]
+        rows = tl.load(source + offset, mask=inside, other=0.0)
+    return rows
+
+
+@triton.jit
+def store_rows(
+    target,  # [T, HEADS, SIZE], contiguous
+    values,  # [rows, columns(SIZE)]
+    row,  # [rows]
+    limit,  # rows from here on are not stored
+    head,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Store rows of a head. Never by descriptor: that would overwrite the first rows of the tile behind a short tile."""
+    column = tl.arange(0, columns(SIZE))
+    at = target + row.to(tl.int64)[:, None] * (HEADS * SIZE) + head * SIZE + column[None, :]
+    tl.store(at, values.to(target.dtype.element_ty), mask=(row < limit)[:, None] & (column < SIZE)[None, :])
+
+
+@triton.jit
+def softmax_step(total, peak, scores, scale):
+    """Take a block of scores into a softmax: (sum of weights, peak, the block's weights, factor of all earlier weights).
+
+    total, peak: sum of weights and largest score of each row so far. scale: of the scores, times log2(e).
+    """
+    raised = tl.maximum(peak, tl.max(scores, axis=1))
+    kept = tl.exp2((peak - raised) * scale)
+    weights = tl.exp2(scores * scale - (raised * scale)[:, None])
+    return total * kept + tl.sum(weights, axis=1), raised, weights, kept
