@@ -21,6 +21,7 @@ from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
 from engine.settings.toml import to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
+from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
 from model.config import MistralConfig, preset, read_config
 from model.mistral import Mistral, initial_weights
@@ -256,7 +257,7 @@ def _config(settings: TrainSettings, tokenizer: Tokenizer) -> MistralConfig:
     if settings.model.startswith(PRESET):
         return dataclasses.replace(
             preset(settings.model.removeprefix(PRESET)),
-            vocab_size=(tokenizer.vocab_size + 127) // 128 * 128,
+            vocab_size=padded_to_tiles(tokenizer.vocab_size),
             unpadded_vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_id,
             eos_token_id=tokenizer.eos_id,

@@ -15,6 +15,11 @@ import torch
 TILE = 128
 
 
+def padded_to_tiles(rows: int) -> int:
+    """`rows`, rounded up to whole tiles."""
+    return -(-rows // TILE) * TILE
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of reductions over `dtype`: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
 """Embedding look-up with NEFTune noise (Jain et al. 2023, https://arxiv.org/abs/2310.05914).
 
-In training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to the embedding of each token of an L-token document.
-L is the document's own length: the length of the packed row would make the noise several times too weak.
+In training, NEFTune adds uniform noise on (-1, 1) times alpha / sqrt(L D) to each token's embedding. L is the length of the
+token's document: the length of the packed row would make the noise several times too weak.
 
 The kernel draws the noise where it adds it, by Philox. Kernel and reference give the same bits. The weight's gradient sums the
 occurrences of a token in the order of the row, so it is the same in every run.
@@ -153,7 +153,7 @@ def _ids(tensor_T: Tensor) -> Tensor:
 
 
 def _check_tokens(tokens_T: Tensor, rows: int) -> None:
-    """Refuse tokens outside the matrix, which would read foreign memory. On CUDA the message omits the token: no wait for it."""
+    """Refuse tokens outside the matrix: they would read foreign memory. On CUDA the message omits the token, without a wait."""
     valid = ((tokens_T >= 0) & (tokens_T < rows)).all()
     problem = f"is no row of the embedding matrix: it must be from 0 to {rows - 1}"
     if tokens_T.is_cuda:

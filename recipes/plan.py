@@ -23,8 +23,9 @@ from engine.estimate.throughput import ASSUMPTIONS, DEVICES, Device, Speed, spee
 from engine.run import PRESET
 from engine.settings.toml import parse, read_table
 from engine.settings.training import TrainSettings
+from kernels import TILE, padded_to_tiles
+from kernels.recompute import Recompute
 from model.config import MistralConfig, preset, read_config
-from model.mistral import Recompute
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
@@ -34,7 +35,7 @@ _CONTEXT, _NCCL = 0.6, 1.0
 # Of what comes and goes: blocks of the allocator that nothing fits into. Assumed; a run logs what it reserves.
 _FRAGMENTATION = 0.02
 # Tokens of a micro-batch: the most that is tried, and the steps between.
-_LARGEST, _TILE = 2**17, 128
+_LARGEST = 2**17
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         "fragmentation": _FRAGMENTATION * (found.peak - held) / 2**30,
     }
     # As long as a rank's part of a step, in whole tiles.
-    most = min(_LARGEST, -(-step_tokens // (gpus * _TILE)) * _TILE)
+    most = min(_LARGEST, padded_to_tiles(-(-step_tokens // gpus)))
     room = limit - overhead["context"]
     # Fragmentation counts for what comes and goes alone: taken off all, the micro-batch would be too small.
     bytes_of_room = int((room - max(0.0, room - held / 2**30) * _FRAGMENTATION / (1 + _FRAGMENTATION)) * 2**30)
     largest = {
-        mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most, multiple=_TILE)
+        mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most, multiple=TILE)
         for mode in get_args(Recompute)
     }
     asked = {"context": settings.context_length, "step_tokens": step_tokens}

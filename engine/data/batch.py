@@ -21,10 +21,9 @@ from torch import Tensor
 from engine.data.dataset import TokenDataset
 from engine.data.packing import deal, pack_best_fit
 from engine.data.plan import Plan, SegmentTable, Units
+from kernels import padded_to_tiles
 from kernels.attention.work import AttentionWork, attended_pairs, attention_work
 
-# Rows of a matrix product's tile: a product costs whole tiles, so rows are padded to a multiple of this.
-_TILE = 128
 # A pack with less than this share of its tokens free is padded to its full size.
 _NEARLY_FULL = 1 / 16
 
@@ -192,7 +191,7 @@ def share_of(batches: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
 
 def padded_places(places: int, pack_tokens: int) -> int:
     """Length that a pack is padded to: whole tiles, and the full `pack_tokens` where the pack is nearly full."""
-    tiles, room = (-(-count // _TILE) * _TILE for count in (places, pack_tokens))
+    tiles, room = (padded_to_tiles(count) for count in (places, pack_tokens))
     return room if tiles >= (1 - _NEARLY_FULL) * room else tiles
 
 
@@ -280,7 +279,7 @@ def _segments(
 
 def _rows(weight: np.ndarray) -> Tensor:
     trained = np.flatnonzero(weight)
-    rows = np.full(max(1, -(-len(trained) // _TILE)) * _TILE, -1, dtype=np.int32)
+    rows = np.full(padded_to_tiles(max(1, len(trained))), -1, dtype=np.int32)
     rows[: len(trained)] = trained
     return torch.from_numpy(rows)
 

@@ -8,8 +8,8 @@ import torch
 
 from engine.data.batch import Step
 from engine.observe.timing import mark, seconds_between
+from kernels.recompute import Recompute
 from model.config import MistralConfig
-from model.mistral import Recompute
 
 # Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. An unknown device has
 # no peak, so that its utilisation reads n/a instead of a guess.

@@ -17,17 +17,17 @@ from functools import cached_property
 import torch
 
 from engine.settings.sections import OptimizerSettings
+from kernels import padded_to_tiles
 from kernels.attention.work import AttentionWork, attention_work
 from kernels.linear_log_prob import default_budget
 from kernels.linear_log_prob import plan as head_plan
+from kernels.recompute import Recompute
 from model.config import MistralConfig
-from model.mistral import Recompute
 
 ITEMS = ("weights", "optimizer", "gradients", "activations", "logits", "head gradient", "transients", "gathered parameters",
          "communication", "workspaces")  # fmt: skip
 # float32, in which reductions, logits and references compute.
 _WIDE = 4
-_ROWS = 128
 # What `use_deterministic_algorithms` asks of cuBLAS, 8 x 4 MiB, for a handle; the backward pass's thread has one of its own.
 _CUBLAS_WORKSPACE = 2 * 8 * 2**22
 # Elements that the optimizer's eager reference updates at once.
@@ -266,7 +266,7 @@ class _Step:
     def rows(self) -> int:
         """Rows of the head; for kernels padded as the batch is."""
         rows = self.training.rows
-        return -(-rows // _ROWS) * _ROWS if self.training.kernels else rows
+        return padded_to_tiles(rows) if self.training.kernels else rows
 
     @cached_property
     def chunks(self) -> tuple[bool, int]:

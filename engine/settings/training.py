@@ -13,7 +13,7 @@ from engine.settings.sections import (
     Source,
 )
 from kernels.attention.backends import Backend
-from model.mistral import Recompute
+from kernels.recompute import Recompute
 
 # A resumed run may change these: they do not change the trajectory beyond rounding.
 FREE_ON_RESUME = frozenset(

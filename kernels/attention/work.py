@@ -1,7 +1,7 @@
 """Work lists: which places of a packed row attend to which. The CPU makes them once a batch for all layers.
 
-A row is cut into segments. A segment is a document, or a part of one. A segment may continue an earlier segment, its prefix: its
-places see the prefix's places as if the prefix stood right before them, whatever lies between. A preference pair is therefore
+A row is cut into segments: documents, or parts of a document. A segment may continue an earlier segment, its prefix. Its places
+then see the prefix's places as if the prefix stood right before them, whatever lies between. A preference pair is therefore
 three segments, [prompt | chosen | rejected]: the last two have the prompt as their prefix, and it is computed once.
 
 A tile is up to `tile` neighbouring places of one segment. Each tile of queries has the ranges of keys that any of its places
@@ -161,9 +161,7 @@ def _checked_segments(bounds: list[int], prefixes: Sequence[int] | None) -> tupl
     return tuple((*ends, prefix) for ends, prefix in zip(pairwise(bounds), parents, strict=True))
 
 
-def _keys_of(
-    first: int, last: int, start: int, prefix: tuple[int, int, int] | None, reach: int
-) -> list[Range]:
+def _keys_of(first: int, last: int, start: int, prefix: tuple[int, int, int] | None, reach: int) -> list[Range]:
     """The ranges of keys that queries [first, last) see: of the prefix, then of their own segment from `start` on."""
     own = (max(start, first - reach + 1), last, 0)
     if prefix is None:
@@ -184,7 +182,7 @@ def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, 
         if stop <= start:
             continue
         if shift == 0:
-            # This follower stands right behind the segment and sees these keys, so all later queries of the segment do: one range.
+            # The follower stands right behind its prefix, whose later queries then all see these keys: one range serves both.
             ranges[-1] = (first, stop, 0)
         else:
             ranges.append((start, stop, shift))

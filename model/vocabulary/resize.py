@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kernels import TILE, padded_to_tiles
 from model.config import MistralConfig, read_config, write_config
 from model.tensor_file import TensorStream
 from model.vocabulary.distill import Distillation, distill
@@ -25,7 +26,6 @@ from model.weights import TensorFolder, hugging_face_shapes, write_tensor_folder
 Method = Literal["weighted", "mean", "random", "distilled"]
 Side = Literal["input", "head"]
 
-ROW_MULTIPLE = 128  # rows of embedding and head, for the matrix units
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _RUN, _COLUMNS = 128, 256  # of a matrix, computed at a time: few, so that the memory of one run serves the next
 
@@ -36,8 +36,8 @@ _NOISE = 0.01  # of a typical row's length
 
 
 def padded_size(pieces: int) -> int:
-    """Rows of embedding and head for a number of pieces: the next multiple of 128."""
-    return -(-pieces // ROW_MULTIPLE) * ROW_MULTIPLE
+    """Rows of embedding and head for a number of pieces: whole tiles of the kernels' products."""
+    return padded_to_tiles(pieces)
 
 
 def new_rows(
@@ -181,7 +181,7 @@ def check_rows(config: MistralConfig, tokenizer: Tokenizer, source: str | Path) 
     """
     padding = config.vocab_size - tokenizer.vocab_size
     named = config.unpadded_vocab_size not in (config.vocab_size, tokenizer.vocab_size)
-    if named or not 0 <= padding < ROW_MULTIPLE:
+    if named or not 0 <= padding < TILE:
         raise ValueError(
             f"{source}: the model has rows for {config.unpadded_vocab_size:,} pieces, the base tokenizer has "
             f"{tokenizer.vocab_size:,}: give the tokenizer that the model was trained with"

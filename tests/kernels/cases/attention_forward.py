@@ -3,11 +3,11 @@
 import torch
 import triton
 
+from kernels import TILE
 from kernels.attention import forward as attention_forward
 from tests.kernels.cases import CONFIG, empty
 
 HEADS, KV_HEADS, SIZE = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
-TILE = 128
 
 
 def packed(dtype, tokens):
