@@ -233,7 +233,7 @@ def test_flash_needs_torchs_or_the_package(torchs, package, monkeypatch):
     monkeypatch.setattr(backends, "_has_package", lambda: package)
     problem = backends.cannot("flash", torch.device("cuda"), torch.bfloat16, gradients=True, prefixes=False)
     assert (problem is None) == (torchs or package)
-    assert torchs or package or "or the package flash-attn from 2.6 on" in problem
+    assert torchs or package or "or the package flash-attn 2.6 or newer" in problem
 
 
 def test_backends_say_what_they_cannot_do(device):
