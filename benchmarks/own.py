@@ -37,9 +37,10 @@ from engine.settings.training import TrainSettings
 from model.config import MistralConfig
 from model.mistral import Mistral
 from model.weights import save_model
-from recipes.dpo import DpoSettings, training_pairs
+from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
+from recipes.training import fitting_batches
 
 SETTINGS: dict[str, type[TrainSettings]] = {"next-token": PretrainSettings, "sft": SftSettings, "dpo": DpoSettings}
 KINDS = {"next-token": "text", "sft": "conversations", "dpo": "preferences"}
@@ -168,7 +169,7 @@ def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
     start = (time.perf_counter(), cpu_seconds())
     tables = []
     for dataset in run.datasets:
-        batches = training_pairs(run, dataset)
+        batches = fitting_batches(run, dataset)
         tables.append(reference_log_probs(model, batches, len(dataset) // 2))
     reshard(model)
     spent = {"seconds": time.perf_counter() - start[0], "cpu_seconds": cpu_seconds() - start[1]}

@@ -4,8 +4,8 @@
     python -m recipes.chat --model exports/shisa-7b --system "You are a helpful assistant." --prompt "日本の首都は？"
     python -m recipes.chat --model mistralai/Mistral-7B-v0.1 --completion --prompt "Once upon a time"
 
-Answers go to standard output as they are made, remarks to standard error. A conversation reads a question a line; the end of
-input (Ctrl-D) ends it, Ctrl-C ends an answer or, at the question, the conversation.
+Answers stream to standard output, remarks go to standard error. In a conversation each line is a question. Ctrl-D (end of
+input) ends the conversation; Ctrl-C ends an answer or, at the question, the conversation.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from model.weights import load_model
 from recipes.command import command
 
 with contextlib.suppress(ImportError):
-    # Its import alone gives input() line editing that knows how wide Japanese characters are, and a history.
+    # The import alone gives input() a history, and line editing that knows the width of Japanese characters.
     import readline  # noqa: F401
 
 
@@ -37,11 +37,11 @@ class ChatSettings:
     """Conversation with a model."""
 
     model: str
-    """Run folder (its newest checkpoint is taken), checkpoint, Hugging Face folder, or hub repository owner/name."""
+    """Run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name."""
     system: str | None = None
-    """System message, which stands before the first question."""
+    """System message, in front of the first question."""
     prompt: str | None = None
-    """Answer this alone, then end."""
+    """Answer this one question, then end."""
     completion: bool = False
     """Continue plain text, without the chat template: for base models."""
     show_speed: bool = False
@@ -49,9 +49,9 @@ class ChatSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the parameters; auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Dtype of the parameters; auto: bfloat16 on CUDA, float32 on the CPU."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7))
-    """How the next token is chosen."""
+    """Choice of the next token."""
 
     def __post_init__(self) -> None:
         if self.completion and self.system is not None:
@@ -59,31 +59,31 @@ class ChatSettings:
 
 
 class Speaker:
-    """A model with its tokenizer that answers on standard output."""
+    """A model with its tokenizer; answers go to standard output."""
 
     def __init__(self, model: Mistral, tokenizer: Tokenizer, sampling: Sampling, *, show_speed: bool = False) -> None:
         pieces, rows = tokenizer.vocab_size, model.config.unpadded_vocab_size
         if pieces > rows:
             raise ValueError(f"the tokenizer has {pieces} pieces, the model only {rows}: they do not belong together")
-        # Folders of other software do not say how many of their rows are padding; the tokenizer does.
+        # Other software's folders do not say how many embedding rows are padding; the tokenizer's size tells it.
         model.config = replace(model.config, unpadded_vocab_size=pieces)
         self.model, self.tokenizer, self.sampling, self.show_speed = model, tokenizer, sampling, show_speed
-        # Leaves room for an answer of max_new_tokens, but is never less than half of the positions.
+        # An answer of max_new_tokens must fit behind the prompt, but the prompt may always take half of the positions.
         positions = model.config.max_position_embeddings
         self.longest_prompt = positions - min(sampling.max_new_tokens, positions // 2)
         self._answers = 0
-        # Of a conversation only what is new is read.
+        # Keys and values of the conversation so far: only new tokens are computed.
         self._past = Past(model)
 
     def converse(self, history: list[Message], question: str) -> None:
-        """Answer a question and add both to the history, as far as the answer got; a question without answer is not added.
+        """Answer a question, then add both to the history, up to the point where the answer ended or was stopped.
 
-        Raises: ValueError for a question that cannot be asked, such as one that is too long for the model.
+        An unanswered question is not added. Raises: ValueError for a question that is too long for the model, or empty.
         """
         asked = [*history, Message(role="user", content=question)]
         prompt_ids, kept = fit_conversation(self.tokenizer, asked, self.longest_prompt)
         if len(kept) < len(asked):
-            remark(f"the conversation outgrew the model: the oldest {len(asked) - len(kept)} messages are forgotten")
+            remark(f"the conversation outgrew the model: the oldest {len(asked) - len(kept)} messages are left out")
         said: list[str] = []
         try:
             self._say(prompt_ids, self.tokenizer.stream_decoder(), said, without_outer_spaces)
@@ -95,13 +95,10 @@ class Speaker:
             remark("the model ended its answer at once")
 
     def complete(self, text: str) -> None:
-        """Print a text and what the model continues it with.
-
-        Raises: ValueError for a text that is too long for the model.
-        """
+        """Print a text and its continuation. Raises: ValueError for a text that is too long for the model."""
         prompt_ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
         decoder = self.tokenizer.stream_decoder()
-        # The decoder has to know what comes before: a space at the beginning of all text would be dropped.
+        # The decoder must have seen the text: it drops a space at the beginning of everything it decodes.
         for token in prompt_ids:
             decoder.push(token)
         self._say(prompt_ids, decoder, [text], lambda pieces: pieces)
@@ -113,9 +110,9 @@ class Speaker:
         said: list[str],
         trim: Callable[[Iterable[str]], Iterable[str]],
     ) -> None:
-        """Print what `said` holds and the answer; each piece is added to `said` as soon as it is printed."""
+        """Print the pieces in `said`, then the answer; each printed piece is appended to `said` at once."""
         start = time.perf_counter()
-        # Another seed for each answer: the same draws would make a second answer resemble the first.
+        # Each answer has its own seed, because equal draws would make answers resemble one another.
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % 2**63)
         tokens = generate(self.model, prompt_ids, sampling, stop_ids=(self.tokenizer.eos_id,), past=self._past)
         self._answers += 1
@@ -137,18 +134,18 @@ class Speaker:
         finally:
             print(flush=True)
         if chosen[-1] != self.tokenizer.eos_id:
-            remark(f"cut after {len(chosen)} tokens, by sampling.max_new_tokens or the model's max_position_embeddings")
+            remark(f"cut after {len(chosen)} tokens by sampling.max_new_tokens or the model's max_position_embeddings")
         if self.show_speed:
             rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
             remark(f"{len(prompt_ids)} + {len(chosen)} tokens: the first after {times[0] - start:.2f} s{rate}")
 
 
 def fit_conversation(tokenizer: Tokenizer, messages: Sequence[Message], longest: int) -> tuple[list[int], list[Message]]:
-    """The prompt of a conversation that ends with a question, and the messages that are in it.
+    """The prompt of a conversation that ends with a question, and the messages in it.
 
     The oldest exchanges are left out until the prompt has at most `longest` tokens; a system message stays.
 
-    Raises: ValueError when the system message and the question alone are longer, and for what the template cannot express.
+    Raises: ValueError where system message and question alone are longer, or where the chat template cannot express a message.
     """
     kept = list(messages)
     first = int(kept[0]["role"] == "system")
@@ -163,7 +160,7 @@ def fit_conversation(tokenizer: Tokenizer, messages: Sequence[Message], longest:
 
 
 def without_outer_spaces(pieces: Iterable[str]) -> Iterator[str]:
-    """A streamed answer without the spaces that the chat template puts before and after it; held back until text follows."""
+    """A streamed answer without the chat template's spaces at both ends. Spaces are held back until text follows."""
     held, begun = "", False
     for piece in pieces:
         text = held + piece if begun else piece.lstrip(" ")
@@ -175,7 +172,7 @@ def without_outer_spaces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def questions() -> Iterator[str]:
-    """Lines of standard input that are not blank, until its end or Ctrl-C."""
+    """The non-blank lines of standard input, until its end or Ctrl-C."""
     asks = sys.stdin.isatty()
     while True:
         try:
@@ -189,12 +186,12 @@ def questions() -> Iterator[str]:
 
 
 def remark(text: str) -> None:
-    """Say something that is not the model's answer."""
+    """Print a remark of the program, apart from the model's answers."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def run(settings: ChatSettings) -> None:
-    """Answer the prompt, or each line of standard input."""
+    """Answer the prompt, or else each line of standard input."""
     device = choose_device(settings.device)
     folder = model_folder(settings.model)
     tokenizer = Tokenizer.load(folder)

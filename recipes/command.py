@@ -1,4 +1,4 @@
-"""How a recipe is called from a shell: settings in, one clear line out when something is wrong."""
+"""The shell side of every recipe: settings in, one clear line out where something is wrong."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ Settings = TypeVar("Settings")
 
 
 def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv: Sequence[str] | None, prog: str) -> None:
-    """Parse settings and run. What the user can mend ends with `error: ...` and status 1; a defect keeps its traceback."""
+    """Parse settings and run. A user's mistake ends with `error: ...` and status 1; a defect keeps its traceback."""
     settings = parse(settings_class, argv, prog=prog)
     try:
         run(settings)
@@ -25,9 +25,9 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
         rank = os.environ.get("RANK", "0")
         raise SystemExit(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}") from None
     except SystemExit:
-        # All ranks end alike, as after SIGTERM.
+        # A stop by SIGTERM reaches all ranks at the same step, so they leave the process group together.
         leave()
         raise
     except KeyboardInterrupt:
-        print("stopped; what was complete before is kept", file=sys.stderr)
+        print("stopped; everything that was complete is kept", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,27 +1,25 @@
-"""Preference tuning on pairs of answers (DPO and its relatives).
+"""Preference tuning on pairs of answers: DPO, its conservative form, IPO and the hinge loss.
 
     python -m recipes.dpo recipes/shisa/dpo.toml --out runs/dpo
 
-The reference is the model that the run starts from. Its log-probabilities of all pairs are computed once, before the first
-step, and kept in a file named by what they depend on; while training there is one model in memory.
+The reference model is the model that the run starts from. Its log-probabilities of all pairs are computed once, before the
+first step, and cached in a file named by a hash of weights and data. While training, one model is in memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.batch import Batch, evaluation_batches
-from engine.data.dataset import TokenDataset
 from engine.loop import train
 from engine.objectives.heldout import Evaluation, whole_step
 from engine.objectives.preference import Preference
 from engine.objectives.reference import reference_tables
 from engine.observe.replay import replay
-from engine.run import Run, open_run
+from engine.run import open_run
 from engine.settings.sections import PreferenceSettings
 from engine.settings.training import TrainSettings, check_neftune
 from recipes.command import command
-from recipes.training import announce, heldout_batches
+from recipes.training import announce, fitting_batches, heldout_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +28,12 @@ class DpoSettings(TrainSettings):
 
     preference: PreferenceSettings = field(default_factory=PreferenceSettings)
     neftune_alpha: float = 0.0
-    """Scale of the NEFTune noise on the policy's embeddings while training; the reference never has any."""
+    """NEFTune: scale of the noise on the policy's embeddings while training; 0 for none. The reference never has noise."""
     share_prompts: bool = True
-    """Compute the prompt that both answers of a pair have in common once, for the same loss and gradients. A run may not change
-    it midway: NEFTune's noise on a shared prompt is one, not two."""
+    """Compute the common prompt of a pair once for both answers: loss and gradients are the same. A run may not change this
+    midway, because NEFTune draws one noise for a shared prompt and two for separate prompts."""
     reference_cache: str = ""
-    """Folder of the reference's log-probabilities; default: `reference` in the run folder."""
+    """Folder for the reference's log-probabilities; default: `reference` in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,13 +41,14 @@ class DpoSettings(TrainSettings):
 
 
 def run(settings: DpoSettings) -> Path | None:
-    """Train; returns the last checkpoint's folder (None for a dry run)."""
+    """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
     opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)
     heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):
         return None
-    sets = {f"source {i}": (dataset, training_pairs(opened, dataset)) for i, dataset in enumerate(opened.datasets)}
-    sets.update({f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()})
+    sets = {f"source {index}": (dataset, fitting_batches(opened, dataset)) for index, dataset in enumerate(opened.datasets)}
+    sources = list(sets)
+    sets |= {f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()}
     cache = Path(settings.reference_cache) if settings.reference_cache else opened.out / "reference"
     tables, model = reference_tables(opened, sets, cache)
 
@@ -57,16 +56,10 @@ def run(settings: DpoSettings) -> Path | None:
         reference = [tables[name] for name in names]
         return Preference(settings.preference, reference, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
 
-    trained = objective(*(f"source {i}" for i in range(len(opened.datasets))))
     if settings.replay:
-        return replay(opened, model, trained)
+        return replay(opened, model, objective(*sources))
     evaluations = [Evaluation(name, objective(f"heldout {name}"), whole_step(batches)) for name, batches in heldout.items()]
-    return train(opened, model, trained, evaluations)
-
-
-def training_pairs(run: Run, dataset: TokenDataset) -> list[Batch]:
-    """Every pair of a source that fits the context."""
-    return evaluation_batches(dataset, run.packing, run.settings.context_length, share_prompts=run.plan.share_prompts)
+    return train(opened, model, objective(*sources), evaluations)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

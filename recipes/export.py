@@ -1,4 +1,4 @@
-"""Export a run or checkpoint as a plain Hugging Face folder: weights, configuration, tokenizer; no training state.
+"""Export a trained model as a plain Hugging Face folder: weights, configuration and tokenizer, without training state.
 
 python -m recipes.export --source runs/dpo --out exports/shisa-7b
 """
@@ -20,25 +20,25 @@ from recipes.command import command
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Export of trained weights."""
+    """Export of a trained model."""
 
     source: str
-    """Run folder (its newest checkpoint is taken), checkpoint, or any Hugging Face Mistral folder with its tokenizer.model."""
+    """Run folder (its newest checkpoint) or Hugging Face folder with its tokenizer.model."""
     out: str
     """Folder to write."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the written weights."""
+    """Dtype of the written weights."""
     overwrite: bool = False
     """Replace an existing folder."""
 
 
 def run(settings: ExportSettings) -> Path:
-    """Write the folder; returns its path. The same source gives the same bytes."""
+    """Write the folder and return its path. The same source gives the same bytes."""
     source = Path(settings.source)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such run, checkpoint or model folder")
     if Path(settings.out).resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{settings.out}: is or holds the source, which overwriting it would delete; name another folder")
+        raise ValueError(f"{settings.out}: is or holds the source, and overwriting would delete it; name another folder")
     checkpoint = newest_checkpoint(source) or source
     if (checkpoint / "training").is_dir():
         read_state(checkpoint)

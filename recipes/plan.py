@@ -1,10 +1,10 @@
-"""What a training run will take, before anything is allocated: memory item by item, the largest micro-batch, tokens a second.
+"""Predict a training run before anything is allocated: memory item by item, the largest micro-batch, tokens per second.
 
     python -m recipes.plan recipes/shisa/pretrain.toml --model preset:shisa-7b --device h200
     python -m recipes.plan recipes/shisa/sft.toml --gpus 8 --device h100 --optimizer.moments bfloat16 --pack-tokens 8192
 
-The configuration is that of a training recipe; any of its settings may be overridden as there. Neither data nor weights nor a
-GPU need be there: of the model, its config.json or a preset.
+The configuration is a training recipe's TOML file, with the same dotted overrides. No data, no weights and no GPU are needed:
+the model's config.json or a preset is enough.
 """
 
 import argparse
@@ -27,52 +27,60 @@ from kernels import TILE, padded_to_tiles
 from kernels.recompute import Recompute
 from model.config import MistralConfig, preset, read_config
 from recipes.dpo import DpoSettings
+from recipes.drawing import new_figure, save_figure
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
 
-# Outside of torch's allocator. Assumed, as they depend on the driver: its context with our kernels, and NCCL's buffers.
+# GiB outside torch's allocator, assumed because they depend on the driver: the CUDA context with our kernels; NCCL's buffers.
 _CONTEXT, _NCCL = 0.6, 1.0
-# Of what comes and goes: blocks of the allocator that nothing fits into. Assumed; a run logs what it reserves.
+# Share of the temporary memory that the allocator cannot use (assumed). A run logs what it really reserves.
 _FRAGMENTATION = 0.02
-# Tokens of a micro-batch: the most that is tried, and the steps between.
+# The largest micro-batch to try, in tokens.
 _LARGEST = 2**17
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A run's plan on one of its GPUs. speeds: by number of GPUs, those asked for first."""
+    """The prediction for one GPU of a run."""
 
     training: Training
     gpus: int
-    limit: float
+    limit: float  # GiB of a GPU
     memory: MemoryPlan
-    overhead: dict[str, float]
-    largest: dict[str, int]
-    speeds: dict[str, Speed]
-    curve: list[Speed]
+    overhead: dict[str, float]  # GiB outside the plan, by name
+    largest: dict[str, int]  # recompute mode -> tokens of the largest micro-batch; 0 where none fits
+    speeds: dict[str, Speed]  # recompute mode -> speed with that micro-batch
+    curve: list[Speed]  # speed on 1, 2, 4 ... GPUs
 
     @property
     def free(self) -> float:
-        """GiB that are left, below 0 where it does not fit."""
+        """GiB left; below 0 where the run does not fit."""
         return self.limit - self.memory.peak / 2**30 - sum(self.overhead.values())
 
     def table(self) -> dict[str, Any]:
         """For JSON: sizes in GiB."""
+        scaling = [
+            {**dataclasses.asdict(found), "hidden": found.hidden, "not_hidden": found.not_hidden} for found in self.curve
+        ]
         return {
-            "tokens": self.training.tokens, "recompute": self.training.recompute, "gpus": self.gpus, "memory_gib": self.limit,
-            "moment": self.memory.moment, "items_gib": {name: size / 2**30 for name, size in self.memory.items.items()},
-            **{f"{name}_gib": size for name, size in self.overhead.items()}, "peak_gib": self.memory.peak / 2**30,
-            "free_gib": self.free, "largest_micro_batch": self.largest,
+            "tokens": self.training.tokens,
+            "recompute": self.training.recompute,
+            "gpus": self.gpus,
+            "memory_gib": self.limit,
+            "moment": self.memory.moment,
+            "items_gib": {name: size / 2**30 for name, size in self.memory.items.items()},
+            **{f"{name}_gib": size for name, size in self.overhead.items()},
+            "peak_gib": self.memory.peak / 2**30,
+            "free_gib": self.free,
+            "largest_micro_batch": self.largest,
             "tokens_per_second": {mode: found.hidden for mode, found in self.speeds.items()},
-            "scaling": [
-                {**dataclasses.asdict(found), "hidden": found.hidden, "not_hidden": found.not_hidden} for found in self.curve
-            ],
+            "scaling": scaling,
             "assumptions": ASSUMPTIONS,
-        }  # fmt: skip
+        }
 
 
 def settings_of(path: str, overrides: Sequence[str]) -> TrainSettings:
-    """The settings of a training recipe, told apart by what only they have."""
+    """The settings of a training recipe; the keys in the file tell which recipe."""
     table = read_table(Path(path))
     recipe: type[TrainSettings] = PretrainSettings
     if {"preference", "share_prompts", "reference_cache"} & table.keys():
@@ -83,37 +91,49 @@ def settings_of(path: str, overrides: Sequence[str]) -> TrainSettings:
 
 
 def config_of(settings: TrainSettings) -> MistralConfig:
-    """The model's shape. Raises: FileNotFoundError saying how to do without the folder."""
+    """The model's shape. Raises: FileNotFoundError where the folder does not exist, naming the remedy."""
     if settings.model.startswith(PRESET):
         return preset(settings.model.removeprefix(PRESET))
     if not Path(settings.model).exists():
-        # Nor is a model fetched for its shape.
-        raise FileNotFoundError(f"model = {settings.model}: no such folder yet; say its shape: --model preset:shisa-7b")
+        # A hub repository is not downloaded either, just for its shape.
+        raise FileNotFoundError(f"model = {settings.model}: no such folder yet; name its shape: --model preset:shisa-7b")
     return read_config(model_folder(settings.model))
 
 
 def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gib: float = 0.0) -> Outlook:
-    """Plan a run. Args: memory_gib: of a GPU; 0 for the device's own.
+    """Predict a run.
 
-    Raises: ValueError where replicas do not divide the GPUs.
+    Args:
+        memory_gib: memory of a GPU; 0 for the device's own.
+
+    Raises: ValueError where parallel.replicas does not divide the GPUs, or optimizer.offload meets several GPUs.
     """
     replicas = settings.parallel.replicas
     if gpus < 1 or gpus % replicas:
         raise ValueError(f"gpus = {gpus}: must be a multiple of parallel.replicas = {replicas}, at least 1")
     offloaded = settings.optimizer.offload != "none"
     if offloaded and gpus > 1:
-        raise ValueError("optimizer.offload is for one rank: on several GPUs each holds a part of the moments; leave it out")
+        raise ValueError("optimizer.offload works on one rank only: several GPUs share the moments already; leave it out")
     config = config_of(settings)
     paired = isinstance(settings, DpoSettings)
     sides = 2 if paired else 1
     tokens = settings.pack_tokens or sides * settings.context_length
-    # Lengths of pairs are not known without data: as long as can be.
+    # Without data the lengths of pairs are unknown: assume the longest.
     step_tokens = settings.step_size * (2 * settings.context_length if paired else 1)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     training = Training(
-        config, dtype, settings.optimizer, settings.recompute, tokens, tokens, accumulates=step_tokens > gpus * tokens,
-        log_probs=paired, kernels=dtype == torch.bfloat16, shards=gpus // replicas, reshard=settings.parallel.reshard,
-    )  # fmt: skip
+        config,
+        dtype,
+        settings.optimizer,
+        settings.recompute,
+        tokens=tokens,
+        rows=tokens,
+        accumulates=step_tokens > gpus * tokens,
+        log_probs=paired,
+        kernels=dtype == torch.bfloat16,
+        shards=gpus // replicas,
+        reshard=settings.parallel.reshard,
+    )
     limit = memory_gib or device.memory
     found = plan(training)
     held = found.items["weights"] + found.items["optimizer"] + found.items["gradients"]
@@ -121,10 +141,10 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
         "fragmentation": _FRAGMENTATION * (found.peak - held) / 2**30,
     }
-    # As long as a rank's part of a step, in whole tiles.
+    # A micro-batch cannot exceed a rank's part of a step (in whole tiles).
     most = min(_LARGEST, padded_to_tiles(-(-step_tokens // gpus)))
     room = limit - overhead["context"]
-    # Fragmentation counts for what comes and goes alone: taken off all, the micro-batch would be too small.
+    # Fragmentation concerns temporary memory alone; charged to everything, the micro-batch would come out too small.
     bytes_of_room = int((room - max(0.0, room - held / 2**30) * _FRAGMENTATION / (1 + _FRAGMENTATION)) * 2**30)
     largest = {
         mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most, multiple=TILE)
@@ -150,9 +170,9 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
     lines = [
         f"{name}: {config.parameters / 1e9:.3f} billion parameters on {gpus} of {outlook.limit:g} GiB",
         f"recompute {training.recompute}, {optimizer.moments} moments{' on the host' if optimizer.offload != 'none' else ''}, "
-        f"micro-batches of {training.tokens:,} tokens{', added up' if training.accumulates else ''}",
+        f"micro-batches of {training.tokens:,} tokens{' (gradient accumulation)' if training.accumulates else ''}",
         "",
-        f"{'GiB on a GPU at the peak, in the ' + outlook.memory.moment:<44}",
+        f"GiB on a GPU at the peak, in the {outlook.memory.moment}",
     ]
     lines += [f"  {item:<24}{size / 2**30:>9.2f}" for item, size in outlook.memory.items.items() if size]
     lines += [f"  {item + ' (assumed)':<24}{size:>9.2f}" for item, size in outlook.overhead.items()]
@@ -177,10 +197,11 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
 
 
 def draw(outlook: Outlook, file: Path) -> None:
-    """Tokens a second of a GPU over the number of GPUs."""
-    from matplotlib.figure import Figure
+    """Tokens per second of a GPU over the number of GPUs. Without matplotlib one line says so."""
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_figure(6.4, 4.0)
+    if figure is None:
+        return
     axes = figure.add_subplot()
     for label in ("hidden", "not_hidden"):
         each = [getattr(found, label) / found.gpus for found in outlook.curve]
@@ -189,8 +210,7 @@ def draw(outlook: Outlook, file: Path) -> None:
     axes.set_xticks([found.gpus for found in outlook.curve], labels=[str(found.gpus) for found in outlook.curve], minor=False)
     axes.minorticks_off()
     axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,11 +218,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m recipes.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config", help="TOML file of a training recipe")
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose ceilings and memory count")
-    parser.add_argument("--gpus", type=int, default=1, help="of the run (default 1)")
-    parser.add_argument("--memory-gib", type=float, default=0.0, help="of a GPU; default the device's")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", type=Path, help="draw the scaling curve to this file (.png, .svg, .pdf)")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="kind of GPU (default %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default %(default)s)")
+    parser.add_argument("--memory-gib", type=float, default=0.0, help="memory of a GPU (default: the device's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--plot", type=Path, help="draw the scaling curve to this file (.png, .svg or .pdf)")
     arguments, overrides = parser.parse_known_args(argv)
     try:
         settings = settings_of(arguments.config, overrides)

@@ -1,4 +1,4 @@
-"""Tokenise text, conversations or preference pairs once, into a dataset that the training recipes map into memory.
+"""Tokenise text, conversations or preference pairs once, into a dataset that the training recipes memory-map.
 
 python -m recipes.prepare --kind text --paths corpus/ --tokenizer runs/tokenizer --out data/corpus --heldout 0.01
 python -m recipes.prepare --kind conversations --paths chat.jsonl.gz --out data/chat --preview 3
@@ -21,33 +21,34 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """What to tokenise, and where to."""
+    """Tokenisation of one dataset."""
 
     kind: Literal["text", "conversations", "preferences"]
-    """text: .txt and records with a text; conversations: ShareGPT, messages, Alpaca, prompt and completion;
+    """text: .txt files and records with a text field; conversations: ShareGPT, messages, Alpaca, or prompt and completion;
     preferences: prompt, chosen, rejected."""
     paths: tuple[str, ...]
-    """Files (.txt, .jsonl, .json, each also .gz; .parquet), folders, patterns, and hub:owner/name[:split]."""
+    """Files (.txt, .jsonl, .json, each also .gz; .parquet), folders, patterns, or hub:owner/name[:split]."""
     out: str
-    """Folder of the prepared dataset."""
+    """Folder for the prepared dataset."""
     tokenizer: str | None = None
-    """Folder with tokenizer.model, or a *.model file. Default: Mistral 7B's own."""
+    """Folder with tokenizer.model, or a *.model file; default: Mistral 7B's own (needs mistral-common)."""
     text_field: str = "text"
     """Field of a record that holds the text (kind text)."""
     split: Literal["blank", "line", "file"] = "blank"
-    """What ends a document of a .txt file: a blank line, each line, the end of the file."""
+    """A document of a .txt file ends at: a blank line, each line, or the end of the file."""
     max_length: int | None = None
     """Skip pairs with a side of more tokens than this (kind preferences)."""
     heldout: float = 0.0
-    """Share (below 1) or number of documents for a second dataset <out>-heldout, chosen by a hash of their content."""
+    """Validation: share (below 1) or number of documents that go to a second dataset <out>-heldout instead, chosen by a hash of
+    their content."""
     seed: int = 0
-    """Of the hash that chooses what is held out."""
+    """Seed of the hash that chooses the held-out documents."""
     strict: bool = False
-    """Stop at the first record that cannot be used, instead of skipping, counting and reporting it."""
+    """Stop at the first unusable record, instead of skipping, counting and reporting it."""
     overwrite: bool = False
-    """Replace a dataset of the same name that was prepared from something else."""
+    """Replace a dataset in `out` that was prepared from something else."""
     preview: int = 0
-    """Print this many prepared documents, token by token, with what is trained on."""
+    """Print this many prepared documents, token by token; + marks trained tokens."""
 
     def __post_init__(self) -> None:
         if self.preview < 0:
@@ -55,7 +56,7 @@ class PrepareSettings:
 
 
 def run(settings: PrepareSettings) -> dict[str, Any]:
-    """Prepare, print what came out; returns the dataset's dataset.json."""
+    """Prepare the dataset and print a summary; returns its dataset.json."""
     tokenizer = Tokenizer.load(settings.tokenizer or mistral_tokenizer_path())
     report = prepare(
         settings.paths,
@@ -78,7 +79,7 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def lengths_line(dataset: TokenDataset) -> str:
-    """The distribution of document lengths."""
+    """Percentiles of the document lengths."""
     values = np.percentile(dataset.lengths, PERCENTILES, method="nearest")
     return "tokens a document: " + ", ".join(
         f"{percent} % {value:,}" for percent, value in zip(PERCENTILES, values.tolist(), strict=True)
@@ -86,12 +87,12 @@ def lengths_line(dataset: TokenDataset) -> str:
 
 
 def preview(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> Iterator[str]:
-    """The first `count` documents (pairs) as they lie on the disk: runs of tokens, '+' where trained on and '-' where not."""
+    """The first `count` documents (pairs) as stored: runs of tokens, '+' in front of trained ones and '-' of the others."""
     sides = 2 if dataset.kind == "preferences" else 1
     names = tokenizer.pieces()
     for document in range(min(count * sides, len(dataset))):
         ids, trained = dataset.tokens(document).tolist(), dataset.trained(document).tolist()
-        # The first token is never predicted, whatever the rest of the document is.
+        # Nothing predicts the first token of a document.
         trained[0] = False
         side = ("", " (chosen)" if document % 2 == 0 else " (rejected)")[sides - 1]
         yield f"--- {document // sides}{side}: {len(ids)} tokens, {sum(trained)} trained on"

@@ -1,7 +1,7 @@
-"""Continued pre-training: predict every token of text documents.
+"""Pre-training, continued or from fresh weights: predict every token of text documents.
 
 python -m recipes.pretrain recipes/shisa/pretrain.toml --out runs/cpt
-torchrun --nproc-per-node 1 -m recipes.pretrain recipes/shisa/pretrain.toml
+torchrun --standalone --nproc-per-node 8 -m recipes.pretrain recipes/shisa/pretrain.toml
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from recipes.training import train_next_token
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(TrainSettings):
-    """Continued pre-training. step_size counts tokens."""
+    """Pre-training. step_size counts tokens."""
 
 
 def run(settings: PretrainSettings) -> Path | None:
-    """Train; returns the last checkpoint's folder (None for a dry run)."""
+    """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
     return train_next_token(open_run(settings, ("text",)), NextToken())
 
 

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning on conversations: predict the assistant's turns and their end, with NEFTune noise.
+"""Supervised fine-tuning (SFT) on conversations: predict each assistant turn and its end token, with NEFTune noise.
 
-python -m recipes.sft recipes/shisa/sft.toml --out runs/sft
+    python -m recipes.sft recipes/shisa/sft.toml --out runs/sft
+
+User and system messages are read and not trained on (SFT masking): their tokens have no weight in the loss.
 """
 
 from collections.abc import Sequence
@@ -16,10 +18,10 @@ from recipes.training import train_next_token
 
 @dataclass(frozen=True, kw_only=True)
 class SftSettings(TrainSettings):
-    """Supervised fine-tuning. step_size counts tokens of whole conversations."""
+    """Supervised fine-tuning. step_size counts all tokens of the conversations, trained or not."""
 
     neftune_alpha: float = 5.0
-    """Scale of the NEFTune noise on embeddings while training; 0 for none."""
+    """NEFTune: scale of the noise on embeddings while training; 0 for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,7 +29,7 @@ class SftSettings(TrainSettings):
 
 
 def run(settings: SftSettings) -> Path | None:
-    """Train; returns the last checkpoint's folder (None for a dry run)."""
+    """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
     objective = NextToken(neftune_alpha=settings.neftune_alpha, seed=settings.seed)
     return train_next_token(open_run(settings, ("conversations", "text")), objective)
 

@@ -1,8 +1,8 @@
-"""What the training recipes share: show the run, stop there for a dry run, else evaluate and train."""
+"""The steps that the training recipes share: show the run, then stop (dry run), replay one step, or train."""
 
 from pathlib import Path
 
-from engine.data.batch import evaluation_batches
+from engine.data.batch import Batch, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
 from engine.objectives.heldout import Evaluation, whole_step
@@ -13,7 +13,7 @@ from engine.run import Run
 
 
 def announce(run: Run) -> bool:
-    """Print what the run will do. Returns whether to go on: not for a dry run, which prints a sample as well."""
+    """Print what the run will do. Returns whether to go on; a dry run also prints a sample, and ends here."""
     if run.ranks.main:
         print("\n".join(describe(run)))
         if run.settings.dry_run:
@@ -23,7 +23,10 @@ def announce(run: Run) -> bool:
 
 
 def train_next_token(run: Run, objective: NextToken) -> Path | None:
-    """Pre-training or supervised fine-tuning with its held-out sets, or one step of it once more."""
+    """Pre-training or supervised fine-tuning, evaluated on the held-out datasets.
+
+    Returns: the last checkpoint's folder; None for a dry run or a replay.
+    """
     evaluations = [
         Evaluation(name, objective, whole_step(heldout_batches(run, dataset))) for name, dataset in run.heldout.items()
     ]
@@ -34,16 +37,21 @@ def train_next_token(run: Run, objective: NextToken) -> Path | None:
     return train(run, run.load_model(), objective, evaluations)
 
 
-def heldout_batches(run: Run, dataset: TokenDataset):
-    """A held-out set in micro-batches of the run's size. Raises: ValueError where none of it fits the context."""
-    settings = run.settings
-    batches = evaluation_batches(
+def heldout_batches(run: Run, dataset: TokenDataset) -> list[Batch]:
+    """A held-out dataset in micro-batches. Raises: ValueError where no document of it fits the context."""
+    batches = fitting_batches(run, dataset, run.settings.heldout_limit)
+    if not batches:
+        limit = f"context_length = {run.settings.context_length}"
+        raise ValueError(f"{dataset.folder}: no document fits {limit}, so there is nothing to evaluate; raise it")
+    return batches
+
+
+def fitting_batches(run: Run, dataset: TokenDataset, limit: int | None = None) -> list[Batch]:
+    """Every document (or pair) that fits the context, or the first `limit`, in micro-batches of the run's size."""
+    return evaluation_batches(
         dataset,
         run.packing,
-        settings.context_length,
-        limit=settings.heldout_limit,
+        run.settings.context_length,
+        limit=limit,
         share_prompts=run.plan.share_prompts,
     )
-    if not batches:
-        raise ValueError(f"{dataset.folder}: nothing to evaluate within context_length = {settings.context_length}; raise it")
-    return batches

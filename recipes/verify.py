@@ -1,9 +1,9 @@
-"""Say whether checkpoints are whole: every file there and as it was written, all tensors in their shapes, no pickle.
+"""Check that checkpoints are whole: every file present and as written, every tensor in its shape, no pickle.
 
     python -m recipes.verify runs/sft/step-00000100
     python -m recipes.verify runs/sft                 all complete checkpoints of a run
 
-Prints a line for each checkpoint, and one naming the file for everything that is wrong. Exit status 0 if nothing is, else 1.
+Each checkpoint gets one line, and each problem one line that names the file. Exit status: 0 without problems, else 1.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from engine.checkpoint.verifying import problems
 
 
 def verify(folder: Path) -> bool:
-    """Print what is wrong with a checkpoint; returns whether it is whole."""
+    """Print the problems of a checkpoint; returns whether it is whole."""
     found = list(problems(folder))
     for problem in found:
         print(f"error: {problem}")
@@ -27,13 +27,13 @@ def verify(folder: Path) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m recipes.verify", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint (step-...), or run folder: all of its checkpoints")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint (step-...), or run folder (all its checkpoints)")
     chosen = parser.parse_args(argv).checkpoint
     if not chosen.is_dir():
         raise SystemExit(f"error: {chosen}: no such folder")
     found = checkpoints(chosen) or [chosen]
     if found == [chosen] and not (chosen / STATE).parent.is_dir():
-        raise SystemExit(f"error: {chosen}: is neither a checkpoint nor a run folder with one")
+        raise SystemExit(f"error: {chosen}: is neither a checkpoint nor a run folder that holds one")
     whole = [verify(folder) for folder in found]
     if not all(whole):
         raise SystemExit(1)

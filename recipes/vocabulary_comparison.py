@@ -1,9 +1,12 @@
-"""What a vocabulary of each size gives and costs, beside other tokenizers: the table and the drawing of `--compare`."""
+"""`recipes.vocabulary --compare`: gain and cost of vocabularies of several sizes, beside other tokenizers.
+
+Costs are of a Mistral 7B with the vocabulary, for a million characters of each language.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,25 +20,25 @@ from model.vocabulary.resize import padded_size
 from model.vocabulary.scripts import Scripts
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.vocabulary.train import train
+from recipes.drawing import new_figure, save_figure
+
+Encode = Callable[[list[str]], list[list[int]]]
 
 CONTEXT = 4096  # tokens of a sequence, for the work of attention
-_CHARACTERS = 1_000_000  # of the text whose cost is counted
-_OWN_SHARE = 0.2  # of a text's characters that are of the scripts; a text with fewer is one of other languages
+_CHARACTERS = 1_000_000  # characters whose cost is counted
+_OWN_SHARE = 0.2  # a text with fewer of its characters in the scripts counts as another language's
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A tokenizer as the comparison sees it.
-
-    merged: how it was merged, for those that were. selected: by use, not in the order of training.
-    """
+    """A tokenizer to compare."""
 
     name: str
     pieces: int
-    encode: Callable[[list[str]], list[list[int]]]
+    encode: Encode
     decode: Callable[[list[int]], str]
-    merged: Merged | None = None
-    selected: bool = False
+    merged: Merged | None = None  # for our own merges
+    selected: bool = False  # our own merge of the most widely used pieces, instead of the pieces that training found first
 
     @classmethod
     def of(cls, name: str, tokenizer: Tokenizer, merged: Merged | None = None, selected: bool = False) -> Contender:
@@ -45,7 +48,7 @@ class Contender:
 def merged_contenders(
     base: Tokenizer, texts: Sequence[str], sizes: Sequence[int], scripts: Scripts, coverage: float
 ) -> Iterator[Contender]:
-    """For each size the pieces that the texts use most widely, and as many in the order of training; trained once."""
+    """Two merges of each size, from one training: the pieces that the texts use most widely, and those trained first."""
     trained = train(texts, candidates_for(max(sizes)), scripts=scripts, coverage=coverage)
     characters = sum(len(piece) == 1 for piece in trained.pieces)
     for size in sizes:
@@ -56,12 +59,16 @@ def merged_contenders(
 
 
 def carried() -> list[Contender]:
-    """The tokenizers that the mistral-common package carries, but for Mistral 7B v0.1's own."""
+    """The tokenizers of mistral-common, without Mistral 7B v0.1's own; without that package none, after one line."""
+    try:
+        first = mistral_tokenizer_path()
+    except FileNotFoundError as missing:
+        print(f"compared without mistral-common's tokenizers: {missing}")
+        return []
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-    first = mistral_tokenizer_path()
-    found = [Contender.of(path.name, Tokenizer.load(path)) for path in sorted(first.parent.glob("*.model.v*"))
-             if path != first]  # fmt: skip
+    files = sorted(first.parent.glob("*.model.v*"))
+    found = [Contender.of(path.name, Tokenizer.load(path)) for path in files if path != first]
     for path in sorted(first.parent.glob("tekken_*.json")):
         tekken = Tekkenizer.from_file(path)
 
@@ -73,11 +80,7 @@ def carried() -> list[Contender]:
 
 
 def in_folder(folder: str) -> Contender:
-    """The tokenizer of a folder: its tokenizer.model, or else its tokenizer.json.
-
-    Raises:
-        FileNotFoundError: it holds neither.
-    """
+    """The tokenizer of a folder: its tokenizer.model, or else its tokenizer.json. Raises: FileNotFoundError without either."""
     path = Path(folder)
     if (path / "tokenizer.model").is_file() or not (path / "tokenizer.json").is_file():
         return Contender.of(path.name, Tokenizer.load(path))
@@ -91,80 +94,92 @@ def in_folder(folder: str) -> Contender:
     return Contender(path.name, tokenizer.get_vocab_size(), encode, tokenizer.decode)
 
 
+def lines_without(scripts: Scripts, texts: Iterable[str]) -> list[str]:
+    """The non-empty lines without a character of the scripts, which no new piece may touch."""
+    return [line for text in texts for line in text.split("\n") if line and not scripts.occur_in(line)]
+
+
+def changed_lines(lines: list[str], before: Encode, after: Encode) -> dict[str, int]:
+    """The number of lines, and how many of them have other token ids after than before."""
+    changed = sum(old != new for old, new in zip(before(lines), after(lines), strict=True))
+    return {"lines": len(lines), "changed": changed}
+
+
 def compare(
-    base: Tokenizer, contenders: Sequence[Contender], texts: Mapping[str, list[str]], scripts: Scripts
+    base: Tokenizer, contenders: Iterable[Contender], texts: Mapping[str, list[str]], scripts: Scripts
 ) -> dict[str, Any]:
     """Measure the base and the contenders on texts.
 
-    Returns:
-        "texts": characters and language of each; "tokenizers": one row for each tokenizer, the base first; all costs are of a
-        Mistral 7B with that vocabulary, for a million characters of each language.
+    Returns: "texts": characters and language of each text; "tokenizers": one row for each tokenizer, the base first.
     """
-    languages: dict[str, list[str]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    about = {}
     for name, documents in texts.items():
         characters = sum(map(len, documents))
         own = sum(map(scripts.occur_in, chain(*documents)))
         language = str(scripts) if own >= _OWN_SHARE * characters else "other"
-        languages.setdefault(language, []).append(name)
         about[name] = {"characters": characters, "language": language}
-    foreign = [line for text in chain(*texts.values()) for line in text.split("\n") if line and not scripts.occur_in(line)]
-    expected = base.encode_batch(foreign)
+    foreign = lines_without(scripts, chain(*texts.values()))
     rows = []
-    for contender in [Contender.of("base", base), *contenders]:
-        counts, partial, seconds = {}, {}, 0.0
-        for name, documents in texts.items():
-            start = time.process_time()
-            encoded = contender.encode(documents)
-            seconds += time.process_time() - start
-            counts[name] = sum(map(len, encoded))
-            bytes_only = {id for id in set(chain(*encoded)) if "\ufffd" in contender.decode([id])}
-            partial[name] = sum(id in bytes_only for id in chain(*encoded))
-        characters_of = {name: about[name]["characters"] for name in texts}
-        row: dict[str, Any] = {
-            "name": contender.name,
-            "pieces": contender.pieces,
-            "characters_per_token": {name: round(characters_of[name] / counts[name], 4) for name in texts},
-            "languages": {},
-            "characters_per_cpu_second": round(sum(characters_of.values()) / seconds),
-        }
-        config = replace(MISTRAL_7B, vocab_size=padded_size(contender.pieces), unpadded_vocab_size=contender.pieces)
-        row["parameters_added"] = config.parameters - MISTRAL_7B.parameters
-        row["training_flops_per_token"] = _training(config)
-        for language, names in languages.items():
-            tokens, characters = (sum(of[name] for name in names) for of in (counts, characters_of))
-            row["languages"][language] = {
-                "characters_per_token": round(characters / tokens, 4),
-                "byte_tokens_percent": round(100 * sum(partial[name] for name in names) / tokens, 4),
-                **_cost(config, _CHARACTERS * tokens / characters),
-            }
+    for contender in chain([Contender.of("base", base)], contenders):
+        row = _measure(contender, texts, about)
         if contender.merged is not None:
             lost = unreachable(contender.merged.model_bytes)
+            old = sum(id < contender.merged.base_size for id in lost)
             row["new_pieces"] = len(contender.merged.pieces)
             row["selected"] = contender.selected
-            row["unreachable"] = {
-                "new": sum(id >= contender.merged.base_size for id in lost),
-                "base": sum(id < contender.merged.base_size for id in lost),
-            }
-            changed = sum(a != b for a, b in zip(expected, contender.encode(foreign), strict=True))
-            row["lines_without_the_scripts"] = {"lines": len(foreign), "changed": changed}
+            row["unreachable"] = {"new": len(lost) - old, "base": old}
+            row["lines_without_the_scripts"] = changed_lines(foreign, base.encode_batch, contender.encode)
         rows.append(row)
     for row in rows:
         for language, measured in row["languages"].items():
-            first = rows[0]["languages"][language]
-            measured["ratio"] = round(measured["characters_per_token"] / first["characters_per_token"], 4)
+            first = rows[0]["languages"][language]["characters_per_token"]
+            measured["ratio"] = round(measured["characters_per_token"] / first, 4)
     return {"texts": about, "tokenizers": rows}
 
 
+def _measure(contender: Contender, texts: Mapping[str, list[str]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Characters per token of each text, and gain and cost of each language."""
+    tokens, partial, seconds = {}, {}, 0.0
+    for name, documents in texts.items():
+        start = time.process_time()
+        encoded = contender.encode(documents)
+        seconds += time.process_time() - start
+        bytes_only = {id for id in set(chain(*encoded)) if "\ufffd" in contender.decode([id])}
+        tokens[name] = sum(map(len, encoded))
+        partial[name] = sum(id in bytes_only for id in chain(*encoded))
+    characters = {name: about[name]["characters"] for name in texts}
+    config = replace(MISTRAL_7B, vocab_size=padded_size(contender.pieces), unpadded_vocab_size=contender.pieces)
+    languages = {}
+    for language in dict.fromkeys(text["language"] for text in about.values()):
+        names = [name for name in texts if about[name]["language"] == language]
+        all_tokens, all_characters, all_partial = (sum(of[name] for name in names) for of in (tokens, characters, partial))
+        languages[language] = {
+            "characters_per_token": round(all_characters / all_tokens, 4),
+            "byte_tokens_percent": round(100 * all_partial / all_tokens, 4),
+            **_cost(config, _CHARACTERS * all_tokens / all_characters),
+        }
+    return {
+        "name": contender.name,
+        "pieces": contender.pieces,
+        "characters_per_token": {name: round(characters[name] / tokens[name], 4) for name in texts},
+        "languages": languages,
+        "characters_per_cpu_second": round(sum(characters.values()) / seconds),
+        "parameters_added": config.parameters - MISTRAL_7B.parameters,
+        "training_flops_per_token": _training(config),
+    }
+
+
 def _training(config: MistralConfig) -> int:
-    """Operations of training on a token of a full context."""
+    """FLOPs of training on one token of a full context."""
     pairs = attended_pairs([CONTEXT], config.sliding_window)
     return training_flops(config, tokens=CONTEXT, rows=CONTEXT, pairs=pairs) // CONTEXT
 
 
 def _cost(config: MistralConfig, tokens: float) -> dict[str, float]:
-    """What a text of so many tokens costs: to train on, to read as a prompt, and to write one token after another, where every
-    weight in bf16 is read for each token, but for the embedding."""
+    """Cost of a text: to train on it, to read it as a prompt, and to write it token by token.
+
+    Writing reads every bf16 weight once a token, except the embedding.
+    """
     training = tokens * _training(config)
     read = 2 * (config.parameters - config.vocab_size * config.hidden_size)
     return {
@@ -175,65 +190,85 @@ def _cost(config: MistralConfig, tokens: float) -> dict[str, float]:
 
 
 def lines(comparison: Mapping[str, Any]) -> Iterator[str]:
-    """The comparison for people."""
-    rows, width = comparison["tokenizers"], 1 + max(len(row["name"]) for row in comparison["tokenizers"])
+    """The comparison as text."""
+    rows = comparison["tokenizers"]
+    width = 1 + max(len(row["name"]) for row in rows)
+
+    def table(cell_width: int, titles: Iterable[str], cells: Callable[[Mapping[str, Any]], Iterable[str]]) -> Iterator[str]:
+        yield " " * width + "".join(f"{title:>{cell_width}}" for title in titles)
+        for row in rows:
+            yield f"{row['name']:<{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells(row))
+
     names = list(comparison["texts"])
     yield "characters per token"
-    yield " " * width + "".join(f"{Path(name).name.split('.')[0][:13]:>14}" for name in names)
-    for row in rows:
-        yield f"{row['name']:<{width}}" + "".join(f"{row['characters_per_token'][name]:>14.3f}" for name in names)
+    yield from table(
+        14,
+        [Path(name).name.split(".")[0][:13] for name in names],
+        lambda row: [f"{row['characters_per_token'][name]:.3f}" for name in names],
+    )
     for language in rows[0]["languages"]:
         yield f"\n{language}: a million characters with Mistral 7B"
-        yield " " * width + "".join(f"{title:>12}" for title in ("chars/token", "ratio", "byte tokens", "train PFLOP",
-                                                                 "read PFLOP", "write TB"))  # fmt: skip
-        for row in rows:
-            of = row["languages"][language]
-            yield (
-                f"{row['name']:<{width}}{of['characters_per_token']:>12.3f}{of['ratio']:>12.3f}{of['byte_tokens_percent']:>11.3f}%"
-                f"{of['training_pflop']:>12,.2f}{of['prompt_pflop']:>12,.2f}{of['generation_read_tb']:>12,.2f}"
-            )
-    yield ""
-    yield " " * width + "".join(f"{title:>16}" for title in ("parameters +", "FLOP/token +", "Mchar/CPU s", "unreachable",
-                                                             "lines changed"))  # fmt: skip
-    for row in rows:
-        share = row["training_flops_per_token"] / rows[0]["training_flops_per_token"] - 1
-        merged = ("-", "-")
-        if "unreachable" in row:
-            merged = (str(sum(row["unreachable"].values())), str(row["lines_without_the_scripts"]["changed"]))
-        yield (
-            f"{row['name']:<{width}}{row['parameters_added'] / 1e6:>14,.0f} M{share:>16.2%}"
-            f"{row['characters_per_cpu_second'] / 1e6:>16.2f}{merged[0]:>16}{merged[1]:>16}"
+        yield from table(
+            12,
+            ["chars/token", "ratio", "byte tokens", "train PFLOP", "read PFLOP", "write TB"],
+            lambda row, language=language: _language_cells(row["languages"][language]),  # type: ignore[misc]
         )
+    yield ""
+    yield from table(
+        16,
+        ["parameters +", "FLOP/token +", "Mchar/CPU s", "unreachable", "lines changed"],
+        lambda row: _model_cells(row, rows[0]),
+    )
+
+
+def _language_cells(of: Mapping[str, float]) -> list[str]:
+    return [
+        f"{of['characters_per_token']:.3f}",
+        f"{of['ratio']:.3f}",
+        f"{of['byte_tokens_percent']:.3f}%",
+        f"{of['training_pflop']:,.2f}",
+        f"{of['prompt_pflop']:,.2f}",
+        f"{of['generation_read_tb']:,.2f}",
+    ]
+
+
+def _model_cells(row: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    merged = "unreachable" in row
+    return [
+        f"{row['parameters_added'] / 1e6:,.0f} M",
+        f"{row['training_flops_per_token'] / base['training_flops_per_token'] - 1:.2%}",
+        f"{row['characters_per_cpu_second'] / 1e6:.2f}",
+        str(sum(row["unreachable"].values())) if merged else "-",
+        str(row["lines_without_the_scripts"]["changed"]) if merged else "-",
+    ]
 
 
 def draw(comparison: Mapping[str, Any], path: Path) -> None:
-    """Draw characters per token and relative costs over the number of pieces, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    """Draw characters per token and relative costs over the number of pieces. Without matplotlib one line says so."""
+    figure = new_figure(13, 4.5)
+    if figure is None:
+        return
     rows = comparison["tokenizers"]
     ours = [rows[0], *(row for row in rows if row.get("selected"))]
     others = [row for row in rows[1:] if "new_pieces" not in row]
     sizes = [row["pieces"] / 1000 for row in ours]
-    with matplotlib.rc_context({"svg.hashsalt": "vocabulary", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name, about in comparison["texts"].items():
-            own = about["language"] != "other"
-            values = [row["characters_per_token"][name] for row in ours]
-            left.plot(sizes, values, "o-" if own else "s:", markersize=3, label=Path(name).name.split(".")[0])
-        for language in rows[0]["languages"]:
-            marker = "x" if language != "other" else "+"
-            places = [row["pieces"] / 1000 for row in others]
-            values = [row["languages"][language]["characters_per_token"] for row in others]
-            left.scatter(places, values, marker=marker, color="0.3", label=f"other tokenizers, {language}")
-            for cost, style in (("training_pflop", "o-"), ("generation_read_tb", "s--")):
-                relative = [row["languages"][language][cost] / rows[0]["languages"][language][cost] for row in ours]
-                what = "training" if cost == "training_pflop" else "generation"
-                right.plot(sizes, relative, style, markersize=3, label=f"{what}, {language}")
-        left.set(title="Characters per token", xlabel="thousand pieces", ylim=(0, None))
-        right.set(title="Cost of the same text, base = 1 (Mistral 7B)", xlabel="thousand pieces", ylim=(0, None))
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    gain, cost = figure.subplots(1, 2)
+    for name, about in comparison["texts"].items():
+        values = [row["characters_per_token"][name] for row in ours]
+        style = "s:" if about["language"] == "other" else "o-"
+        gain.plot(sizes, values, style, markersize=3, label=Path(name).name.split(".")[0])
+    for language, base in rows[0]["languages"].items():
+        values = [row["languages"][language]["characters_per_token"] for row in others]
+        marker = "+" if language == "other" else "x"
+        places = [row["pieces"] / 1000 for row in others]
+        gain.scatter(places, values, marker=marker, color="0.3", label=f"other tokenizers, {language}")
+        for name, style, label in (("training_pflop", "o-", "training"), ("generation_read_tb", "s--", "generation")):
+            relative = [row["languages"][language][name] / base[name] for row in ours]
+            cost.plot(sizes, relative, style, markersize=3, label=f"{label}, {language}")
+    gain.set_title("Characters per token")
+    cost.set_title("Cost of the same text, base = 1 (Mistral 7B)")
+    for axes in (gain, cost):
+        axes.set(xlabel="thousand pieces", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)

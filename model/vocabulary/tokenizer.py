@@ -163,8 +163,17 @@ class StreamDecoder:
 
 
 def mistral_tokenizer_path() -> Path:
-    """Mistral 7B v0.1's `tokenizer.model`, from the mistral-common package; no network."""
-    import mistral_common
+    """Mistral 7B v0.1's `tokenizer.model`, from the package mistral-common; no network.
+
+    Raises: FileNotFoundError where the package is not installed.
+    """
+    try:
+        import mistral_common
+    except ImportError:
+        raise FileNotFoundError(
+            "Mistral 7B's own tokenizer comes with mistral-common, which is not installed: "
+            "pip install mistral-common, or name a tokenizer folder"
+        ) from None
 
     return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 

@@ -196,7 +196,7 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_exchanges(scr
             longer = [everything[0], *everything[len(everything) - len(history) - 1 : -1]]
             assert len(encode_prompt(tokenizer, longer)) > 150
     assert 4 < len(history) < len(everything)
-    assert "the oldest 2 messages are forgotten" in capsys.readouterr().err
+    assert "the oldest 2 messages are left out" in capsys.readouterr().err
 
 
 def test_a_question_that_is_too_long_by_itself_is_refused_and_the_conversation_goes_on(scripted, capsys):

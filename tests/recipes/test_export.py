@@ -145,7 +145,7 @@ def test_overwriting_the_source_is_refused(trained, which):
     out = {"run": trained, "checkpoint": trained / "step-00000006", "parent": trained.parent}[which]
     source = trained / "step-00000006" if which == "checkpoint" else trained
     message = refused(["--source", str(source), "--out", str(out), "--overwrite"])
-    assert message == f"error: {out}: is or holds the source, which overwriting it would delete; name another folder"
+    assert message == f"error: {out}: is or holds the source, and overwriting would delete it; name another folder"
     assert sorted(trained.rglob("*")) == before
 
 

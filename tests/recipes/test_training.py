@@ -165,7 +165,7 @@ def test_interrupting_is_no_error(toml, capsys):
     with pytest.raises(SystemExit) as ended:
         command(PretrainSettings, run, [toml("pretrain")], "prog")
     assert ended.value.code == 130
-    assert "what was complete before is kept" in capsys.readouterr().err
+    assert "everything that was complete is kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("stage", "option"), [("sft", "--neftune-alpha"), ("dpo", "--preference.beta")])
