@@ -1,4 +1,4 @@
-"""The shape of a Mistral model, and its Hugging Face `config.json`."""
+"""The dimensions of a Mistral model, its presets, and Hugging Face's `config.json`, read and written."""
 
 import difflib
 import json
@@ -10,15 +10,25 @@ import torch
 
 from model.folder import write_file
 
+_DIMENSIONS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True)
 class MistralConfig:
     """Mistral as published (Jiang et al. 2023, https://arxiv.org/abs/2310.06825, table 1).
 
-    vocab_size: rows of embedding and head, padded to a multiple of 128 where the engine made it.
-    unpadded_vocab_size: pieces that exist; the rows behind them take no probability in training or sampling.
-        0 means vocab_size.
-    sliding_window: places that a place sees, itself included; None for all earlier ones.
+    vocab_size: rows of embedding and head, padding included (see `model.vocabulary.resize`).
+    unpadded_vocab_size: number of real pieces; padding rows take no probability in training or sampling. 0 means vocab_size.
+    sliding_window: number of tokens that a token sees, itself included; None for all earlier tokens.
     """
 
     vocab_size: int = 32000
@@ -40,16 +50,7 @@ class MistralConfig:
     def __post_init__(self) -> None:
         if self.unpadded_vocab_size == 0:
             object.__setattr__(self, "unpadded_vocab_size", self.vocab_size)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in _DIMENSIONS:
             _check_integer(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
@@ -63,7 +64,7 @@ class MistralConfig:
                 f"num_key_value_heads = {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: must be even, rotary embedding pairs its halves")
+            raise ValueError(f"head_dim = {self.head_dim}: must be even, as rotary embedding pairs its halves")
         _check_integer("unpadded_vocab_size", self.unpadded_vocab_size)
         if not 0 < self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
@@ -76,7 +77,7 @@ class MistralConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of trained values."""
+        """Number of trainable parameters."""
         heads = self.num_attention_heads + 2 * self.num_key_value_heads
         attention = self.hidden_size * self.head_dim * (heads + self.num_attention_heads)
         feed_forward = 3 * self.hidden_size * self.intermediate_size
@@ -94,7 +95,7 @@ PRESETS: dict[str, MistralConfig] = {
     "mistral-7b": MISTRAL_7B,
     # 88,000 Japanese pieces: 120,000, padded to 938 * 128.
     "shisa-7b": replace(MISTRAL_7B, vocab_size=120064, unpadded_vocab_size=120000),
-    # Small enough to train on two CPU cores in minutes; the head over the real vocabulary is nearly all of its cost.
+    # Trains on two CPU cores in minutes; nearly all of its cost is the head over the real vocabulary.
     "tiny": MistralConfig(
         hidden_size=64,
         intermediate_size=192,
@@ -109,7 +110,7 @@ PRESETS: dict[str, MistralConfig] = {
 
 
 def preset(name: str) -> MistralConfig:
-    """The named preset; ValueError names the nearest one for an unknown name."""
+    """A preset by name. Raises: ValueError naming the nearest preset for an unknown name."""
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown preset {name!r}; the nearest known one is {nearest!r}")
@@ -117,7 +118,7 @@ def preset(name: str) -> MistralConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; errors name the file and, for broken JSON, the line."""
+    """A JSON object from a file. Raises: FileNotFoundError or ValueError naming the file and, for broken JSON, the line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -132,10 +133,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> MistralConfig:
-    """The configuration of a Hugging Face Mistral folder, as `transformers` 4 or 5 writes it.
+    """The configuration of a Hugging Face Mistral folder, written by `transformers` 4 or 5.
 
-    Raises: FileNotFoundError or ValueError naming the file, also for another architecture or a feature that this model
-        does not have.
+    Raises: FileNotFoundError or ValueError naming the file and the key, also for another architecture or a feature that this
+        model lacks.
     """
     path = Path(folder) / "config.json"
     table = read_json(path)
@@ -155,7 +156,7 @@ def read_config(folder: str | Path) -> MistralConfig:
         if wrong:
             raise ValueError(f"{path}: {key} = {table.get(key, rope)!r} is not supported by this model")
     try:
-        # What an absent key means is the default of transformers' MistralConfig, not that of ours.
+        # An absent key means the default of transformers' MistralConfig, which is not always ours.
         heads, width = table["num_attention_heads"], table["hidden_size"]
         return MistralConfig(
             vocab_size=table["vocab_size"],
@@ -185,7 +186,7 @@ def read_config(folder: str | Path) -> MistralConfig:
 
 
 def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What `config.json` holds. Both spellings of the rotary base and the dtype are written, for `transformers` 4 and 5."""
+    """The content of `config.json`. Rotary base and dtype stand in both spellings, for `transformers` 4 and 5."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MistralForCausalLM"],
@@ -216,7 +217,7 @@ def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def generation_table(config: MistralConfig) -> dict[str, Any]:
-    """What `generation_config.json` holds. The padding rows are suppressed, so that `transformers` never samples one."""
+    """The content of `generation_config.json`. It suppresses the padding rows, so `transformers` never samples one."""
     table: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     if config.unpadded_vocab_size < config.vocab_size:
         table["suppress_tokens"] = list(range(config.unpadded_vocab_size, config.vocab_size))
@@ -224,7 +225,7 @@ def generation_table(config: MistralConfig) -> dict[str, Any]:
 
 
 def write_config(folder: str | Path, config: MistralConfig, dtype: torch.dtype) -> None:
-    """Write `config.json` and `generation_config.json`; the same configuration always gives the same bytes."""
+    """Write `config.json` and `generation_config.json`. The same configuration always gives the same bytes."""
     for name, table in (("config.json", config_table(config, dtype)), ("generation_config.json", generation_table(config))):
         text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(Path(folder) / name, text)

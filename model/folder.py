@@ -1,7 +1,7 @@
-"""Folders that appear under their name only when complete.
+"""Folders and files that appear under their name only when complete.
 
-Everything that the engine leaves on disk for others (checkpoints, exports, tokenizers, token shards) is written to a hidden
-sibling, synced and renamed. A killed process leaves at most the sibling, which the next attempt removes.
+Checkpoints, exports, tokenizers, token shards and reports are written to a hidden sibling, synced and renamed. A killed process
+leaves at most the hidden sibling; the next writer of a folder removes it.
 """
 
 import fcntl
@@ -16,11 +16,11 @@ from pathlib import Path
 def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden folder to write into; on leaving without an error it becomes `path`, all at once.
 
+    Where `path` is a symbolic link, its target is replaced.
     Raises: FileExistsError when `path` exists and `overwrite` is false; PermissionError or OSError naming `path` when it cannot
         be written; BlockingIOError when another process is writing it. On any error inside the block the hidden folder is
         removed and `path` is left as it was.
     """
-    # A link's target is replaced, not the link.
     given, path = Path(path), Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{given}: is a file; name a folder")
@@ -44,9 +44,9 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 @contextmanager
 def sole_writer(folder: Path, name: Path) -> Iterator[None]:
-    """Hold an existing folder against other processes that ask for the same; a killed process holds nothing.
+    """Hold the lock of an existing folder; the system releases a killed process's lock.
 
-    Raises: BlockingIOError naming `name` when another process holds it.
+    Raises: BlockingIOError naming `name` when another process holds the lock.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -60,7 +60,7 @@ def sole_writer(folder: Path, name: Path) -> Iterator[None]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a killed process has left, but not the folder itself, which bears the lock."""
+    """Remove the remains of a killed process, but not the folder itself, which bears the lock."""
     for left in folder.iterdir():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
@@ -69,7 +69,7 @@ def _empty(folder: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; an old `target` is moved aside first and removed last, so that one of them always exists."""
+    """Rename `source` to `target`. An old `target` is moved aside first and removed last, so one of the two always exists."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -109,7 +109,7 @@ def write_file(path: str | Path, data: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or a folder's list of entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -118,6 +118,6 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Flush a folder and all that is in it to the disk."""
+    """Flush a folder and everything in it to the disk."""
     for entry in (*folder.rglob("*"), folder):
         sync(entry)

@@ -1,7 +1,7 @@
-"""Text generation, one token after the other: seeded sampling over a rolling key/value cache.
+"""Text generation, token by token: seeded sampling over a rolling key/value cache.
 
-The filters have the definitions and the order of Hugging Face `transformers` (its `logits_process` module): repetition penalty
-on the raw scores, temperature, top-k, top-p, min-p.
+The filters follow Hugging Face `transformers` (its `logits_process` module) in definition and order: repetition penalty on the
+raw scores, then temperature, top-k, top-p, min-p.
 
 Shapes: T tokens, V vocabulary (the pieces that exist).
 """
@@ -21,7 +21,7 @@ _PREFILL_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the defaults sample from the model's own distribution."""
+    """How to choose the next token. The defaults sample from the model's own distribution."""
 
     temperature: float = 1.0
     """Divides the scores; 0 takes the most likely token (greedy)."""
@@ -34,15 +34,15 @@ class Sampling:
     """Keep tokens at least min_p times as likely as the most likely one (Nguyen et al. 2024,
     https://arxiv.org/abs/2407.01082); 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative scores of tokens that stand in the prompt or in the answer so far
+    """Divides the positive scores, and multiplies the negative scores, of tokens in the prompt or the answer so far
     (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1); 1 changes nothing."""
     max_new_tokens: int = 512
-    """The answer ends there at the latest."""
+    """Maximal length of the answer."""
     seed: int = 0
-    """Of the random draws."""
+    """Seed of the random draws."""
 
     def __post_init__(self) -> None:
-        # Scores divided by less would leave the range of float32.
+        # Dividing the scores by less would leave the range of float32.
         if not (self.temperature == 0 or 1e-4 <= self.temperature < math.inf):
             raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or at least 0.0001")
         if self.top_k < 0:
@@ -67,39 +67,38 @@ class Sampling:
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Scores of the tokens marked in the boolean seen_V, divided by the penalty where positive, multiplied where negative."""
+    """For tokens marked in the boolean seen_V, divide positive scores by the penalty and multiply negative scores by it."""
     return torch.where(seen_V, torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
 
 
 def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
-    """All scores below the k-th highest become -inf; those equal to it stay."""
+    """Set scores below the k-th highest to -inf; scores equal to it stay."""
     lowest_kept = logits_V.topk(min(top_k, logits_V.shape[-1])).values[-1]
     return logits_V.masked_fill(logits_V < lowest_kept, -math.inf)
 
 
 def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
-    """The least likely tokens whose probabilities sum to at most 1 - top_p become -inf; the most likely one stays.
+    """Set the least likely tokens, of total probability at most 1 - top_p, to -inf; the most likely token stays.
 
-    Equal scores are cut in the order in which an ascending sort lists them.
+    Equal scores go in the order of an ascending sort.
     """
     sorted_V, order_V = logits_V.sort()
     dropped_V = sorted_V.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    # As one element, which a GPU fills by itself; one that is set by its index makes the host wait.
-    dropped_V[-1:].fill_(False)
+    dropped_V[-1:].fill_(False)  # assignment by index would make the host wait for the GPU
     return logits_V.masked_fill(torch.empty_like(dropped_V).scatter_(0, order_V, dropped_V), -math.inf)
 
 
 def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
-    """Tokens less than min_p times as likely as the most likely one become -inf."""
+    """Set tokens less than min_p times as likely as the most likely token to -inf."""
     probability_V = logits_V.softmax(dim=-1)
     return logits_V.masked_fill(probability_V < min_p * probability_V.max(), -math.inf)
 
 
 def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tensor:
-    """The scores whose softmax is sampled from (at temperature 0: whose maximum is taken).
+    """The scores to sample from; at temperature 0, to take the maximum of.
 
-    Args: logits_V float32 [V]; seen_V boolean [V], the tokens of prompt and answer so far.
-    Returns: float32 [V], -inf where dropped.
+    Args: logits_V: float32; seen_V: boolean, the tokens of the prompt and of the answer so far.
+    Returns: float32 [V], -inf for dropped tokens.
     """
     if sampling.repetition_penalty != 1:
         logits_V = penalize_repetition(logits_V, seen_V, sampling.repetition_penalty)
@@ -115,7 +114,7 @@ def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tenso
 
 
 class Past:
-    """What a model has read so far, so that a longer text that begins alike is not read anew: `generate` takes and keeps it."""
+    """The text that a model has read, with its cache. `generate` reads only what a new prompt adds to it, and updates it."""
 
     def __init__(self, model: Mistral) -> None:
         weight = model.lm_head.weight
@@ -123,10 +122,11 @@ class Past:
         self.ids: list[int] = []
 
     def keep(self, prompt_ids: Sequence[int]) -> int:
-        """Forget what a prompt does not begin with. Returns how many of its tokens need not be read; its last one has to."""
+        """Forget everything after the common beginning with a prompt. Returns the number of prompt tokens that need no reading;
+        the prompt's last token is always read."""
         common = 0
-        for mine, other in zip(self.ids, prompt_ids[:-1], strict=False):
-            if mine != other:
+        for known, wanted in zip(self.ids, prompt_ids[:-1], strict=False):
+            if known != wanted:
                 break
             common += 1
         common = self.cache.keep(common)
@@ -135,16 +135,21 @@ class Past:
 
 
 def generate(
-    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, *, stop_ids: Collection[int] = (), past: Past | None = None
+    model: Mistral,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    stop_ids: Collection[int] = (),
+    past: Past | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, yielding each token as it is chosen; a stop token is yielded and ends the answer.
+    """Continue a prompt: yield each token as it is chosen.
 
-    The answer ends at a stop token, after max_new_tokens, or when the text reaches the model's max_position_embeddings.
-    The same model, prompt and sampling on the same device give the same tokens; no other random state is read or changed. A
-    past only saves time: scores then differ by roundings from those of a text that is read anew.
+    The answer ends after a stop token, which is yielded too, after max_new_tokens, or at the model's max_position_embeddings.
+    The same model, prompt and sampling on the same device give the same tokens; global random state is neither read nor
+    changed. A past only saves time: its scores differ by rounding from those of a text that is read anew.
 
-    Raises: ValueError, before anything is computed, for an empty prompt, an id outside the vocabulary, or a prompt that leaves
-        no position for an answer; while generating, for scores that are not finite.
+    Raises: ValueError, before any computation, for an empty prompt, an id outside the vocabulary, or a prompt that leaves no
+        position for an answer; while generating, for scores that are not finite.
     """
     config = model.config
     if not prompt_ids:
@@ -163,7 +168,12 @@ def generate(
 
 @torch.inference_mode()
 def _continue(
-    model: Mistral, prompt_ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], most: int, past: Past
+    model: Mistral,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    past: Past,
 ) -> Iterator[int]:
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -171,7 +181,7 @@ def _continue(
     seen_V = torch.zeros(model.config.unpadded_vocab_size, dtype=torch.bool, device=device).index_fill_(0, tokens_T, True)
     unread = list(prompt_ids[past.keep(prompt_ids) :])
     tokens_T = tokens_T[-len(unread) :]
-    for _ in range(most):
+    for _ in range(max_new_tokens):
         logits_V = _next_logits(model, past.cache, tokens_T)
         past.ids += unread
         finite = logits_V.isfinite().all(dim=-1, keepdim=True)
@@ -179,13 +189,16 @@ def _continue(
         if sampling.temperature == 0:
             tokens_T = logits_V.argmax(dim=-1, keepdim=True)
         else:
-            # The draws of torch.multinomial, which would wait for the device to check what it is given.
+            # The draws of torch.multinomial, without its check of the probabilities, which makes the host wait.
             race_V = torch.empty_like(logits_V).exponential_(generator=generator)
             tokens_T = (logits_V.softmax(dim=-1) / race_V).argmax(dim=-1, keepdim=True)
-        # The host waits once a token, here.
+        # The host waits for the device here, once a token.
         token, is_finite = torch.cat((tokens_T, finite)).tolist()
         if not is_finite:
-            raise ValueError("the model gives scores that are not finite: its weights are damaged, or too large for its dtype")
+            raise ValueError(
+                "the model gives scores that are not finite: its weights are damaged or too large for its dtype; "
+                "fetch them again or load them in float32"
+            )
         yield token
         if token in stop_ids:
             return
@@ -194,7 +207,7 @@ def _continue(
 
 
 def _next_logits(model: Mistral, cache: KeyValueCache, tokens_T: Tensor) -> Tensor:
-    """Scores of the token after tokens_T, float32 [V]. Chunks bound the memory of a long prompt."""
+    """Scores of the token after tokens_T, float32 [V]. Reading in chunks bounds the memory of a long prompt."""
     for chunk_T in tokens_T.split(_PREFILL_CHUNK):
         positions_T = torch.arange(len(cache), len(cache) + len(chunk_T), device=chunk_T.device)
         hidden_TD = model(chunk_T, positions_T, cache.attend)

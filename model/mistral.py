@@ -1,16 +1,18 @@
-"""Mistral, from scratch.
+"""Mistral, from scratch (Jiang et al. 2023, https://arxiv.org/abs/2310.06825).
 
-The model knows nothing of packing, caching or parallelism: it is given tokens, their positions and a function `attend` that
-says who sees whom. Training passes `attention_by` the lists of a batch, generation the `attend` of a key/value cache.
+The model knows nothing of packing, caching or parallelism. It takes tokens, their positions and a function `attend`, which
+decides which tokens see which. Training passes `attention_by(work)`, made from a batch's work lists; generation passes the
+`attend` of a key/value cache.
 
-Query, key and value are one matrix and gate and up another, stacked in that order, so that export is slicing.
+Query, key and value share one matrix, gate and up another, stacked in that order: an export slices rows and permutes nothing.
 
-Between blocks the residual stream travels as two tensors whose sum it is: what a block adds is added where it is normed next,
-in one pass.
+The residual stream travels between blocks as two tensors, `residual` and `delta`, whose sum it is. The next norm adds the two
+in the pass over memory that it makes anyway.
 
-Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H + 2K packed heads, F feed-forward size,
-V vocabulary.
+Shapes: T tokens, N listed rows, D width, H query heads, K key/value heads, E head size, V vocabulary.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
@@ -30,131 +32,15 @@ from kernels.rms_norm import add_rms_norm
 from kernels.rotary import RotaryTable, rotary_table
 from model.config import MistralConfig
 
-# (layer, query_THE, key_TKE, value_TKE) -> out_THE; queries and keys come rotated.
+# (layer, query_THE, key_TKE, value_TKE) -> out_THE; queries and keys arrive rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
-    """Attention within each document of one packed row, for training and for scoring.
-
-    Args: cu_docs integer [documents + 1], boundaries from 0 to T; window in places, None for unbounded.
-    """
-    return attention_by(attention_work(cu_docs.tolist(), window).to(cu_docs.device))
-
-
-def attention_by(work: AttentionWork, backend: Backend = "auto") -> Attend:
-    """Attention of those to those that the lists of a batch say, on the device that they are on, computed by a backend."""
-
-    def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
-        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work, backend=backend)
-
-    return attend
-
-
-class Attention(nn.Module):
-    def __init__(self, config: MistralConfig, layer: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.layer = layer
-        packed = (self.heads + 2 * self.kv_heads) * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, packed, bias=False)
-        self.o_proj = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self, residual_TD: Tensor, delta_TD: Tensor | None, norm: "RMSNorm", table: RotaryTable, attend: Attend, *, keep: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(residual + delta, what attention to its norm adds to it)."""
-        heads = (self.heads, self.kv_heads)
-        residual_TD, query_THE, key_TKE, value_TKE = norm_qkv(
-            residual_TD, delta_TD, norm.weight, self.qkv_proj.weight, table, heads, norm.eps, keep_normed=keep
-        )
-        return residual_TD, self.o_proj(attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1))
-
-
-class FeedForward(nn.Module):
-    """Holds the matrices of a SwiGLU network; the arithmetic is in `kernels.feed_forward`."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
-class RMSNorm(nn.Module):
-    """Holds the scale of a norm; the arithmetic is in `kernels.rms_norm`."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-
-class Block(nn.Module):
-    def __init__(self, config: MistralConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = FeedForward(config)
-
-    def forward(
-        self, residual_TD: Tensor, delta_TD: Tensor | None, table: RotaryTable, attend: Attend, recompute: Recompute
-    ) -> tuple[Tensor, Tensor]:
-        """From the residual stream as a sum of two to the residual stream as a sum of two, each [T, D]."""
-        if recompute != "block" or not torch.is_grad_enabled():
-            return self._run(residual_TD, delta_TD, table, attend, recompute)
-        if delta_TD is not None:
-            # One tensor, so that one is kept.
-            residual_TD = residual_TD + delta_TD
-        return checkpoint(self._run, residual_TD, None, table, attend, "none", use_reentrant=False, preserve_rng_state=False)
-
-    def _run(
-        self, residual_TD: Tensor, delta_TD: Tensor | None, table: RotaryTable, attend: Attend, recompute: Recompute
-    ) -> tuple[Tensor, Tensor]:
-        residual_TD, delta_TD = self.self_attn(
-            residual_TD, delta_TD, self.input_layernorm, table, attend, keep=recompute == "none"
-        )
-        norm = self.post_attention_layernorm
-        return feed_forward(
-            residual_TD, delta_TD, norm.weight, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight, norm.eps,
-            recompute=recompute,
-        )  # fmt: skip
-
-
-class Embedding(nn.Module):
-    """The embedding matrix; the arithmetic is in `kernels.embedding`."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, tokens_T: Tensor, noise: EmbeddingNoise | None) -> Tensor:
-        return embedding(tokens_T, self.weight, noise)
-
-
-class Head(nn.Module):
-    """The head's matrix; the arithmetic is in `kernels.linear_log_prob`, called in here, where a sharded head is whole."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.pieces = config.unpadded_vocab_size
-
-    def forward(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor | None = None):
-        """Log-probabilities, or with weights (their weighted sum, negated, and the log-probabilities)."""
-        if weight_T is None:
-            return linear_log_prob(hidden_TD, self.weight, target_T, rows_N, vocab_size=self.pieces)
-        return linear_nll(hidden_TD, self.weight, target_T, rows_N, weight_T, vocab_size=self.pieces)
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return wide_product(hidden_ND, self.weight[: self.pieces])
-
-
 class Mistral(nn.Module):
-    """The decoder with its untied head. The matrices of head and embedding have vocab_size rows, padding included.
+    """The decoder with its untied head. Embedding and head have vocab_size rows, padding rows included.
 
-    recompute: what training makes again in the backward pass; attention_backend: who computes attention of packed rows, for
-    those who call `attention_by`. Both may be set at any time.
+    Two attributes may be set at any time: `recompute` is the activation checkpointing of training; `attention_backend` is the
+    backend that callers hand to `attention_by`.
     """
 
     def __init__(self, config: MistralConfig) -> None:
@@ -167,34 +53,176 @@ class Mistral(nn.Module):
         self.norm = RMSNorm(config)
         self.lm_head = Head(config)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, noise: EmbeddingNoise | None = None) -> Tensor:
-        """Final hidden states, normed: [T, D].
-
-        Args: tokens_T integer [T]; positions_T integer [T], from 0 at the start of each document; attend: who sees whom;
-            noise: NEFTune noise, for training only.
-        """
-        hidden_TD = self.embed_tokens(tokens_T, noise)
-        table = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
-        residual_TD, delta_TD = hidden_TD, None
-        for layer in self.layers:
-            residual_TD, delta_TD = layer(residual_TD, delta_TD, table, attend, self.recompute)
-        assert delta_TD is not None, "a model has a layer"
-        return add_rms_norm(residual_TD, delta_TD, self.norm.weight, self.norm.eps)[1]
+    def forward(
+        self,
+        tokens_T: Tensor,  # integer
+        positions_T: Tensor,  # integer, from 0 at the start of each document
+        attend: Attend,  # which tokens see which
+        noise: EmbeddingNoise | None = None,  # NEFTune, for training only
+    ) -> Tensor:
+        """Final hidden states, normed: [T, D]."""
+        rotary = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        residual_TD, delta_TD = self.embed_tokens(tokens_T, noise), None
+        for block in self.layers:
+            residual_TD, delta_TD = block(residual_TD, delta_TD, rotary, attend, self.recompute)
+        assert delta_TD is not None, "a model has at least one layer"
+        _, normed_TD = add_rms_norm(residual_TD, delta_TD, self.norm.weight, self.norm.eps)
+        return normed_TD
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Scores of the pieces that exist, float32 [N, unpadded_vocab_size]; the padding rows are left out."""
+        """Scores of the real pieces, float32 [N, unpadded_vocab_size]; padding rows are left out."""
         return self.lm_head.logits(hidden_ND)
 
     def log_probs(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor) -> Tensor:
-        """Log-probability of each listed row's target, float32 [T], 0 outside rows_N (see `linear_log_prob`)."""
+        """Log-probability of the target at each listed row, float32 [T], 0 elsewhere (see `linear_log_prob`)."""
         return self.lm_head(hidden_TD, target_T, rows_N)
 
     def nll(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of weight * -log-probability over the listed rows, the log-probabilities [T] without a gradient).
 
-        See `linear_nll`, which makes the gradients at once: `log_probs` is for losses that are not such a sum.
+        `linear_nll` computes the gradients in its forward pass. A loss of any other form needs `log_probs`.
         """
         return self.lm_head(hidden_TD, target_T, rows_N, weight_T)
+
+
+class Block(nn.Module):
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        residual_TD: Tensor,
+        delta_TD: Tensor | None,
+        rotary: RotaryTable,
+        attend: Attend,
+        recompute: Recompute,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after the block, again as the pair (residual, delta)."""
+        if recompute != "block" or not torch.is_grad_enabled():
+            return self._run(residual_TD, delta_TD, rotary, attend, recompute)
+        if delta_TD is not None:
+            residual_TD = residual_TD + delta_TD  # the backward pass keeps one tensor instead of two
+        return checkpoint(self._run, residual_TD, None, rotary, attend, "none", use_reentrant=False, preserve_rng_state=False)
+
+    def _run(
+        self,
+        residual_TD: Tensor,
+        delta_TD: Tensor | None,
+        rotary: RotaryTable,
+        attend: Attend,
+        recompute: Recompute,
+    ) -> tuple[Tensor, Tensor]:
+        residual_TD, delta_TD = self.self_attn(residual_TD, delta_TD, self.input_layernorm, rotary, attend, recompute)
+        return self.mlp(residual_TD, delta_TD, self.post_attention_layernorm, recompute)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        query_heads, kv_heads = self.heads
+        self.qkv_proj = nn.Linear(config.hidden_size, (query_heads + 2 * kv_heads) * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(query_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        residual_TD: Tensor,
+        delta_TD: Tensor | None,
+        norm: RMSNorm,
+        rotary: RotaryTable,
+        attend: Attend,
+        recompute: Recompute,
+    ) -> tuple[Tensor, Tensor]:
+        """(residual + delta, the output of attention over the norm of that sum)."""
+        residual_TD, query_THE, key_TKE, value_TKE = norm_qkv(
+            residual_TD,
+            delta_TD,
+            norm.weight,
+            self.qkv_proj.weight,
+            rotary,
+            self.heads,
+            norm.eps,
+            keep_normed=recompute == "none",
+        )
+        out_THE = attend(self.layer, query_THE, key_TKE, value_TKE)
+        return residual_TD, self.o_proj(out_THE.flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, residual_TD: Tensor, delta_TD: Tensor, norm: RMSNorm, recompute: Recompute) -> tuple[Tensor, Tensor]:
+        """(residual + delta, the output of SwiGLU over the norm of that sum)."""
+        return feed_forward(
+            residual_TD,
+            delta_TD,
+            norm.weight,
+            self.gate_up_proj.weight,
+            self.down_proj.weight,
+            norm.eps,
+            recompute=recompute,
+        )
+
+
+class RMSNorm(nn.Module):
+    """The scale of a norm; `kernels.rms_norm`, `kernels.norm_qkv` and `kernels.feed_forward` do the arithmetic."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, tokens_T: Tensor, noise: EmbeddingNoise | None) -> Tensor:
+        return embedding(tokens_T, self.weight, noise)
+
+
+class Head(nn.Module):
+    """The head's matrix. Loss and log-probabilities go through `forward`, as FSDP gathers a sharded matrix there."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.pieces = config.unpadded_vocab_size
+
+    def forward(self, hidden_TD: Tensor, target_T: Tensor, rows_N: Tensor, weight_T: Tensor | None = None):
+        """The result of `Mistral.log_probs`, or with weights the result of `Mistral.nll`."""
+        if weight_T is None:
+            return linear_log_prob(hidden_TD, self.weight, target_T, rows_N, vocab_size=self.pieces)
+        return linear_nll(hidden_TD, self.weight, target_T, rows_N, weight_T, vocab_size=self.pieces)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        return wide_product(hidden_ND, self.weight[: self.pieces])
+
+
+def attention_by(work: AttentionWork, backend: Backend = "auto") -> Attend:
+    """Attention driven by a batch's work lists, on their device, computed by the chosen backend."""
+
+    def attend(layer: int, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
+        return sliding_window_attention(query_THE, key_TKE, value_TKE, work=work, backend=backend)
+
+    return attend
+
+
+def packed_attention(cu_docs: Tensor, window: int | None) -> Attend:
+    """Attention within each document of one packed row, for training and for scoring.
+
+    Args: cu_docs: integer [documents + 1], boundaries from 0 to T; window: in tokens, None for unbounded.
+    """
+    return attention_by(attention_work(cu_docs.tolist(), window).to(cu_docs.device))
 
 
 def initialize(model: Mistral, seed: int) -> None:
@@ -206,14 +234,18 @@ def initialize(model: Mistral, seed: int) -> None:
 
 
 def initial_weights(model: Mistral, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's name and fresh values in float32 on the CPU, a pure function of the seed: normal with
-    `initializer_range`, as `transformers` initialises Mistral, but the two matrices that write to the residual stream are
-    divided by sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3)."""
+    """Each parameter's name and fresh values, float32 on the CPU: a pure function of the seed.
+
+    Norms are 1. Matrices are normal with standard deviation `initializer_range`, as `transformers` initializes Mistral, except
+    that `o_proj` and `down_proj`, which write to the residual stream, are divided by sqrt(2 layers) (GPT-2, Radford et al.
+    2019, section 2.3).
+    """
     generator = torch.Generator().manual_seed(seed)
-    std = model.config.initializer_range
+    residual_scale = (2 * model.config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             yield name, torch.ones(parameter.shape)
             continue
-        scale = (2 * model.config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        yield name, torch.empty(parameter.shape).normal_(0.0, std * scale, generator=generator)
+        scale = residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        std = model.config.initializer_range * scale
+        yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)

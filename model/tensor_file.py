@@ -1,11 +1,11 @@
-"""safetensors files, read and written a run of rows at a time.
+"""safetensors files, read and written one block of rows at a time.
 
 The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes with the length of the header, little-endian; the
-header, JSON, with each tensor's dtype, shape and [begin, end) in what follows; the tensors, row by row.
+header in JSON, with each tensor's dtype, shape and byte range [begin, end) in the data; the data, row by row.
 
-The safetensors package maps a file that it reads, so that every page read counts as the process's memory while the file is
-open, and copies the tensors that it writes. Here no more is held than is asked for. The package still judges whether a file is
-whole.
+Why not the safetensors package: it maps the files that it reads, so every page read counts as the process's memory while the
+file is open, and it copies the tensors that it writes. This module holds one block of rows at a time. The package still checks
+whether a file is whole.
 """
 
 import json
@@ -21,9 +21,17 @@ from torch import Tensor
 from model.folder import complete_file
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 BLOCK_BYTES = 16 * 2**20
 
@@ -31,7 +39,7 @@ BLOCK_BYTES = 16 * 2**20
 class TensorFile:
     """A safetensors file opened for reading. A context manager.
 
-    Raises: ValueError naming the file where it is truncated or foreign.
+    Raises: ValueError naming the file when it is truncated or of another format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,10 +72,10 @@ class TensorFile:
         return tuple(self._header[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises: ValueError for a dtype that no weight here has."""
+        """Raises: ValueError for a dtype that is not supported, such as FP8."""
         stored = self._header[name]["dtype"]
         if stored not in _DTYPES:
-            raise ValueError(f"{self.path}: {name} is stored as {stored}; known are {', '.join(_DTYPES)}")
+            raise ValueError(f"{self.path}: {name} is stored as {stored}; convert it to one of {', '.join(_DTYPES)}")
         return _DTYPES[stored]
 
     def tensor(self, name: str) -> Tensor:
@@ -75,37 +83,37 @@ class TensorFile:
         return self._read(name, self.shape(name), 0)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor of one dimension or more, on the CPU, in its stored dtype."""
+        """Rows start to stop of a tensor of one dimension or more, on the CPU, in its stored dtype."""
         rows, *row = self.shape(name)
         start, stop, _ = slice(start, stop).indices(rows)
         return self._read(name, (max(0, stop - start), *row), start * math.prod(row))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """A tensor of one dimension or more as runs of rows of about BLOCK_BYTES."""
+        """A tensor of one dimension or more, in blocks of rows of about BLOCK_BYTES."""
         rows, *row = self.shape(name)
         step = max(1, BLOCK_BYTES // max(1, math.prod(row) * self.dtype(name).itemsize))
         for start in range(0, rows, step):
             yield self.rows(name, start, min(start + step, rows))
 
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> Tensor:
-        """A tensor of this shape from the stored one, without the `skipped` values before it."""
+        """A tensor of this shape from the stored values, after the first `skipped` of them."""
         tensor = torch.empty(shape, dtype=self.dtype(name))
         self._file.seek(self._begin + self._header[name]["data_offsets"][0] + skipped * tensor.itemsize)
         view = _bytes(tensor)
-        while len(view):  # the system moves at most 2 GiB a call
-            moved = self._file.readinto(view)
-            if not moved:
+        while len(view):  # the system reads at most 2 GiB a call
+            read = self._file.readinto(view)
+            if not read:
                 raise ValueError(f"{self.path}: became shorter while it was read; fetch or export it again")
-            view = view[moved:]
+            view = view[read:]
         return tensor
 
 
 class TensorStream(NamedTuple):
-    """A tensor to write: its shape and dtype are known first, its values are made when its turn comes."""
+    """A tensor to write. Shape and dtype are known before; the values are computed when their turn comes."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype  # as written
-    blocks: Callable[[], Iterable[Tensor]]  # makes the tensor as runs of its rows, of any dtype and device
+    dtype: torch.dtype  # in the file
+    blocks: Callable[[], Iterable[Tensor]]  # gives the tensor in blocks of rows, of any dtype and device
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> "TensorStream":

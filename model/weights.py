@@ -1,7 +1,7 @@
 """Weights in and out of Hugging Face folders: sharded safetensors with an index, from a local path or a hub name.
 
-Our packed matrices are Hugging Face's stacked: reading concatenates, writing slices, nothing is permuted. All of it streams, a
-run of rows at a time.
+Our packed matrices are Hugging Face's matrices stacked: reading concatenates, writing slices, nothing is permuted. Everything
+streams, one block of rows at a time, so a model of any size takes little memory.
 """
 
 import itertools
@@ -29,8 +29,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 def resolve_folder(name: str | Path) -> Path:
     """The folder of a model: a local path, or a hub repository `owner/name`, which is downloaded to the hub cache.
 
-    A name is taken for a hub repository only if it has that form and `owner` is not a local folder, so that a mistyped
-    local path never reaches the network. Raises FileNotFoundError naming the path or repository and the remedy.
+    A name counts as a hub repository only if it has that form and `owner` is no local folder: a mistyped local path never
+    reaches the network.
+    Raises: FileNotFoundError naming the path or repository and the remedy.
     """
     path = Path(name)
     if path.is_dir():
@@ -39,10 +40,10 @@ def resolve_folder(name: str | Path) -> Path:
         raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name)")
     try:
         return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's, the operating system's, or whatever its HTTP client of the day raises
+    except Exception as error:  # an error of the hub, of the operating system or of the HTTP client
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"{name}: no such local folder, and it could not be had from the hub: {reason}. "
+            f"{name}: no such local folder, and the hub did not give it: {reason}. "
             "Check the name and the network, or download it elsewhere and give its path"
         ) from None
 
@@ -50,7 +51,8 @@ def resolve_folder(name: str | Path) -> Path:
 class TensorFolder:
     """The tensors of a Hugging Face folder, read one at a time. A context manager: files stay open inside the block.
 
-    Raises: FileNotFoundError for a missing folder, index or shard; ValueError naming the file for a truncated or foreign one.
+    Raises: FileNotFoundError for a missing folder, index or shard; ValueError naming a file that is truncated or of another
+        format.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -96,13 +98,13 @@ class TensorFolder:
         return self._file_with(name).rows(name, start, stop)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """A tensor in runs of rows that take little memory, on the CPU, in its stored dtype."""
+        """A tensor in small blocks of rows, on the CPU, in its stored dtype."""
         return self._file_with(name).blocks(name)
 
     def check(self, config: MistralConfig) -> list[str]:
-        """Check that the weights are those of a model, all of them, each in its shape; their names in the model's order.
+        """Check that the folder has exactly the model's weights, each in its shape. Returns their names in the model's order.
 
-        Stored rotary frequencies, which old folders have, are passed over.
+        Rotary frequencies, which old folders store, are ignored.
         Raises: ValueError naming the weight.
         """
         shapes = hugging_face_shapes(config)
@@ -136,8 +138,10 @@ class TensorFolder:
 
 
 def hugging_face_rows(config: MistralConfig) -> dict[str, tuple[str, int, int]]:
-    """The Hugging Face tensors of a model in its order, each as (our parameter, its first row in that, the row after its last):
-    those that are packed in one of ours follow one another."""
+    """Hugging Face name -> (our parameter, start, stop): the tensor is rows start to stop of our parameter.
+
+    The order is the model's; tensors that are packed in one parameter follow one another.
+    """
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     feed_forward, width = config.intermediate_size, config.hidden_size
@@ -165,7 +169,7 @@ def hugging_face_rows(config: MistralConfig) -> dict[str, tuple[str, int, int]]:
 
 
 def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of a model, in its order, and their shapes."""
+    """Hugging Face name -> shape, in the model's order."""
     with torch.device("meta"):
         parameters = dict(Mistral(config).named_parameters())
     rows = hugging_face_rows(config)
@@ -175,7 +179,7 @@ def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
     """A Mistral from a Hugging Face folder.
 
-    Raises: FileNotFoundError or ValueError naming the file or tensor: missing, truncated, of a wrong shape, or one too many.
+    Raises: FileNotFoundError or ValueError naming the file or tensor that is missing, truncated, surplus or of a wrong shape.
     """
     config = read_config(folder)
     with torch.device("meta"):
@@ -186,9 +190,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device
 
 
 def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Fill runs of rows of a model's parameters from a Hugging Face folder; no more than these rows is read.
+    """Fill rows of a model's parameters from a Hugging Face folder, such as one rank's shards; only these rows are read.
 
-    Args: targets: every parameter by our name -> (its rows, the first one's number in the whole parameter).
+    Args: targets: our name of every parameter -> (rows to fill, number of the first of them in the whole parameter).
     Raises: FileNotFoundError or ValueError as `load_model` does.
     """
     with TensorFolder(folder) as tensors:
@@ -201,11 +205,15 @@ def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, t
 
 
 def save_model(
-    model: Mistral, folder: str | Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: Mistral,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,  # of the written weights; default: the model's
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json, generation_config.json and the sharded weights into an existing folder, in Hugging Face form.
+    """Write config.json, generation_config.json and the sharded weights into an existing folder, in Hugging Face's form.
 
-    Args: dtype: of the written weights (default: the model's). The same model always gives the same bytes.
+    The same model always gives the same bytes.
     """
     parameters = dict(model.named_parameters())
     dtype = dtype or parameters["norm.weight"].dtype
@@ -216,9 +224,9 @@ def save_model(
 
 
 def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> MistralConfig:
-    """Write a model's configuration and weights into another, existing folder, in a dtype (default: that of its norm).
+    """Copy a model's configuration and weights into another, existing folder, in a dtype (default: the final norm's).
 
-    As `load_model` and `save_model`, without ever holding the model: a model of any size takes little memory.
+    The result equals `load_model` and `save_model`, without ever holding the model: any size takes little memory.
     Raises: FileNotFoundError or ValueError as `load_model` does. Returns: the model's configuration.
     """
     config = read_config(source)
@@ -240,8 +248,8 @@ def write_tensor_folder(
 ) -> None:
     """Write `model-*.safetensors` and the index into an existing folder, one block of rows at a time in memory.
 
-    Args: max_shard_bytes: size of a shard at most, unless one tensor is larger. share: (number, of how many) of the processes
-        that write the folder together, each some of its shards; number 0 writes the index as well.
+    Args: max_shard_bytes: maximal size of a shard; a larger tensor has a shard of its own. share: (this process's number,
+        number of processes) where several write the folder together, each some shards; number 0 writes the index as well.
     Raises: ValueError and OSError as `write_tensor_file` does.
     """
     folder, (number, processes) = Path(folder), share
@@ -259,7 +267,7 @@ def write_tensor_folder(
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, or of one tensor that is larger, in the order given."""
+    """The names, in order, grouped into files of at most `limit` bytes; a larger tensor has a file of its own."""
     shards: list[list[str]] = []
     used = limit
     for name, size in sizes.items():

@@ -458,7 +458,7 @@ def test_an_unreachable_hub_is_one_line_with_a_remedy(tmp_path, monkeypatch, fai
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         resolve_folder("owner/name")
-    assert str(error.value).startswith("owner/name: no such local folder, and it could not be had from the hub")
+    assert str(error.value).startswith("owner/name: no such local folder, and the hub did not give it")
     assert "give its path" in str(error.value)
     assert "\n" not in str(error.value)
     assert (str(failure).splitlines() or [type(failure).__name__])[0] in str(error.value)
