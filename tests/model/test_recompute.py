@@ -8,8 +8,9 @@ import torch
 
 from kernels.embedding import EmbeddingNoise
 from kernels.launch import INTERPRETED
+from kernels.recompute import Recompute
 from model.config import MistralConfig
-from model.mistral import Mistral, Recompute, initialize, packed_attention
+from model.mistral import Mistral, initialize, packed_attention
 
 CONFIG = MistralConfig(
     vocab_size=64, unpadded_vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
