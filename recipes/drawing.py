@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from model.folder import complete_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +30,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    with matplotlib.rc_context({"svg.hashsalt": "komainu", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "komainu", "svg.fonttype": "none"}), complete_file(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=100, metadata=metadata)
-    os.replace(partial, path)

@@ -1,17 +1,17 @@
-"""The whole pipeline on the embedded example, in minutes: from text to a bilingual chat model, with a report.
+"""The whole pipeline on the embedded example, in minutes: from text to a bilingual chat model and a report.
 
     python -m recipes.quickstart
     python -m recipes.quickstart --device cpu --out runs/quickstart
 
-Every stage is the recipe itself with its configuration from recipes/tiny, and what is printed as its command does the same
-alone. The report goes to report.md, report.json and losses.png. The command fails where the chat model misses its targets.
+Each stage is the recipe itself with its configuration from recipes/tiny; the printed command runs the stage alone. The report
+goes to report.md, report.json and losses.png. A full run fails where the chat model misses its targets.
 """
 
 import os
 
 if __name__ == "__main__":
-    # OpenMP reads this when torch is imported. Threads that spin while they wait make the run several times slower
-    # as soon as another program wants one of the cores.
+    # OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and make the run several times slower
+    # as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dataclasses
@@ -39,7 +39,7 @@ from recipes.example.evaluate import ask, score
 from recipes.example.text import Example, ExampleSettings, make_example, write_example
 
 CONFIGURATIONS = Path(__file__).parent / "tiny"
-ROOT = "runs/quickstart"  # what the paths in the configurations begin with
+ROOT = "runs/quickstart"  # the paths in the configurations begin with this
 MARKER = "quickstart.json"
 MADE = ("example", "data", "base", "tokenizer", "resized", "cpt", "sft1", "sft2", "dpo", "export", *report.FILES, MARKER)
 
@@ -49,15 +49,15 @@ class QuickstartSettings:
     """The whole pipeline on the embedded example."""
 
     out: str = ROOT
-    """Folder of everything that is made; an earlier quickstart there is replaced."""
+    """Folder for all results; an earlier quickstart in it is replaced."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     steps: int | None = None
-    """Steps of every training stage, to try things out; the targets are not checked then. Default: each configuration's."""
+    """Steps of every training stage, for a trial whose targets are not checked; default: each configuration's."""
     new_pieces: int | None = None
-    """Japanese pieces to add; default: the configuration's."""
+    """Japanese pieces to add to the vocabulary; default: the configuration's."""
     dry_run: bool = False
-    """Print the plan of stages, do nothing."""
+    """Print the stages and do nothing."""
     example: ExampleSettings = field(default_factory=ExampleSettings)
     """Size and seed of the example."""
 
@@ -69,21 +69,20 @@ class QuickstartSettings:
 
     @property
     def full(self) -> bool:
-        """Whether this is the run that the targets are for."""
+        """Whether the targets apply: nothing was made smaller."""
         return self.steps is None and self.new_pieces is None and self.example == ExampleSettings()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe with a configuration of recipes/tiny. model: what the report calls the model that comes out, if one does;
-    chat: whether that one is asked through the chat template."""
+    """A recipe with a configuration of recipes/tiny."""
 
-    name: str
+    name: str  # of the configuration
     settings_class: type
     recipe: Callable[[Any], Any]
     module: str
-    model: str = ""
-    chat: bool = False
+    model: str = ""  # the resulting model's name in the report, empty where no model results
+    chat: bool = False  # evaluate that model through the chat template
 
 
 def _prepare(name: str) -> Stage:
@@ -113,7 +112,7 @@ STAGES = (
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run all stages; returns the report.
 
-    Raises: FileExistsError where `out` holds something else; RuntimeError naming each target that is missed.
+    Raises: FileExistsError where `out` holds other files; RuntimeError naming each missed target.
     """
     if settings.dry_run:
         print("\n".join(_plan(settings)))
@@ -121,7 +120,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     device = choose_device(settings.device)
     out = start_afresh(Path(settings.out))
     example = make_example(settings.example)
-    print(f"quickstart on {report.machine(device)}, everything goes to {out}")
+    print(f"quickstart on {report.machine(device)}; results go to {out}")
     seconds: dict[str, float] = {}
     models: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
@@ -159,15 +158,16 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
 
 
 def check_targets(table: dict[str, Any], out: Path) -> None:
-    """Raises RuntimeError naming every missed target; a run that was made smaller has none."""
+    """Raises: RuntimeError naming each missed target of a full run."""
     if table["full"] and table["missed"]:
         raise RuntimeError(f"quickstart missed its targets: {'; '.join(table['missed'])} (see {out / 'report.md'})")
 
 
 def configure(stage: Stage, settings: QuickstartSettings, model: str) -> Any:
-    """A stage's configuration with its paths under `out`, and with what the command line overrides.
+    """A stage's configuration, with its paths under `out` and the command line's overrides.
 
-    Args: model: of the stage before; a configuration names the checkpoint of its full number of steps.
+    Args:
+        model: the model to start from, made by the stages before; empty for the configuration's own.
     """
     loaded = _rooted(read_toml(stage.settings_class, CONFIGURATIONS / f"{stage.name}.toml"), settings.out)
     changes: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def configure(stage: Stage, settings: QuickstartSettings, model: str) -> Any:
 
 
 def _rooted(value: Any, out: str) -> Any:
-    """The settings with every path that begins with ROOT moved to `out`."""
+    """The settings with every path under ROOT moved to `out`."""
     if isinstance(value, str):
         return out + value.removeprefix(ROOT) if value.startswith(ROOT + "/") else value
     if isinstance(value, tuple):
@@ -196,14 +196,14 @@ def _rooted(value: Any, out: str) -> Any:
 
 
 def _plan(settings: QuickstartSettings) -> list[str]:
-    lines = [f"stages, each of which can be run alone with its paths under {ROOT}:", "  python -m recipes.example"]
+    lines = [f"the stages; each command runs alone, with its paths under {ROOT}:", "  python -m recipes.example"]
     for stage in STAGES:
         configured = configure(stage, settings, "")
         length = ""
         if isinstance(configured, TrainSettings):
             length = f"   {configured.steps} steps" if configured.steps else f"   {configured.epochs:g} epoch"
         lines.append(f"  {_shell_command(stage)}{length}")
-    return [*lines, f"dry run: nothing was done; everything would go to {settings.out}"]
+    return [*lines, f"dry run: nothing was done; results would go to {settings.out}"]
 
 
 def _shell_command(stage: Stage) -> str:
@@ -211,9 +211,9 @@ def _shell_command(stage: Stage) -> str:
 
 
 def start_afresh(out: Path) -> Path:
-    """Make the folder, or remove what an earlier quickstart made in it, and only that."""
+    """Make the folder, or remove an earlier quickstart's results from it, and nothing else."""
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise FileExistsError(f"{out}: holds files that are not of a quickstart; choose another folder with --out")
+        raise FileExistsError(f"{out}: holds files that no quickstart made; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     for name in MADE:
         path = out / name
@@ -221,7 +221,7 @@ def start_afresh(out: Path) -> Path:
             shutil.rmtree(path)
         elif name != MARKER:
             path.unlink(missing_ok=True)
-    # Written first, so that a run that was stopped can be started again.
+    # Written first: an interrupted run can then start again.
     write_file(out / MARKER, json.dumps({"made": MADE}, indent=2) + "\n")
     return out
 
@@ -236,7 +236,7 @@ def _evaluate(stage: Stage, folder: str, example: Example, device: torch.device)
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of a block to those of a stage."""
+    """Add the seconds of a block to a stage's."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Write the example's data, from which the configurations in recipes/tiny start.
+"""Write the example's data, the input of the configurations in recipes/tiny.
 
 python -m recipes.example --out runs/quickstart/example
 """
@@ -19,16 +19,16 @@ class WriteSettings:
     overwrite: bool = False
     """Replace an existing folder."""
     example: ExampleSettings = field(default_factory=ExampleSettings)
-    """Size and seed."""
+    """Size and seed of the example."""
 
 
 def run(settings: WriteSettings) -> Example:
-    """Write the files; returns the split that they follow."""
+    """Write the files; returns the split behind them."""
     example = make_example(settings.example)
     write_example(settings.out, example, overwrite=settings.overwrite)
     print(
         f"{settings.out}: {len(example.trained):,} trained combinations of item, phrasing and language, "
-        f"{len(example.held_out)} held out, {len(example.unseen)} about what is never seen or asked"
+        f"{len(example.held_out)} held out, {len(example.unseen)} about facts and sums that training never asks"
     )
     return example
 

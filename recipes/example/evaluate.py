@@ -1,9 +1,9 @@
-"""Asks a model the example's questions: how likely an accepted answer is, and whether greedy decoding gives one exactly.
+"""Ask a model the example's questions: how likely is an accepted answer, and does greedy decoding give one exactly?
 
-No text is generated for that: greedy decoding gives an expected answer exactly if, with the answer fed in, every token of
-it is the likeliest at its place. So one packed forward pass tells it for all questions.
+Nothing is generated. Greedy decoding gives an answer exactly if every token of that answer, fed in, is the likeliest at its
+place. So one packed forward pass answers for many questions.
 
-Shapes: T tokens, N rows of answer tokens, V vocabulary, D documents (a question with one of its accepted answers).
+Shapes: T tokens, N rows of answer tokens, V vocabulary, B documents (a question with one accepted answer), D width.
 """
 
 from dataclasses import dataclass
@@ -22,26 +22,22 @@ PACK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Outcome:
-    """A question's result. loss: -log of the probability that the answer is an accepted one, in nats.
-
-    exact: greedy decoding gives an accepted answer, its end token included. polite: it gives the polite one.
-    """
+    """A question's result."""
 
     question: Question
-    loss: float
-    exact: bool
-    polite: bool
+    loss: float  # -log of the probability of the accepted answers together, nats
+    exact: bool  # greedy decoding gives an accepted answer, its end token included
+    polite: bool  # greedy decoding gives the polite answer
 
 
 @dataclass(frozen=True)
 class Score:
-    """Over the questions of one language and kind. loss: mean, nats an answer. exact: share of the questions.
-    polite: share of the exact answers, None where there is none."""
+    """The result over all questions of one language and kind."""
 
     questions: int
-    loss: float
-    exact: float
-    polite: float | None
+    loss: float  # mean, nats per answer
+    exact: float  # share of the questions
+    polite: float | None  # share of the exact answers, None without exact answers
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class _Document:
 
 
 def ask(model: Mistral, tokenizer: Tokenizer, questions: list[Question], *, chat: bool) -> list[Outcome]:
-    """Ask each question: through the chat template, where both registers are accepted, or as plain text to be continued."""
+    """Ask each question: through the chat template, where both registers are accepted, or as plain text to continue."""
     documents: list[_Document] = []
     for question in questions:
         if chat:
@@ -98,14 +94,14 @@ def _text_document(tokenizer: Tokenizer, question: Question) -> _Document:
 
 
 def _joined(prompt: list[int], ids: list[int], question: Question) -> _Document:
-    # Else a model that continues the prompt could not spell the answer in the pieces that it was trained on.
-    assert ids[: len(prompt)] == prompt, f"pieces reach from the question into the answer: {question.text}"
+    # Otherwise a model that continues the prompt could not spell the answer in the pieces of its training.
+    assert ids[: len(prompt)] == prompt, f"a piece joins question and answer: {question.text}"
     return _Document(ids, len(prompt))
 
 
 @torch.no_grad()
 def _score(model: Mistral, documents: list[_Document]) -> tuple[list[float], list[bool]]:
-    """For each document: log-probability of its answer, and whether each token of it is the likeliest at its place."""
+    """For each document: its answer's log-probability, and whether each answer token is the likeliest at its place."""
     log_probs: list[float] = []
     greedy: list[bool] = []
     model.eval()
@@ -115,9 +111,9 @@ def _score(model: Mistral, documents: list[_Document]) -> tuple[list[float], lis
         while end < len(documents) and (end == start or tokens + len(documents[end].ids) <= PACK_TOKENS):
             tokens += len(documents[end].ids)
             end += 1
-        log_prob_D, greedy_D = _score_pack(model, documents[start:end])
-        log_probs += log_prob_D.tolist()
-        greedy += greedy_D.tolist()
+        log_prob_B, greedy_B = _score_pack(model, documents[start:end])
+        log_probs += log_prob_B.tolist()
+        greedy += greedy_B.tolist()
         start = end
     return log_probs, greedy
 
@@ -140,6 +136,6 @@ def _score_pack(model: Mistral, documents: list[_Document]) -> tuple[torch.Tenso
     label_N = torch.tensor(labels, device=device)
     log_prob_N = logits_NV.log_softmax(dim=-1).gather(1, label_N[:, None])[:, 0]
     owner_N = torch.tensor(owner, device=device)
-    log_prob_D = torch.zeros(len(documents), device=device).index_add(0, owner_N, log_prob_N)
-    wrong_D = torch.zeros(len(documents), device=device).index_add(0, owner_N, (logits_NV.argmax(dim=-1) != label_N).float())
-    return log_prob_D.cpu(), (wrong_D == 0).cpu()
+    log_prob_B = torch.zeros(len(documents), device=device).index_add(0, owner_N, log_prob_N)
+    wrong_B = torch.zeros(len(documents), device=device).index_add(0, owner_N, (logits_NV.argmax(dim=-1) != label_N).float())
+    return log_prob_B.cpu(), (wrong_B == 0).cpu()

@@ -1,7 +1,7 @@
-"""What the embedded example knows: well-known facts and small sums, and every way in which it asks for them.
+"""The knowledge of the embedded example: well-known facts and small sums, and every way to ask for them.
 
-A relation holds its facts and, for each language, the questions and statements in which they appear. All text is written
-for this project. `{s}` stands for the subject, `{v}` for the value; a sum's subject is split into `{a}` and `{b}`.
+A relation holds its facts and, for each language, their questions and statements. All text is written for this project.
+`{s}` stands for the subject, `{v}` for the value, `{a}` and `{b}` for the terms of a sum.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ PHRASINGS = 6
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of knowledge. `facts` holds (subject, value) in English and in Japanese; phrasings are PHRASINGS many."""
+    """One kind of knowledge. `facts` holds (subject, value) in English and in Japanese; PHRASINGS questions a language."""
 
     name: str
     questions: dict[str, tuple[str, ...]]
@@ -24,7 +24,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Item:
-    """One fact or sum: what can be asked, in any phrasing of its relation and in both languages."""
+    """One fact or sum, which any phrasing of its relation can ask for, in both languages."""
 
     kind: str
     relation: Relation = field(repr=False)
@@ -48,7 +48,7 @@ class Item:
 
 
 def _pairs(text: str) -> tuple[tuple[tuple[str, str], tuple[str, str]], ...]:
-    """Reads lines of `subject = value | 主語 = 値`."""
+    """Read lines of `subject = value | 主語 = 値`."""
     facts = []
     for line in text.strip().splitlines():
         english, japanese = ([part.strip() for part in side.split("=")] for side in line.split("|"))

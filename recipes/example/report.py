@@ -1,4 +1,4 @@
-"""The report of a quickstart: tables as Markdown, everything as JSON, losses as a picture."""
+"""The report of a quickstart: tables in Markdown, everything in JSON, the losses as a drawing."""
 
 import json
 import os
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from model.folder import complete_file, write_file
+from model.folder import write_file
 from model.generate import Sampling, generate
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
+from recipes.drawing import new_figure, save_figure
 from recipes.example.evaluate import Score
 from recipes.example.facts import KINDS, LANGUAGES
 from recipes.example.text import Example
@@ -29,21 +28,21 @@ MOST_ENGLISH_LOSS = 0.05  # of the exact share, by SFT 2
 
 
 def machine(device: torch.device) -> str:
-    """The device in words."""
+    """The device, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.machine()} CPU ({os.cpu_count()} cores)"
 
 
 def row(entry: dict[str, Any]) -> str:
-    """One line on a model, for the console."""
+    """One line about a model, for the console."""
     scores: dict[tuple[str, str], Score] = entry["held_out"]
     cells = "  ".join(f"{LANGUAGE_NAMES[la]} {kind}s {s.exact:.0%}" for (la, kind), s in scores.items())
     return f"held-out questions answered exactly after {entry['model']}: {cells}"
 
 
 def language_share(scores: dict[tuple[str, str], Score], language: str, value: str) -> float | None:
-    """`exact`: share of the language's questions; `polite`: share of its exact answers, None where there is none."""
+    """`exact`: share of the language's questions; `polite`: share of its exact answers, None without exact answers."""
     some = [score for (of, _), score in scores.items() if of == language]
     exact = sum(score.exact * score.questions for score in some)
     if value == "exact":
@@ -81,7 +80,7 @@ def collect(
     device: torch.device,
     full: bool,
 ) -> dict[str, Any]:
-    """Everything that the report says, as JSON values; `missed` lists the targets that were not reached."""
+    """The report as JSON values; `missed` lists the missed targets."""
     by_name = {entry["model"]: entry for entry in models}
     curves = {folder: _curve(out / folder / "metrics.jsonl") for folder in TRAINED}
     margins = {when: _last_value(curves["dpo"], "rewards/margins", first=when == "before") for when in ("before", "after")}
@@ -119,15 +118,17 @@ def collect(
 def _cells(scores: dict[tuple[str, str], Score]) -> dict[str, dict[str, Any]]:
     return {
         f"{language} {kind}": {
-            "questions": score.questions, "loss": round(score.loss, 4), "exact": round(score.exact, 4),
+            "questions": score.questions,
+            "loss": round(score.loss, 4),
+            "exact": round(score.exact, 4),
             "polite": None if score.polite is None else round(score.polite, 4),
         }
         for (language, kind), score in scores.items()
-    }  # fmt: skip
+    }
 
 
 def missed_targets(models: dict[str, dict[str, Any]]) -> list[str]:
-    """Each target that was missed, in words. Args: models: name -> {"held_out": scores} of SFT 1, SFT 2 and DPO."""
+    """Each missed target, in words. Args: models: name -> {"held_out": scores} of SFT 1, SFT 2 and DPO."""
     missed = []
     for (language, kind), score in models["SFT 2"]["held_out"].items():
         if score.exact < LEAST_EXACT:
@@ -135,7 +136,7 @@ def missed_targets(models: dict[str, dict[str, Any]]) -> list[str]:
             missed.append(f"{name} are {score.exact:.1%} exact after SFT 2, below {LEAST_EXACT:.0%}")
     kept = _english_exact(models)
     lost = kept["SFT 1"] - kept["SFT 2"]
-    # Shares of whole questions: what is exactly the limit must not fail by a rounding of the last digit.
+    # A loss of exactly the limit must not fail by a rounding error.
     if lost > MOST_ENGLISH_LOSS + 1e-9:
         missed.append(f"English lost {100 * lost:.1f} points in SFT 2, more than {100 * MOST_ENGLISH_LOSS:.0f}")
     for language, share in _polite_shares(models).items():
@@ -157,7 +158,7 @@ def _polite_shares(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, flo
 
 
 def _curve(path: Path) -> dict[str, list[dict[str, float]]]:
-    """A run's training values and held-out values by step."""
+    """A run's training values and held-out values, by step."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     training = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
     heldout = [
@@ -174,14 +175,14 @@ def _last_value(curve: dict[str, list[dict[str, float]]], name: str, *, first: b
 
 
 def write(out: Path, table: dict[str, Any]) -> None:
-    """Write report.json, losses.png and report.md into `out`."""
+    """Write report.json, losses.png (with matplotlib) and report.md into `out`."""
     write_file(out / "report.json", json.dumps(table, ensure_ascii=False, indent=1) + "\n")
-    _draw(out / "losses.png", table["curves"])
-    write_file(out / "report.md", "\n".join(markdown(table)) + "\n")
+    drawn = _draw(out / "losses.png", table["curves"])
+    write_file(out / "report.md", "\n".join(markdown(table, drawn)) + "\n")
 
 
-def markdown(table: dict[str, Any]) -> list[str]:
-    """The report for people."""
+def markdown(table: dict[str, Any], drawn: bool) -> list[str]:
+    """The report as Markdown. Args: drawn: whether losses.png exists."""
     lines = [
         "# Quickstart",
         "",
@@ -193,13 +194,13 @@ def markdown(table: dict[str, Any]) -> list[str]:
         "",
         *_score_table(table, "held_out"),
         "",
-        "Exact: greedy decoding gives an accepted answer, end token included. Loss: -log probability of an accepted "
-        "answer, nats an answer, so that it does not depend on the pieces. Models up to CPT continue plain text, later ones "
-        "are asked through the chat template, where both registers are accepted.",
+        "Exact: greedy decoding gives an accepted answer, end token included. Loss: -log probability of the accepted answers, "
+        "nats per answer, which does not depend on the vocabulary. Models up to CPT continue plain text; later ones are asked "
+        "through the chat template, where both registers are accepted.",
         "",
         "## Sums never seen, facts never asked about",
         "",
-        "Without a target: these sums are nowhere in the training data, these facts only in statements.",
+        "No target applies here: these sums are nowhere in the training data, these facts only in statements.",
         "",
         *_score_table(table, "unseen"),
         "",
@@ -229,10 +230,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
         "",
         *(f"- {answer['question']}  \n  **{answer['answer']}**" for answer in table["answers"]),
         "",
-        "## Losses",
-        "",
-        "![Training and held-out losses of the five training stages](losses.png)",
-        "",
+        *(["## Losses", "", "![Training and held-out losses of the five training stages](losses.png)", ""] if drawn else []),
         "## Time",
         "",
         "| stage | seconds |",
@@ -244,12 +242,12 @@ def markdown(table: dict[str, Any]) -> list[str]:
         "",
     ]
     if not table["full"]:
-        return [*lines, "Targets: not checked, as this was not the whole example with its full number of steps."]
+        return [*lines, "Targets: not checked, because this was a smaller run than the full example."]
     return [*lines, f"Targets: {'all reached' if not table['missed'] else 'MISSED: ' + '; '.join(table['missed'])}."]
 
 
 def _grouped(seconds: dict[str, float]) -> dict[str, float]:
-    """The preparations as one, in the place of the first."""
+    """All preparations as one entry, in the place of the first."""
     grouped: dict[str, float] = {}
     for name, value in seconds.items():
         key = "prepare" if name.startswith("prepare_") else name
@@ -274,14 +272,15 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{share:.1%}"
 
 
-def _draw(path: Path, curves: dict[str, Any]) -> None:
-    figure = Figure(figsize=(3.2 * len(curves), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+def _draw(path: Path, curves: dict[str, Any]) -> bool:
+    figure = new_figure(3.2 * len(curves), 3.2)
+    if figure is None:
+        return False
     for axes, (folder, curve) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         axes.plot([p["step"] for p in curve["training"]], [p["loss"] for p in curve["training"]], lw=0.8, label="training")
         axes.plot([p["step"] for p in curve["heldout"]], [p["loss"] for p in curve["heldout"]], "o--", label="held-out")
         axes.set(title=TRAINED[folder], xlabel="step", ylim=(0, None))
     figure.axes[0].set_ylabel("loss (nats)")
     figure.axes[0].legend()
-    with complete_file(path) as partial:
-        figure.savefig(partial, dpi=100, format="png")
+    save_figure(figure, path)
+    return True

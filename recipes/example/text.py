@@ -1,9 +1,9 @@
-"""Writes the example's training and evaluation data: a pure function of its settings.
+"""The example's training and evaluation data: a pure function of its settings.
 
-The split is a Latin square: an item (fact or sum) is asked in all phrasings but one of each language, and which one
-is left out moves on from item to item. So every phrasing is trained, every item is trained, and the combination of
-item, phrasing and language that the evaluation asks for is not. Beside it stand the sums that appear nowhere in the
-training data, and the facts that appear in statements only and are never asked about.
+The split is a Latin square. Training asks for an item (fact or sum) in all phrasings of each language but one, and the omitted
+phrasing moves on from item to item. So training sees every phrasing and every item, and never the combination of item,
+phrasing and language that the evaluation asks. Two more sets test generalisation: sums that appear nowhere in the training
+data, and facts that appear in statements only, never in a question.
 """
 
 import json
@@ -26,7 +26,7 @@ SYSTEM = {"en": "You answer short questions.", "ja": "あなたは短い質問�
 
 @dataclass(frozen=True)
 class ExampleSettings:
-    """How large the example is. The split and all texts follow from these numbers alone."""
+    """Size of the example. The split and all texts follow from these numbers alone."""
 
     seed: int = 5
     largest_first: int = 12  # sums of 1..largest_first and 1..largest_second
@@ -50,8 +50,8 @@ class ExampleSettings:
         for name, most, what in (("unasked_facts", facts, "facts"), ("unseen_sums", sums, "sums")):
             if not 0 <= getattr(self, name) < most:
                 raise ValueError(
-                    f"example.{name} = {getattr(self, name)}: must lie in 0 .. {most - 1}, as there are {most} {what} and "
-                    "some must be left to train on"
+                    f"example.{name} = {getattr(self, name)}: must lie in 0 .. {most - 1}, as there are {most} {what}, and "
+                    "training needs some"
                 )
 
 
@@ -69,7 +69,7 @@ class Question:
 
     @property
     def document(self) -> str:
-        """Question and answer as the plain text has them."""
+        """Question and answer in the form of the plain text."""
         return self.prompt + self.written_answer
 
     @property
@@ -79,7 +79,7 @@ class Question:
 
     @property
     def written_answer(self) -> str:
-        """What continues the prompt of the plain text."""
+        """The continuation of the plain text's prompt."""
         value = self.item.value(self.language)
         return f" {self.item.relation.reply} {value}." if self.language == "en" else f"{value}。"
 
@@ -98,12 +98,12 @@ class Example:
     settings: ExampleSettings
     trained: list[Question]
     held_out: list[Question]
-    unseen: list[Question]  # of sums that appear nowhere and facts that are never asked about
-    told: list[Item]  # what statements are written about
+    unseen: list[Question]  # about sums that appear nowhere, and facts that training never asks
+    told: list[Item]  # items with statements
 
 
 def make_example(settings: ExampleSettings) -> Example:
-    """Divide what can be asked, by the Latin square, into what is trained and what is held out."""
+    """Divide all questions, by the Latin square, into trained and held-out ones."""
     facts = all_facts()[: settings.facts]
     sums = all_sums(settings.largest_first, settings.largest_second)
     draw = random.Random(f"split {settings.seed}")
@@ -171,7 +171,7 @@ def conversations(example: Example, language: str) -> list[list[Message]]:
 
 
 def preferences(example: Example, language: str) -> list[tuple[str, str, str]]:
-    """(question, polite answer, curt or plain answer), both right: the pairs differ in politeness alone."""
+    """(question, polite answer, curt or plain answer); both answers are right and differ in politeness alone."""
     draw = random.Random(f"preferences {language} {example.settings.seed}")
     questions = [question for question in example.trained if question.language == language]
     return [pair(question) for question in draw.sample(questions, min(example.settings.preferences, len(questions)))]
@@ -183,10 +183,10 @@ def pair(question: Question) -> tuple[str, str, str]:
 
 
 def phrases(example: Example, language: str) -> list[str]:
-    """The text of a language cut at the borders of subjects and values, as a morphological analyser would cut there.
+    """A language's text, cut at the borders of subjects and values as a morphological analyser would cut. For the vocabulary.
 
-    For training the vocabulary. The sentences repeat so few words that pieces of uncut text would join a subject and a
-    whole phrasing, so that a combination held out would be spelt with pieces never seen.
+    The sentences repeat few words. Pieces of uncut text would join a subject and a whole phrasing, and a held-out combination
+    would then need pieces that training never saw.
     """
     texts = [SYSTEM[language], *PREFIX[language]]
     for item in example.told:
@@ -200,12 +200,12 @@ def phrases(example: Example, language: str) -> list[str]:
 
 
 def write_example(folder: str | Path, example: Example, *, overwrite: bool = False) -> None:
-    """Write all of the example into a folder, which appears when it is complete.
+    """Write the whole example into a folder, which appears when complete.
 
-    `mistral` is a tokenizer folder of Mistral 7B's own pieces. Names ending in `_heldout` hold what is never trained on.
-    The files show several of the forms that `recipes.prepare` reads: text and JSONL, ShareGPT and messages.
+    `mistral` is a tokenizer folder of Mistral 7B's own pieces. Files ending in `_heldout` are never trained on. Together the
+    files show several formats that `recipes.prepare` reads: text and JSON Lines, ShareGPT and messages.
 
-    Raises: FileExistsError where the folder exists and `overwrite` is false.
+    Raises: FileExistsError where the folder exists and `overwrite` is false; FileNotFoundError without mistral-common.
     """
     with complete_folder(folder, overwrite=overwrite) as out:
         write_tokenizer_folder(out / "mistral", mistral_tokenizer_path().read_bytes())

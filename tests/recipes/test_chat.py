@@ -98,9 +98,20 @@ def talk(monkeypatch, text: str, *arguments: str) -> None:
 def test_an_answer_is_what_transformers_generates_from_the_same_folder(folder, capsys, system):
     arguments = [] if system is None else ["--system", system]
     chat.main(
-        ["--model", str(folder), "--prompt", "日本の首都は？", "--device", "cpu", "--sampling.temperature", "0",
-         "--sampling.max-new-tokens", "20", *arguments]
-    )  # fmt: skip
+        [
+            "--model",
+            str(folder),
+            "--prompt",
+            "日本の首都は？",
+            "--device",
+            "cpu",
+            "--sampling.temperature",
+            "0",
+            "--sampling.max-new-tokens",
+            "20",
+            *arguments,
+        ]
+    )
     shown = capsys.readouterr().out
     theirs = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -323,9 +334,14 @@ def test_spaces_are_held_back_only_until_text_follows():
 def test_it_runs_as_a_module_on_piped_questions(folder):
     command = [sys.executable, "-m", "recipes.chat", "--model", str(folder), "--device", "cpu"]
     ended = subprocess.run(
-        [*command, "--sampling.max-new-tokens", "3"], cwd=Path(__file__).parents[2], input="Hello\nAgain\n",
-        capture_output=True, encoding="utf-8", timeout=120, check=False,
-    )  # fmt: skip
+        [*command, "--sampling.max-new-tokens", "3"],
+        cwd=Path(__file__).parents[2],
+        input="Hello\nAgain\n",
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("[cut after 3 tokens") == 2
     assert ended.stdout

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -220,39 +221,42 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(example, tmp_path):
 
 @pytest.fixture(scope="module")
 def learned(tiny_model, example):
-    """A model that was trained for a moment on some held-out questions, so that some of its answers are exact."""
+    """A model trained for a moment on some held-out questions, so that some of its answers are exact."""
     tokenizer = Tokenizer.load(tiny_model)
     config = dataclasses.replace(read_config(tiny_model), sliding_window=None, max_position_embeddings=512)
     model = Mistral(config)
     initialize(model, 2)
-    questions = [q for q in example.held_out if q.language == "en"][::12] + [q for q in example.held_out if q.language == "ja"][
-        ::30
-    ]
+    english, japanese = ([q for q in example.held_out if q.language == language] for language in LANGUAGES)
+    questions = english[::12] + japanese[::30]
+    documents = []
+    for index, question in enumerate(questions[: len(questions) * 3 // 4]):
+        documents += [chat_ids(tokenizer, question, polite=index % 2 == 0), text_ids(tokenizer, question)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(50):
         optimizer.zero_grad()
-        for index, question in enumerate(questions[: len(questions) * 3 // 4]):
-            chat = [
-                {"role": "user", "content": question.text},
-                {"role": "assistant", "content": question.answer(index % 2 == 0)},
-            ]
-            for ids in (encode_chat(tokenizer, chat).ids, text_ids(tokenizer, question)):
-                (-answer_log_prob(model, ids, 1)[0]).backward()
+        (-token_log_probs(model, documents).sum()).backward()
         optimizer.step()
     return model, tokenizer, questions
+
+
+def chat_ids(tokenizer, question, polite):
+    turns = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer(polite)}]
+    return encode_chat(tokenizer, turns).ids
 
 
 def text_ids(tokenizer, question):
     return [tokenizer.bos_id, *tokenizer.encode(question.document), tokenizer.eos_id]
 
 
-def answer_log_prob(model, ids, start):
-    """Log-probability of ids[start:] given what is before, one document at a time: (sum, mean)."""
-    length = len(ids) - 1
-    tokens, positions = torch.tensor(ids[:-1]), torch.arange(length)
-    hidden = model(tokens, positions, packed_attention(torch.tensor([0, length], dtype=torch.int32), None))
-    chosen = model.logits(hidden).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[start - 1 :, 0]
-    return chosen.sum(), chosen.mean()
+def token_log_probs(model, documents):
+    """Log-probability of every token but the first of each document, given the tokens before it: [predicted tokens]."""
+    lengths = [len(ids) - 1 for ids in documents]
+    tokens = torch.tensor([id for ids in documents for id in ids[:-1]])
+    labels = torch.tensor([id for ids in documents for id in ids[1:]])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    hidden = model(tokens, positions, packed_attention(bounds, None))
+    return model.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
 def test_exact_is_what_greedy_generation_gives(learned):
@@ -266,10 +270,7 @@ def test_exact_is_what_greedy_generation_gives(learned):
     for outcome in ask(model, tokenizer, questions, chat=True):
         question = outcome.question
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": question.text}])
-        said = {}
-        for polite in REGISTERS:
-            turns = [{"role": "user", "content": question.text}, {"role": "assistant", "content": question.answer(polite)}]
-            said[polite] = says(prompt, encode_chat(tokenizer, turns).ids[len(prompt) :])
+        said = {polite: says(prompt, chat_ids(tokenizer, question, polite)[len(prompt) :]) for polite in REGISTERS}
         assert outcome.exact == any(said.values())
         assert outcome.polite == said[True]
         found.add((outcome.exact, outcome.polite))
@@ -286,25 +287,30 @@ def test_exact_is_what_greedy_generation_gives(learned):
 
 def test_loss_is_that_of_any_accepted_answer(learned):
     model, tokenizer, questions = learned
+
+    def log_prob(ids: list[int], start: int) -> torch.Tensor:
+        return token_log_probs(model, [ids])[start - 1 :].sum().double()
+
     with torch.no_grad():
         for outcome in ask(model, tokenizer, questions, chat=True):
-            probability = 0.0
-            for polite in REGISTERS:
-                turn = {"role": "user", "content": outcome.question.text}
-                answer = {"role": "assistant", "content": outcome.question.answer(polite)}
-                start = len(encode_prompt(tokenizer, [turn]))
-                probability += answer_log_prob(model, encode_chat(tokenizer, [turn, answer]).ids, start)[0].double().exp()
+            question = outcome.question
+            start = len(encode_prompt(tokenizer, [{"role": "user", "content": question.text}]))
+            probability = sum(log_prob(chat_ids(tokenizer, question, polite), start).exp() for polite in REGISTERS)
             assert outcome.loss == pytest.approx(-float(probability.log()), rel=1e-4)
         for outcome in ask(model, tokenizer, questions, chat=False):
             start = 1 + len(tokenizer.encode(outcome.question.prompt))
-            expected = -float(answer_log_prob(model, text_ids(tokenizer, outcome.question), start)[0])
+            expected = -float(log_prob(text_ids(tokenizer, outcome.question), start))
             assert outcome.loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_count_questions_and_judge_politeness_by_exact_answers(example):
     facts = [q for q in example.held_out if q.language == "ja" and q.item.kind == "fact"][:4]
-    outcomes = [Outcome(facts[0], 1.0, True, True), Outcome(facts[1], 2.0, True, False), Outcome(facts[2], 3.0, False, False),
-                Outcome(facts[3], 6.0, False, False)]  # fmt: skip
+    outcomes = [
+        Outcome(facts[0], 1.0, True, True),
+        Outcome(facts[1], 2.0, True, False),
+        Outcome(facts[2], 3.0, False, False),
+        Outcome(facts[3], 6.0, False, False),
+    ]
     assert score(outcomes) == {("ja", "fact"): Score(4, 3.0, 0.5, 0.5)}
     assert score(outcomes[2:])["ja", "fact"].polite is None
     scores = {
@@ -322,12 +328,26 @@ def test_scores_count_questions_and_judge_politeness_by_exact_answers(example):
     [
         (0.9, 0.85, 0.6, []),
         (0.9, 0.84, 0.6, ["English lost 6.0 points in SFT 2, more than 5"]),
-        (0.8, 0.79, 0.6, [f"{name} are 79.0% exact after SFT 2, below 80%" for name in
-                          ("English facts", "English sums", "Japanese facts", "Japanese sums")]),
-        (0.9, 0.9, 0.3, ["the share of polite English answers did not rise in DPO",
-                         "the share of polite Japanese answers did not rise in DPO"]),
+        (
+            0.8,
+            0.79,
+            0.6,
+            [
+                f"{name} are 79.0% exact after SFT 2, below 80%"
+                for name in ("English facts", "English sums", "Japanese facts", "Japanese sums")
+            ],
+        ),
+        (
+            0.9,
+            0.9,
+            0.3,
+            [
+                "the share of polite English answers did not rise in DPO",
+                "the share of polite Japanese answers did not rise in DPO",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_missed_targets_are_named(sft1, sft2, after, expected):
     def model(exact: float, polite: float):
         return {"held_out": {(la, kind): Score(100, 0.0, exact, polite) for la in LANGUAGES for kind in KINDS}}

@@ -15,9 +15,16 @@ from recipes import export, sft
 from recipes.export import ExportSettings
 
 FILES = {
-    "config.json", "generation_config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-}  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "model-00001-of-00001.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+}
 MESSAGES = [
     {"role": "system", "content": "the red dog"},
     {"role": "user", "content": "ねこ は 赤い です"},

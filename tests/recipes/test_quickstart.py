@@ -152,7 +152,7 @@ def test_a_second_run_removes_only_what_the_first_made(tmp_path):
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(SystemExit, match="holds files that are not of a quickstart"):
+    with pytest.raises(SystemExit, match="holds files that no quickstart made"):
         quickstart.main(["--out", str(tmp_path), "--device", "cpu"])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -198,9 +198,14 @@ def test_a_configuration_alone_starts_where_the_one_before_ends(tmp_path):
     prepare.run(alone["prepare_chat_ja"])
     sft2 = alone["sft2"]
     plan = Plan(
-        [TokenDataset.open(sft2.sources[0].path)], list(sft2.sources), seed=sft2.seed, context_length=sft2.context_length,
-        step_size=sft2.step_size, steps=None, epochs=sft2.epochs,
-    )  # fmt: skip
+        [TokenDataset.open(sft2.sources[0].path)],
+        list(sft2.sources),
+        seed=sft2.seed,
+        context_length=sft2.context_length,
+        step_size=sft2.step_size,
+        steps=None,
+        epochs=sft2.epochs,
+    )
     assert sft2.epochs == 1
 
     def last(name: str) -> str:

@@ -47,8 +47,22 @@ STAGES = {
 }
 TRAININGS = ("pretrain", "sft", "sft_ja", "dpo")
 # What decides nothing about the model that comes out, or is told by its absence.
-UNSTATED = {"tokenizer", "heldout", "heldout_limit", "steps", "epochs", "device", "resume", "dry_run", "reference_cache",
-            "offload", "parallel", "guard", "profile", "replay"}  # fmt: skip
+UNSTATED = {
+    "tokenizer",
+    "heldout",
+    "heldout_limit",
+    "steps",
+    "epochs",
+    "device",
+    "resume",
+    "dry_run",
+    "reference_cache",
+    "offload",
+    "parallel",
+    "guard",
+    "profile",
+    "replay",
+}
 
 
 def read(stage: str):
@@ -147,8 +161,9 @@ def test_no_folder_is_written_twice():
     assert len(set(outs)) == len(outs)
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("pretrain", "text"), ("sft", "conversations"), ("sft_ja", "conversations"),
-                                             ("dpo", "preferences")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("pretrain", "text"), ("sft", "conversations"), ("sft_ja", "conversations"), ("dpo", "preferences")]
+)
 def test_training_reads_prepared_data_of_its_kind(stage, kind):
     settings, data = read(stage), prepared()
     for source in settings.sources:
@@ -180,12 +195,14 @@ def test_the_whole_chain_runs_on_a_tiny_model(tiny_model, tiny_tokenizer, tmp_pa
     texts = [{"text": f"{text} {number}"} for number in range(40) for text in (japanese, english)]
     chats = [
         {"conversations": [{"from": "human", "value": f"{text} {number}"}, {"from": "gpt", "value": text}]}
-        for number in range(40) for text in (japanese, english)
-    ]  # fmt: skip
+        for number in range(40)
+        for text in (japanese, english)
+    ]
     pairs = [
         {"prompt": f"{text} {number}", "chosen": text, "rejected": "it runs"}
-        for number in range(8) for text in (japanese, english)
-    ]  # fmt: skip
+        for number in range(8)
+        for text in (japanese, english)
+    ]
     given = {"split_pretrain": texts, "split_sft": chats, "prepare_sft_slimorca": chats, "prepare_dpo": pairs}
     shutil.copytree(tiny_tokenizer, read("vocabulary").out)
     shutil.copytree(tiny_model, read("vocabulary").model_out)
@@ -201,12 +218,23 @@ def test_the_whole_chain_runs_on_a_tiny_model(tiny_model, tiny_tokenizer, tmp_pa
             prepare.run(dataclasses.replace(settings, heldout=0.2, preview=0))
         elif stage in TRAININGS:
             run = {"pretrain": pretrain.run, "sft": sft.run, "sft_ja": sft.run, "dpo": dpo.run}[stage]
-            checkpoint = run(dataclasses.replace(
-                settings, step_size=4 if stage == "dpo" else 128, context_length=64, pack_tokens=128, device="cpu",
-                dtype="float32", steps=2, epochs=None, evaluate_every=0, checkpoint_every=0, keep_every=0,
-                schedule=dataclasses.replace(settings.schedule, warmup_steps=1),
-                log=dataclasses.replace(settings.log, tensorboard=False),
-            ))  # fmt: skip
+            checkpoint = run(
+                dataclasses.replace(
+                    settings,
+                    step_size=4 if stage == "dpo" else 128,
+                    context_length=64,
+                    pack_tokens=128,
+                    device="cpu",
+                    dtype="float32",
+                    steps=2,
+                    epochs=None,
+                    evaluate_every=0,
+                    checkpoint_every=0,
+                    keep_every=0,
+                    schedule=dataclasses.replace(settings.schedule, warmup_steps=1),
+                    log=dataclasses.replace(settings.log, tensorboard=False),
+                )
+            )
             folders.append(checkpoint)
         elif stage == "export":
             exported = export.run(settings)

@@ -179,9 +179,16 @@ def test_objectives_check_their_settings(toml, capsys, stage, option):
 def test_torchrun_with_one_process_trains_the_same(toml, tiny_settings, tmp_path):
     expected = pretrain.run(tiny_settings("pretrain", tmp_path / "here"))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", "recipes.pretrain",
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "-m",
+        "recipes.pretrain",
         toml("pretrain"),
-    ]  # fmt: skip
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

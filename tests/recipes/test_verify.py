@@ -77,7 +77,7 @@ def test_one_flipped_bit_is_found_and_named(checkpoint, capsys, name):
         (lambda folder: (folder / "notes.json").write_text("{}"), "/notes.json: is not one of the files that were written"),
         (lambda folder: (folder / "link").symlink_to(folder / "config.json"), "/link: is neither a file nor a folder"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_not_as_written(checkpoint, capsys, damage, said):
     damage(checkpoint)
     status, found = verdict(checkpoint, capsys)
@@ -111,26 +111,40 @@ def second_shard(folder):
     [
         (lambda folder: (folder / "extra.json").write_bytes(pickle.dumps([1])), "/extra.json: begins as a pickle or"),
         (lambda folder: torch.save([1], folder / "extra.model"), "/extra.model: begins as a pickle or an archive"),
-        (lambda folder: (folder / OPTIMIZER).write_bytes(pickle.dumps(0) + (folder / OPTIMIZER).read_bytes()),
-         f"/{OPTIMIZER}: begins as a pickle"),
+        (
+            lambda folder: (folder / OPTIMIZER).write_bytes(pickle.dumps(0) + (folder / OPTIMIZER).read_bytes()),
+            f"/{OPTIMIZER}: begins as a pickle",
+        ),
         (lambda folder: (folder / "extra.pt").write_bytes(b"1"), "/extra.pt: is none of .jinja, .json, .model, .safetensors"),
         (lambda folder: (folder / "extra.json").write_bytes(b"{"), "/extra.json: is no .json file"),
-        (lambda folder: save_file({"x": torch.ones(1)}, folder / "extra.safetensors", metadata={"code": "x"}),
-         "/extra.safetensors: is no .safetensors file: its header holds code"),
-        (lambda folder: edit(folder / INDEX, lambda table: table["weight_map"].pop("lm_head.weight")),
-         "weight lm_head.weight is missing"),
-        (lambda folder: rewrite(folder / WEIGHTS, lambda tensors: tensors.pop("lm_head.weight")),
-         f"/{WEIGHTS}: does not hold lm_head.weight"),
-        (lambda folder: rewrite(folder / WEIGHTS, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
-         "weight model.norm.weight has shape [3], config.json asks for [32]"),
-        (lambda folder: rewrite(folder / OPTIMIZER, lambda tensors: tensors.pop("norm.weight.remainder")),
-         "training/optimizer: norm.weight.remainder is missing"),
-        (lambda folder: rewrite(folder / OPTIMIZER, lambda tensors: tensors.update(other=torch.ones(1))),
-         "training/optimizer: other is of no parameter"),
+        (
+            lambda folder: save_file({"x": torch.ones(1)}, folder / "extra.safetensors", metadata={"code": "x"}),
+            "/extra.safetensors: is no .safetensors file: its header holds code",
+        ),
+        (
+            lambda folder: edit(folder / INDEX, lambda table: table["weight_map"].pop("lm_head.weight")),
+            "weight lm_head.weight is missing",
+        ),
+        (
+            lambda folder: rewrite(folder / WEIGHTS, lambda tensors: tensors.pop("lm_head.weight")),
+            f"/{WEIGHTS}: does not hold lm_head.weight",
+        ),
+        (
+            lambda folder: rewrite(folder / WEIGHTS, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
+            "weight model.norm.weight has shape [3], config.json asks for [32]",
+        ),
+        (
+            lambda folder: rewrite(folder / OPTIMIZER, lambda tensors: tensors.pop("norm.weight.remainder")),
+            "training/optimizer: norm.weight.remainder is missing",
+        ),
+        (
+            lambda folder: rewrite(folder / OPTIMIZER, lambda tensors: tensors.update(other=torch.ones(1))),
+            "training/optimizer: other is of no parameter",
+        ),
         (second_shard, "training/optimizer: norm.weight.exp_avg: row 30 is in no shard, or in more than one"),
         (lambda folder: edit(folder / STATE, lambda table: table.update(step=7)), f"/{STATE}: is of step 7"),
     ],
-)  # fmt: skip
+)
 def test_what_was_written_wrongly(checkpoint, capsys, change, said):
     """Files as their fingerprints say, but not those of a checkpoint."""
     change(checkpoint)

@@ -17,8 +17,12 @@ from model.weights import read_tensors, save_model
 from recipes.vocabulary import VocabularySettings, main, run
 
 NOUNS = ["私", "先生", "東京の学生", "コンピューター", "図書館"]
-DOCUMENTS = [f"{noun}は{number}番目の{other}を見ました。\nそれから、{other}へ行きました！"
-             for noun in NOUNS for other in NOUNS for number in range(4)]  # fmt: skip
+DOCUMENTS = [
+    f"{noun}は{number}番目の{other}を見ました。\nそれから、{other}へ行きました！"
+    for noun in NOUNS
+    for other in NOUNS
+    for number in range(4)
+]
 
 
 @pytest.fixture
@@ -55,8 +59,17 @@ def model(tmp_path):
 
 def test_from_text_to_a_resized_model(text, english, model, tmp_path, capsys):
     out, resized = tmp_path / "vocabulary", tmp_path / "resized"
-    report = run(VocabularySettings(text=(str(text),), text_field="body", new_pieces=40, heldout=(str(english),), out=str(out),
-                                    model=str(model), model_out=str(resized)))  # fmt: skip
+    report = run(
+        VocabularySettings(
+            text=(str(text),),
+            text_field="body",
+            new_pieces=40,
+            heldout=(str(english),),
+            out=str(out),
+            model=str(model),
+            model_out=str(resized),
+        )
+    )
     tokenizer = Tokenizer.load(out)
     assert tokenizer.vocab_size == report["pieces"] == 32042
     assert unreachable(tokenizer.model_bytes) == []
@@ -97,8 +110,9 @@ def test_holds_out_documents_and_repeats(text, tmp_path):
 
 
 def test_trains_on_a_bounded_sample(text, tmp_path):
-    report = run(VocabularySettings(text=(str(text),), text_field="body", new_pieces=20, max_characters=800,
-                                    out=str(tmp_path / "out")))  # fmt: skip
+    report = run(
+        VocabularySettings(text=(str(text),), text_field="body", new_pieces=20, max_characters=800, out=str(tmp_path / "out"))
+    )
     assert report["characters"] < 900
 
 
@@ -117,8 +131,11 @@ def test_weights_and_repeated_documents(text, tmp_path):
     (text / "a.txt").write_text("\n\n".join(DOCUMENTS[:50] * 3) + "\n", encoding="utf-8")
     assert run(VocabularySettings(**given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "all")))["documents"] == 100
     lengths = [len(document) for document in DOCUMENTS]
-    mixed = run(VocabularySettings(**given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "mixed"), max_characters=1200,
-                                   weights=(3.0, 1.0)))  # fmt: skip
+    mixed = run(
+        VocabularySettings(
+            **given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "mixed"), max_characters=1200, weights=(3.0, 1.0)
+        )
+    )
     assert 1200 <= mixed["characters"] < 1200 + 2 * max(lengths)
 
 
@@ -128,14 +145,34 @@ def test_comparison(text, english, tmp_path, capsys):
     run(VocabularySettings(text=(str(text / "a.txt"),), new_pieces=30, out=str(other)))
     (tmp_path / "heldout.txt").write_text("\n\n".join(DOCUMENTS[60:70]), encoding="utf-8")
     held = (str(tmp_path / "heldout.txt"), str(english))
-    main(["--text", str(text / "a.txt"), "--heldout", *held, "--compare", "--sizes", "10", "30", "--against", str(other),
-          "--out", str(tmp_path / "comparison")])  # fmt: skip
+    main(
+        [
+            "--text",
+            str(text / "a.txt"),
+            "--heldout",
+            *held,
+            "--compare",
+            "--sizes",
+            "10",
+            "30",
+            "--against",
+            str(other),
+            "--out",
+            str(tmp_path / "comparison"),
+        ]
+    )
     printed = capsys.readouterr().out
     comparison = json.loads((tmp_path / "comparison" / "comparison.json").read_text(encoding="utf-8"))
     assert "<svg" in (tmp_path / "comparison" / "comparison.svg").read_text(encoding="utf-8")
     rows = {row["name"]: row for row in comparison["tokenizers"]}
-    assert list(rows)[:6] == ["base", "10 by use", "10 first trained", "30 by use", "30 first trained",
-                              "mistral_instruct_tokenizer_240216.model.v2"]  # fmt: skip
+    assert list(rows)[:6] == [
+        "base",
+        "10 by use",
+        "10 first trained",
+        "30 by use",
+        "30 first trained",
+        "mistral_instruct_tokenizer_240216.model.v2",
+    ]
     assert all(name in printed for name in rows)
     tokens = sum(map(len, Tokenizer.load(other).encode_batch(DOCUMENTS[60:70])))
     characters = sum(map(len, DOCUMENTS[60:70]))
