@@ -1,4 +1,4 @@
-"""What this machine has, and whether the installed torch can use it: `python -m engine.environment`."""
+"""The machine's devices and packages, and whether torch can use them: `python -m engine.environment`."""
 
 import importlib.util
 import os
@@ -16,15 +16,15 @@ _PACKAGES = ("triton", "sentencepiece", "numpy", "safetensors", "tokenizers", "f
 
 
 class DeviceError(RuntimeError):
-    """The device that a run would use is not there or not usable."""
+    """The device that a run would use is missing or unusable."""
 
 
 def choose_device(name: str) -> torch.device:
     """The device of a run.
 
     Args: name: auto (CUDA if there is a GPU, else CPU), cpu or cuda.
-    Raises: DeviceError when a GPU is asked for, or present with auto, but the installed torch cannot use it: a run that
-        quietly takes the CPU instead would waste days. The message names driver, build and remedy.
+    Raises: DeviceError for a GPU that is asked for, or present with auto, but that the installed torch cannot use: falling
+        back to the CPU quietly would waste days. The message names driver, build and remedy.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
         problem = _gpu_problem()
         if problem:
             raise DeviceError(problem)
-        # With its number, which torch's counters of memory ask for.
+        # torch's memory counters need the device's number.
         return torch.device("cuda", 0)
     driver = nvidia_driver()
     if name == "auto" and driver is None:
@@ -48,15 +48,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def use_deterministic_algorithms() -> None:
-    """Let a resumed run repeat bit for bit on CUDA too: fixed orders of addition in torch's own operators and in cuBLAS."""
+    """Make a resumed run repeat bit for bit on CUDA: fixed orders of addition in torch's own operators and in cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # This mode also fills every new tensor with NaN, which would cost bandwidth and decide nothing.
+    # The deterministic mode also fills every new tensor with NaN, which costs bandwidth and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def nvidia_driver() -> str | None:
-    """Version of the loaded NVIDIA kernel driver, None where there is none."""
+    """Version of the loaded NVIDIA kernel driver, None without a driver."""
     try:
         first = _DRIVER.read_text().splitlines()[0].split()
     except (OSError, IndexError):
@@ -65,7 +65,7 @@ def nvidia_driver() -> str | None:
 
 
 def _gpu_problem() -> str | None:
-    """Why Triton could not compile for the GPU: it builds a small C launcher against Python's headers."""
+    """Why Triton could not launch kernels, None if it can: it compiles a small C launcher against Python's headers."""
     if compiler() is None:
         return "no C compiler, which Triton needs to launch kernels: install gcc or clang, or set CC"
     if not python_header().is_file():
@@ -74,17 +74,18 @@ def _gpu_problem() -> str | None:
 
 
 def compiler() -> str | None:
-    """Path of the C compiler that Triton would use."""
+    """Path of the C compiler that Triton would use, None without one."""
     named = os.environ.get("CC")
     return next((path for name in ([named] if named else ["gcc", "clang", "cc"]) if (path := shutil.which(name))), None)
 
 
 def python_header() -> Path:
+    """Path that Python.h should have."""
     return Path(sysconfig.get_paths()["include"]) / "Python.h"
 
 
 def report() -> list[tuple[str, str]]:
-    """(what, value) of everything that a fault report should say."""
+    """(name, value) of everything that a bug report should say."""
     rows = [
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("platform", f"{platform.platform()}, {os.cpu_count()} cores"),
@@ -113,8 +114,8 @@ def report() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    for what, value in report():
-        print(f"{what:<16} {value}")
+    for name, value in report():
+        print(f"{name:<16} {value}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""Work of a training step, counted from what is really computed: attended pairs exactly (causal, window, documents), the head
-only for the rows that reach it, no embedding look-up. 2 operations a multiply-add."""
+"""Floating-point operations of a training step: matrix products and attention, counted exactly.
+
+Attention counts the pairs that it really computes (causal, window, documents); the head counts the rows that reach it. The
+embedding look-up costs nothing. A multiply-add is 2 operations.
+"""
 
 import itertools
 import statistics
@@ -11,8 +14,8 @@ from engine.observe.timing import mark, seconds_between
 from kernels.recompute import Recompute
 from model.config import MistralConfig
 
-# Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. An unknown device has
-# no peak, so that its utilisation reads n/a instead of a guess.
+# Dense bf16 TFLOP/s as published by the maker, by a part of the device's name; the first match counts. The utilisation of an
+# unknown device reads n/a, which is better than a guess.
 _PEAK_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
@@ -32,7 +35,7 @@ _PEAK_TFLOPS = (
 def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int) -> int:
     """Operations of forward and backward: three times the forward products.
 
-    Args: tokens: places through the blocks; rows: places through the head; pairs: from `attended_pairs`.
+    Args: tokens: through the blocks; rows: through the head; pairs: (query, key) pairs, from `attended_pairs`.
     """
     query_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
@@ -48,20 +51,22 @@ def step_flops(config: MistralConfig, step: Step) -> int:
 
 
 def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute) -> int:
-    """Operations of products that the backward pass of the blocks computes a second time.
+    """Operations that activation checkpointing repeats in the backward pass.
 
-    Args: tokens: places through the blocks; pairs: from `attended_pairs`; recompute: the model's mode.
+    Args: tokens: through the blocks; pairs: (query, key) pairs, from `attended_pairs`; recompute: the model's mode.
     """
     gate_up = 2 * config.num_hidden_layers * tokens * config.hidden_size * 2 * config.intermediate_size
     if recompute == "block":
-        # All of a block's forward pass: a third of its training operations.
+        # The whole forward pass of a block: a third of its training operations.
         return training_flops(config, tokens=tokens, rows=0, pairs=pairs) // 3
     return gate_up if recompute == "ffn" else 0
 
 
 def product_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that a CUDA device reaches now in a large product of random numbers, None on a CPU, whose other
-    processes decide that. Takes some ten milliseconds and, for these, 0.4 GiB."""
+    """Operations a second that a CUDA device reaches now in a large product of random numbers.
+
+    Takes some ten milliseconds and 0.4 GiB. None on a CPU, where other processes would decide the result.
+    """
     if device.type != "cuda":
         return None
     size, repeats = 8192, 10
@@ -80,7 +85,7 @@ def product_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Published dense bf16 operations a second of a CUDA device, None where unknown."""
+    """Published dense bf16 operations a second of a CUDA device, None for an unknown device."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,90 +1,93 @@
-"""Tokens a second of a training step on paper, on one GPU and on many.
+"""Predicted tokens a second of a training step, on one GPU and on many.
 
-Time is work over what a device reaches: products over its measured ceiling, passes over memory over its bandwidth, collectives
-over the links. A rank's own time is that of one GPU; communication is either hidden behind it or not, and both are given. The
-shares of the ceilings are assumptions, said in `ASSUMPTIONS` and held against published figures by a test.
+Time is work divided by speed: matrix products by the measured ceiling, memory traffic by the bandwidth, collectives by the
+links. Two figures are given: communication fully hidden behind computation, and not hidden at all. `ASSUMPTIONS` lists the
+assumed shares of the ceilings; a test compares the results with published figures.
 """
 
 from dataclasses import dataclass, replace
 
 from engine.estimate.flops import recomputed_flops, training_flops
-from engine.estimate.memory import Training
+from engine.estimate.sizes import Training
 from kernels.attention.work import attended_pairs
 from model.config import MistralConfig
 
-# GPUs that share NVLink, each with a network card of its own.
+# GPUs of a node: they share NVLink, and each has its own network card.
 NODE = 8
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU reaches. memory: usable GiB. products: bf16 operations a second of a large product. bandwidth: bytes a second
-    of a copy in its memory. nvlink, network, host: bytes a second and direction, in a node, between nodes, to the host."""
+    """Speeds that a GPU reaches in practice."""
 
-    memory: float
-    products: float
-    bandwidth: float
-    nvlink: float = 400e9
-    network: float = 45e9
-    host: float = 50e9
+    memory: float  # usable GiB
+    products: float  # bf16 operations a second of a large matrix product
+    bandwidth: float  # bytes a second of a copy in its own memory
+    nvlink: float = 400e9  # bytes a second and direction, in a node
+    network: float = 45e9  # bytes a second and direction, between nodes
+    host: float = 50e9  # bytes a second and direction, to the host's memory
 
 
-# The H200's two ceilings are measured. The H100 has the same chip; its memory is taken to reach the same share of its maker's
-# figure (3.35 TB/s of the H200's 4.8).
+# The H200's products and bandwidth are measured. The H100 has the same chip; its memory is assumed to reach the same share of
+# the published bandwidth (3.35 TB/s; H200: 4.8 TB/s).
 DEVICES = {"h200": Device(139.0, 790e12, 4.3e12), "h100": Device(79.0, 790e12, 3.0e12)}
 
-# Shares of the ceilings that a step reaches, and attention's operations a second relative to products.
+# Shares of the ceilings that a step reaches, and attention's speed relative to matrix products.
 _PRODUCTS, _BANDWIDTH = 0.93, 0.84
 _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 420 / 790, 320 / 790
-# Products of attention's backward pass of which each is half of the forward pass: three in the pass by queries, four by keys.
+# Matrix products of attention's backward pass: three in the pass by queries, four by keys. The forward pass has two.
 _BACKWARD_PRODUCTS = 7
 
 ASSUMPTIONS = (
-    f"products reach {_PRODUCTS:.0%} of the measured ceiling, passes over memory {_BANDWIDTH:.0%} of a copy's bandwidth",
+    f"matrix products reach {_PRODUCTS:.0%} of the measured ceiling, memory traffic {_BANDWIDTH:.0%} of a copy's bandwidth",
     f"attention reaches {_ATTENTION_FORWARD:.0%} of the ceiling forward and {_ATTENTION_BACKWARD:.0%} backward, in "
     f"{_BACKWARD_PRODUCTS} products",
-    "documents are as long as the context; all places reach the head",
-    f"up to {NODE} GPUs shard the model over NVLink; beyond, each node holds a copy, gradients are summed between nodes (HSDP)",
+    "documents are as long as the context; all tokens reach the head",
+    f"up to {NODE} GPUs shard the model over NVLink; beyond, each node holds a copy and nodes sum their gradients (HSDP)",
     "400 Gb/s of network a GPU, of which 90 % arrive; all links are used at once",
-    "hidden: a step takes the longer of computation and communication, and the first gather and last reduction; else their sum",
-    "what collectives take of the multiprocessors, stragglers and waiting for data are not in it",
+    "hidden: a step takes the longer of computation and communication, plus the first gather and the last reduction",
+    "not hidden: a step takes computation plus communication",
+    "not counted: multiprocessors that collectives occupy, stragglers, waiting for data",
 )
 
 
 @dataclass(frozen=True)
 class Speed:
-    """gpus: of the run. step_tokens: of a step. compute, communication: seconds of a rank in a step. exposed: those of
-    communication that nothing can hide."""
+    """Predicted time of a step."""
 
     gpus: int
-    step_tokens: int
-    compute: float
-    communication: float
-    exposed: float
+    step_tokens: int  # of all GPUs
+    compute: float  # seconds of a rank
+    communication: float  # seconds of a rank
+    exposed: float  # seconds of communication that nothing can hide
 
     @property
     def hidden(self) -> float:
-        """Tokens a second of all GPUs, communication hidden."""
+        """Tokens a second of all GPUs with communication hidden."""
         return self.step_tokens / (max(self.compute, self.communication) + self.exposed)
 
     @property
     def not_hidden(self) -> float:
+        """Tokens a second of all GPUs with no communication hidden."""
         return self.step_tokens / (self.compute + self.communication)
 
 
 def speed(
-    training: Training, device: Device, *, context: int, step_tokens: int, gpus: int = 1, replicas: int | None = None,
-    backward_products: int = _BACKWARD_PRODUCTS,
-) -> Speed:  # fmt: skip
-    """Of a step of `step_tokens` places (at least one micro-batch a rank) on so many GPUs.
-
-    Args: context: places of a document. replicas: copies of the model; default one a node. backward_products: of attention.
-    """
+    training: Training,
+    device: Device,
+    *,
+    context: int,  # tokens of a document
+    step_tokens: int,  # of all GPUs; at least one micro-batch a rank is taken
+    gpus: int = 1,
+    replicas: int | None = None,  # copies of the model; default: one a node
+    backward_products: int = _BACKWARD_PRODUCTS,  # of attention
+) -> Speed:
+    """Predict the time of a step."""
     replicas = max(1, gpus // NODE) if replicas is None else replicas
     micro_batches = max(1, round(step_tokens / (gpus * training.tokens)))
     rank = replace(training, shards=gpus // replicas)
     compute = micro_batches * _micro_batch(rank, device, context, backward_products) + _update(rank, device)
-    # A sum of gradients over micro-batches: two reads and a write of each.
+    # Gradient accumulation: two reads and a write of each gradient.
     parameters = training.config.parameters
     compute += (micro_batches - 1) * 3 * training.dtype.itemsize * parameters / (_BANDWIDTH * device.bandwidth)
     communication, exposed = _communication(rank, device, gpus, replicas, micro_batches)
@@ -104,43 +107,44 @@ def _micro_batch(training: Training, device: Device, context: int, backward_prod
 
 
 def _token_bytes(config: MistralConfig) -> int:
-    """Bytes that the kernels beside products and attention move for a token."""
+    """Bytes that the kernels other than matrix products and attention move for a token."""
     width, inner = config.hidden_size, config.intermediate_size
     packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    # Of both norms: sum and norm, 4 forward; norm again, gradient, 6 backward. SwiGLU: 3 and 6. Rotation: 2 and 2.
+    # Reads and writes, forward and backward. Norm with residual sum, twice: 4 and 6 of the width. SwiGLU: 3 and 6 of the inner
+    # width. Rotation: 2 and 2 of the packed heads.
     return 2 * config.num_hidden_layers * (20 * width + 9 * inner + 4 * packed)
 
 
 def _row_bytes(config: MistralConfig) -> int:
-    """Logits in float32 written, read for statistics and for gradients; these written, and read by two products."""
+    """Bytes of a head's row: float32 logits written and read twice; bf16 gradients written and read twice."""
     return config.vocab_size * (3 * 4 + 3 * 2)
 
 
 def _update(training: Training, device: Device) -> float:
     moment = 2 if training.optimizer.moments == "bfloat16" else 4
     parameters = training.config.parameters / training.shards
-    # The gradient for its norm and again, parameter, remainder and moments read and written.
+    # The gradient is read twice (norm, update); parameter, remainder and moments are read and written.
     state = 2 * 2 + 2 * (2 + 2 + (0 if training.optimizer.offload == "moments" else 2 * moment))
     seconds = parameters * state / (_BANDWIDTH * device.bandwidth)
     if training.optimizer.offload == "moments":
-        # There and back one after the other.
+        # Both directions, one after the other.
         seconds += parameters * 4 * moment / device.host
     return seconds
 
 
 def _communication(training: Training, device: Device, gpus: int, replicas: int, micro_batches: int) -> tuple[float, float]:
-    """(seconds of collectives in a step, those of the first gather and the last reduction)."""
+    """(seconds of all collectives of a step, seconds of the first gather and the last reduction)."""
     if gpus == 1:
         return 0.0, 0.0
     config, shards = training.config, training.shards
     nodes = -(-shards // NODE)
 
     def moved(size: float) -> float:
-        """A gather or a reduction over the shards: rings that enter each node through all of its cards."""
+        """Seconds of a gather or reduction over the shards, by rings that enter each node through all of its cards."""
         return max(size * (shards - 1) / shards / device.nvlink, size * (nodes - 1) / nodes / (NODE * device.network))
 
     def summed(size: float) -> float:
-        """Over the replicas, of a shard; between nodes where a replica is a node."""
+        """Seconds of a shard's sum over the replicas; over the network where each replica is a node."""
         link = device.network if gpus > NODE else device.nvlink
         return 2 * size / shards * (replicas - 1) / replicas / link
 

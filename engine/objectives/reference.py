@@ -1,7 +1,7 @@
 """The frozen reference of preference tuning: its log-probabilities, computed once and kept on disk.
 
-A file is named by all that its numbers depend on (weights, dtype, data, context), so a later run with the same reference and
-data takes it over, and nothing stale is ever read.
+A file's name is a hash of everything that its numbers depend on (weights, dtype, data, context). So a later run with the same
+reference and data reuses the file, and no stale file is ever read.
 """
 
 import hashlib
@@ -26,20 +26,21 @@ from model.folder import write_file
 from model.mistral import Mistral
 from model.tensor_file import TensorStream, write_tensor_file
 
-# The reference's hash, so that a resumed run finds its tables without loading it.
+# Holds the hash of the reference's weights, so that a resumed run finds its tables without loading the weights.
 MANIFEST = "reference.json"
 
 
 @lost_ranks_named()
 def reference_tables(
-    run: Run, sets: Mapping[str, tuple[TokenDataset, list[Batch]]], cache: Path
+    run: Run,
+    sets: Mapping[str, tuple[TokenDataset, list[Batch]]],  # name -> (dataset, its pairs in micro-batches)
+    cache: Path,  # folder of the files
 ) -> tuple[dict[str, Tensor], Mistral]:
     """Log-probabilities of each set's pairs, and the policy to train.
 
-    Args: sets: name -> (dataset, its pairs in micro-batches); cache: folder of the files.
     Returns: name -> float32 [pairs, 2] of (chosen, rejected), NaN for a pair in no micro-batch; and the model of the run's
-        next step: the reference itself for a fresh run, the checkpoint's for a resumed one.
-    Raises: ValueError when a resumed run needs the reference's weights and they are not those that it began with.
+        next step: the reference itself for a fresh run, the checkpoint's model for a resumed run.
+    Raises: ValueError when a resumed run needs the reference's weights and they have changed since it began.
     """
     manifest, ranks = run.out / MANIFEST, run.ranks
     model: Mistral | None = None
@@ -52,7 +53,7 @@ def reference_tables(
     for name, (dataset, batches) in sets.items():
         path = cache / f"{_key(run, weights, dataset, batches)}.safetensors"
         table = _read(path, len(dataset) // 2)
-        # Each rank reads for itself, but all of them compute as soon as one has to.
+        # Each rank reads for itself; if one rank lacks the table, all ranks compute it.
         if ranks.sum_(torch.tensor(float(table is None))) > 0:
             if model is None:
                 model = run.load_initial_model()
@@ -75,13 +76,13 @@ def reference_tables(
 def _check_unchanged(run: Run, weights: str, began_with: str) -> None:
     if weights != began_with:
         raise ValueError(
-            f"model = {run.settings.model}: its weights are not those that the run in {run.out} began with as its reference; "
-            "restore them or choose another out"
+            f"model = {run.settings.model}: its weights have changed since the run in {run.out} began with them as its "
+            "reference; restore them or choose another out"
         )
 
 
 def weights_hash(model: Mistral) -> str:
-    """SHA-256 of all parameters, whole, with their names, dtypes and shapes."""
+    """SHA-256 (hex) of all whole parameters with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
@@ -109,7 +110,7 @@ def _compute(run: Run, model: Mistral, name: str, dataset: TokenDataset, batches
 
 
 def _read(path: Path, pairs: int) -> Tensor | None:
-    """The table of a file; None where there is none, or none that is whole, so that it is computed again."""
+    """The table of a file, None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:

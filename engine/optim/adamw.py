@@ -13,15 +13,15 @@ from kernels.gradient_norm import gradient_norm
 
 
 class AdamW:
-    """Moments for every parameter, and for bfloat16 parameters the 16 bits that make them exact float32 masters.
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
 
-    State is sharded as its parameter is. The same numbers come out for any number of shards, but for the order in which the
-    squares of the gradient's norm are added.
+    The state holds two moments of every parameter. For a bfloat16 parameter it also holds the 16 bits that rounding cut off:
+    together they are an exact float32 master. State is sharded as its parameter is. The numbers do not depend on the number of
+    shards, except for the order in which the squares of the gradient's norm are added.
 
-    Args: parameters: all of the model, by name; their order tells them apart where moments are rounded stochastically.
-        seed: of that rounding.
+    Args: parameters: all of the model's, by name; their order keys the stochastic rounding of moments. seed: of the rounding.
     Raises: ValueError for a parameter that is neither float32 nor bfloat16, and for float32 gradients of bfloat16 parameters
-        where torch has none.
+        with a torch that lacks them.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, seed: int = 0) -> None:
@@ -44,9 +44,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear the gradients, unless they or the loss (of all ranks) are not finite.
+        """Clip and clear the gradients and update the parameters. Skips the update if the gradients or `loss` are not finite.
 
-        Returns: the gradient's norm before clipping, and 1 where there was no update, else 0: float32 scalars on its device.
+        Args: loss: the step's loss over all ranks.
+        Returns: (gradient norm before clipping, 1 if the update was skipped, else 0): float32 scalars on the parameters'
+            device.
         """
         parameters = list(self.parameters.values())
         norm = norm_of_gradients(parameters)
@@ -81,7 +83,7 @@ class AdamW:
                         host.copy_(moment, non_blocking=True)
             parameter.grad = None
         if offloaded and norm.is_cuda:
-            # Whoever reads the moments on the host, to save them, would not wait for the copies.
+            # A checkpoint reads the moments on the host and would not wait for these copies.
             torch.cuda.current_stream(norm.device).synchronize()
         return norm, skipped
 
@@ -91,13 +93,13 @@ class AdamW:
             return torch.zeros_like(parameter, dtype=dtype)
         if isinstance(parameter, DTensor):
             raise ValueError(
-                "optimizer.offload = 'moments' is for one rank: several hold a part of the moments each; leave it out"
+                "optimizer.offload = 'moments' is for one rank: several ranks hold a part of the moments each; leave it out"
             )
-        # Pinned, so that copies run at the bus's speed and the host need not wait for each.
+        # Pinned memory: copies run at the bus's speed and do not block the host.
         return torch.zeros(parameter.shape, dtype=dtype, device="cpu", pin_memory=parameter.is_cuda)
 
     def _scale(self, norm: Tensor, loss: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What multiplies the gradients, -1 where there is to be no update; and whether there is none."""
+        """(factor of the gradients, -1 to skip the update; 1 if skipped, else 0)."""
         limit = self.settings.clip_norm
         scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         bad = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
@@ -106,7 +108,7 @@ class AdamW:
         return torch.where(bad, -1.0, scale), bad.float()
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
-        """Take over saved moments and remainders. Raises ValueError naming a tensor that is missing or does not fit."""
+        """Load saved moments and remainders. Raises: ValueError naming a tensor that is missing or does not fit."""
         for name, tensor in self.state.items():
             saved = state.get(name)
             if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
@@ -117,7 +119,7 @@ class AdamW:
 
 
 def norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of the whole gradient, of all ranks: a float32 scalar on the parameters' device."""
+    """Euclidean norm of the whole gradient over all ranks: a float32 scalar on the parameters' device."""
     norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
     sharded = parameters[0]
     return sum_over_shards(norm.double().square(), sharded).sqrt().float() if isinstance(sharded, DTensor) else norm

@@ -6,10 +6,10 @@ from engine.settings.sections import ScheduleSettings
 
 
 def learning_rate(settings: ScheduleSettings, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`.
+    """Learning rate of step `step` (counted from 0) of `steps`.
 
-    Step s of the warm-up has peak * (s + 1) / warmup_steps, the first step after it the peak; the decay would reach
-    final_share * peak at step `steps`, one after the last, so that no step is wasted on a rate of 0.
+    Step s of the warm-up has peak * (s + 1) / warmup_steps; the first step after the warm-up has the peak. The decay would
+    reach final_share * peak one step after the last, so no step is wasted on a rate of 0.
     """
     if step < settings.warmup_steps:
         return settings.peak * (step + 1) / settings.warmup_steps

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import engine.estimate.memory
+import engine.estimate.sizes
 import kernels.linear_log_prob
 from benchmarks.measure import RESULTS
 from benchmarks.own import open_job
@@ -23,8 +23,9 @@ from engine.optim.adamw import AdamW
 from engine.run import Run, open_run
 from engine.settings.sections import OptimizerSettings
 from kernels.attention.work import attention_work
+from kernels.recompute import Recompute
 from model.config import PRESETS, MistralConfig
-from model.mistral import Mistral, Recompute, attention_by
+from model.mistral import Mistral, attention_by
 from tests.engine.live_bytes import LiveBytes
 
 MODES = get_args(Recompute)
@@ -75,7 +76,7 @@ def counted(training: Training) -> int:
 
 
 def training_of(mode, dtype, budget, monkeypatch, **changes) -> Training:
-    for module in (engine.estimate.memory, kernels.linear_log_prob):
+    for module in (engine.estimate.sizes, kernels.linear_log_prob):
         monkeypatch.setattr(module, "default_budget", lambda device: budget)
     documents = attention_work(BOUNDS, CONFIG.sliding_window, prefixes=PREFIXES)
     given = Training(

@@ -1,0 +1,195 @@
+"""The sizes of a training step's tensors in bytes: a shape times an item size, nothing fitted.
+
+The Triton kernels run on CUDA in bfloat16. Elsewhere their eager references run, whose float32 copies are counted instead.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from engine.settings.sections import OptimizerSettings
+from kernels import padded_to_tiles
+from kernels.attention.work import AttentionWork, attention_work
+from kernels.linear_log_prob import default_budget
+from kernels.linear_log_prob import plan as head_plan
+from kernels.recompute import Recompute
+from model.config import MistralConfig
+
+# Bytes of a float32: reductions, logits and references compute in it.
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a step's memory depends on."""
+
+    config: MistralConfig
+    dtype: torch.dtype  # of the parameters
+    optimizer: OptimizerSettings
+    recompute: Recompute
+    tokens: int  # of a micro-batch
+    rows: int  # of a micro-batch that reach the head
+    accumulates: bool  # a step has several micro-batches
+    log_probs: bool  # the objective needs log-probabilities before its gradients (preference tuning), not a weighted sum
+    kernels: bool  # the Triton kernels run, not their eager references
+    shards: int = 1  # ranks that each parameter is divided between (FSDP2)
+    reshard: bool = True  # blocks release their gathered weights after the forward pass
+    documents: AttentionWork | None = None  # work lists, which cost memory with references only; default: documents of a window
+
+
+class Sizes:
+    """Bytes of a micro-batch's tensors, where nothing else is said."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.config = training, training.config
+        config = self.config
+        self.item = training.dtype.itemsize
+        self.hidden = self.rows_of(config.hidden_size)  # the residual stream
+        self.query = self.rows_of(config.num_attention_heads * config.head_dim)  # also attention's output
+        self.key = self.rows_of(config.num_key_value_heads * config.head_dim)  # also the value
+        self.inner = self.rows_of(config.intermediate_size)  # of the feed-forward network
+        self.qkv = self.query + 2 * self.key
+        self.scale = training.tokens * FLOAT32  # of a norm
+        self.log_sum_exp = training.tokens * config.num_attention_heads * FLOAT32
+        self.head_elements = config.vocab_size * config.hidden_size  # of the head's weight, and of the embedding's
+        self.block_elements = (config.parameters - 2 * self.head_elements - config.hidden_size) // config.num_hidden_layers
+
+    def rows_of(self, width: int) -> int:
+        """A row of `width` for each token."""
+        return self.training.tokens * width * self.item
+
+    def wide(self, size: int) -> int:
+        """The same tensor in float32."""
+        return size // self.item * FLOAT32
+
+    def widened(self, size: int) -> int:
+        """A float32 copy of a tensor; float32 tensors need none."""
+        return 0 if self.item == FLOAT32 else self.wide(size)
+
+    # Sharding.
+
+    def share(self, size: int) -> int:
+        """A rank's shard of `size`."""
+        return -(-size // self.training.shards)
+
+    def gathered(self, elements: int) -> int:
+        """Gathered weights; a single rank gathers nothing."""
+        return elements * self.item if self.training.shards > 1 else 0
+
+    # Activations.
+
+    @cached_property
+    def tables(self) -> int:
+        """Rotary angles; with the references also the attention masks."""
+        angles = self.training.tokens * self.config.head_dim * FLOAT32
+        return angles + (0 if self.training.kernels else self.masks[0])
+
+    @cached_property
+    def masks(self) -> tuple[int, int]:
+        """(elements of the reference's masks, rows of the keys that its tiles copy)."""
+        work = self.training.documents or _whole_documents(self.training.tokens, self.config.sliding_window)
+        seen = copied = 0
+        for start, end, ranges in work.queries():
+            keys = sum(stop - begin for begin, stop, _ in ranges)
+            seen += (end - start) * keys
+            copied += keys if len(ranges) != 1 else 0
+        return seen, copied
+
+    @property
+    def attention_kept(self) -> int:
+        """Kept by attention for its backward pass, besides query, key and value."""
+        if self.training.kernels:
+            return self.query + self.log_sum_exp
+        # Keys and values repeated for each query head, copies for tiles of several ranges, masks as addends, the tiles' outputs
+        # and the joined output.
+        seen, copied = self.masks
+        copies = 2 * copied * self.query // self.training.tokens
+        return 2 * self.query + copies + seen * self.item + 2 * self.query + self.log_sum_exp
+
+    @property
+    def feed_forward_kept(self) -> int:
+        """Kept by the feed-forward network for its backward pass, besides the residual stream and the norm's scale."""
+        kept = {"none": self.hidden + 3 * self.inner, "light": 2 * self.inner, "ffn": 0, "block": 0}
+        return kept[self.training.recompute]
+
+    @property
+    def block_kept(self) -> int:
+        """Kept by a block for its backward pass."""
+        if self.training.recompute == "block":
+            return self.hidden
+        normed = self.hidden if self.training.recompute == "none" else 0
+        return 2 * (self.hidden + self.scale) + normed + self.qkv + self.attention_kept + self.feed_forward_kept
+
+    @property
+    def block_transients(self) -> int:
+        """Alive only at the end of a block's forward pass: normed rows, products, results of network and attention."""
+        recompute = self.training.recompute
+        made = 2 * self.hidden
+        if recompute != "none":
+            made += self.hidden + self.inner
+        if recompute in ("ffn", "block"):
+            made += 2 * self.inner
+        if recompute == "block":
+            made += self.qkv + self.attention_kept + self.hidden
+        return made
+
+    @property
+    def final_norm_kept(self) -> int:
+        """Kept by the final norm. Autograd differentiates the reference: it keeps float32 rows, before and after scaling."""
+        return self.hidden + self.scale if self.training.kernels else 2 * self.wide(self.hidden) + self.scale
+
+    # Head.
+
+    @cached_property
+    def head_rows(self) -> int:
+        """Number of rows that reach the head; the kernels get them padded."""
+        rows = self.training.rows
+        return padded_to_tiles(rows) if self.training.kernels else rows
+
+    @cached_property
+    def chunks(self) -> tuple[bool, int]:
+        """(whether the gradients of all rows' logits are kept, number of rows of a chunk)."""
+        budget = default_budget(torch.device("cuda" if self.training.kernels else "cpu"))
+        return head_plan(self.head_rows, self.config.vocab_size, self.item, budget)
+
+    @property
+    def head_parts(self) -> int:
+        """Parts in which the head's gradients are computed."""
+        keep, chunk = self.chunks
+        return 1 if keep else -(-self.head_rows // chunk)
+
+    def logits(self, rows: int) -> int:
+        return rows * self.config.vocab_size * FLOAT32
+
+    def logit_gradients(self, rows: int) -> int:
+        return rows * self.config.vocab_size * self.item
+
+    @property
+    def gathered_rows(self) -> int:
+        """The hidden rows that reach the head, side by side."""
+        return self.head_rows * self.config.hidden_size * self.item
+
+    def widened_product(self, rows: int) -> int:
+        """Float32 copies that the reference multiplies to logits."""
+        if self.training.kernels:
+            return 0
+        return self.widened(rows * self.config.hidden_size * self.item) + self.widened(self.head_elements * self.item)
+
+    # Optimizer.
+
+    @property
+    def moments(self) -> int:
+        """Both moments of one element."""
+        return 2 * getattr(torch, self.training.optimizer.moments).itemsize
+
+    @property
+    def state(self) -> int:
+        """Optimizer state of one element on the device."""
+        remainder = 2 if self.training.dtype == torch.bfloat16 else 0
+        return remainder + (0 if self.training.optimizer.offload == "moments" else self.moments)
+
+
+def _whole_documents(tokens: int, window: int | None) -> AttentionWork:
+    length = min(tokens, window or tokens)
+    return attention_work([*range(0, tokens, length), tokens], window)
