@@ -25,11 +25,12 @@ from engine.checkpoint.state import model_folder
 from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
 from engine.settings.toml import to_table
+from kernels import padded_to_tiles
 from model.config import read_config
 from model.folder import complete_folder, write_file
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import check_base, extend, merge, unreachable
-from model.vocabulary.resize import Method, check_rows, padded_size, resize_model
+from model.vocabulary.resize import Method, check_rows, resize_model
 from model.vocabulary.scripts import JAPANESE, Scripts
 from model.vocabulary.tokenizer import CHATML, Tokenizer, mistral_tokenizer_path
 from model.vocabulary.train import distinct, sample
@@ -175,7 +176,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
             "pieces": tokenizer.vocab_size,
             "base_pieces": merged.base_size,
             "new_pieces": len(merged.pieces),
-            "rows": padded_size(tokenizer.vocab_size),
+            "rows": padded_to_tiles(tokenizer.vocab_size),
             "fingerprint": tokenizer.fingerprint,
             "base": base_name,
             "base_fingerprint": base.fingerprint,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.estimate.flops import training_flops
+from kernels import padded_to_tiles
 from kernels.attention.work import attended_pairs
 from model.config import MISTRAL_7B, MistralConfig
 from model.vocabulary.merge import Merged, candidates_for, merge, unreachable
-from model.vocabulary.resize import padded_size
 from model.vocabulary.scripts import Scripts
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.vocabulary.train import train
@@ -148,7 +148,7 @@ def _measure(contender: Contender, texts: Mapping[str, list[str]], about: Mappin
         tokens[name] = sum(map(len, encoded))
         partial[name] = sum(id in bytes_only for id in chain(*encoded))
     characters = {name: about[name]["characters"] for name in texts}
-    config = replace(MISTRAL_7B, vocab_size=padded_size(contender.pieces), unpadded_vocab_size=contender.pieces)
+    config = replace(MISTRAL_7B, vocab_size=padded_to_tiles(contender.pieces), unpadded_vocab_size=contender.pieces)
     languages = {}
     for language in dict.fromkeys(text["language"] for text in about.values()):
         names = [name for name in texts if about[name]["language"] == language]

@@ -1,15 +1,15 @@
 """The chat template: Shisa's, in the llama-2 form.
 
-A conversation is one segment per exchange, `<s>[INST] {user} [/INST] {answer} </s>`, the system message standing inside
-the first one:
+A conversation has one segment an exchange, `<s>[INST] {user} [/INST] {answer} </s>`. The system message stands inside the
+first segment:
 
     <s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST] {answer} </s><s>[INST] {user} [/INST] {answer} </s>
 
-Source: the model card of augmxnt/shisa-7b-v1. The template published there drops `<s>` from the first segment, and
-`[INST] ` with it where there is no system message; ours always opens properly and is equal otherwise.
+Source: the model card of augmxnt/shisa-7b-v1. The template published there drops `<s>` from the first segment, and also
+`[INST] ` where there is no system message; this one opens every segment alike and equals it otherwise.
 
-Each segment is encoded once, as a whole, between the ids of `<s>` and `</s>`: what a message says can never become a
-special token, and an answer's tokens are the same in training as after the prompt in generation.
+Each segment is encoded as a whole, between the ids of `<s>` and `</s>`. So a message's text never becomes a special token, and
+an answer has the same tokens in training as after its prompt in generation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = TypedDict("Message", {"role": str, "content": str})  # noqa: UP013 - t
 
 BOS, EOS = "<s>", "</s>"
 
-# Every tag trims both sides, so that the text is the same whatever an environment does with blank lines around tags.
+# Every tag trims both sides: environments differ in what they do with blank lines around tags.
 CHAT_TEMPLATE = """\
 {%- set system = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- if messages | length <= system -%}
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as token ids; `trained` is true at an assistant's tokens and at the `</s>` that ends its turn."""
+    """A conversation as token ids; `trained` marks the assistant's tokens and the `</s>` after them."""
 
     ids: list[int]
     trained: list[bool]
@@ -65,9 +65,9 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Check that the template can express a conversation: [system,] user, assistant, user, ... in strict alternation.
 
     Raises:
-        ValueError: one line naming the message, what is wrong with it and what is expected: no user message, an unknown
-            role, a system message that is not the first, a role out of turn, content that is not text, an empty
-            question or answer (an empty system message is allowed: the template has a place for it).
+        ValueError: one line with the message's number, its fault and the expected form. Faults: no user message, an unknown
+            role, a system message after the first place, a role out of turn, content that is not text, an empty question or
+            answer (an empty system message is allowed, as the template has a place for it).
     """
     if not messages:
         raise ValueError("the conversation is empty: it needs at least a user message")
@@ -95,10 +95,10 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    """The conversation as text: what `apply_chat_template(messages, tokenize=False)` of transformers gives.
+    """The conversation as text, equal to `apply_chat_template(messages, tokenize=False)` of transformers.
 
-    `add_generation_prompt` changes nothing, there as here: a conversation that ends with the user ends with `[/INST]`,
-    after which the model speaks.
+    `add_generation_prompt` changes nothing, here and there: a conversation whose last message is the user's ends with
+    `[/INST]`, and the model continues.
 
     Raises:
         ValueError: see `check_messages`.
@@ -107,9 +107,9 @@ def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) 
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedChat:
-    """The conversation as token ids with the mask of what to train on; no trained token where no assistant speaks.
+    """The conversation as token ids with its training mask.
 
-    A token counts as the assistant's only if all of its characters come after `[/INST]`.
+    A token is the assistant's only if all of its characters come after `[/INST]`.
 
     Raises:
         ValueError: see `check_messages`.
@@ -127,10 +127,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedCha
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The token ids that the model continues with its answer: the conversation up to and including the last `[/INST]`.
+    """The token ids for the model to continue: the conversation up to and including the last `[/INST]`.
 
     Raises:
-        ValueError: see `check_messages`; also where the last message is not the user's.
+        ValueError: see `check_messages`; also when the last message is not the user's.
     """
     encoded = encode_chat(tokenizer, messages)
     if messages[-1]["role"] != "user":
@@ -139,7 +139,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 
 
 def _segments(messages: Sequence[Message]) -> list[tuple[str, str | None]]:
-    """The text between each `<s>` and `</s>`, as (what is given, what the assistant says or None)."""
+    """The text between each `<s>` and `</s>`, as (prompt, answer); the answer may be None."""
     check_messages(messages)
     head = ""
     segments: list[tuple[str, str | None]] = []

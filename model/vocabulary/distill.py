@@ -1,12 +1,15 @@
-"""New rows learnt from text: the merged vocabulary is taught to say what the base vocabulary says.
+"""New rows learnt from text: the model with the merged vocabulary learns to say what it says with the base vocabulary.
 
-Merging keeps the base's merges, so that the merged ids of a text are its base ids in groups, and the hidden state after a group
-is known: the base model's after the group's last sub-piece. New input rows are trained so that the model comes to that state
-from the group's one row, and with the new head rows so that it predicts the next group. Nothing else changes. After Dobler,
-Elliott and de Melo 2025, "Token Distillation: Attention-aware Input Embeddings For New Tokens",
+The method. A merge keeps the base's merges, so the merged ids of a text are its base ids in groups. The hidden state after a
+group is therefore known: it is the base model's state after the group's last sub-piece. Adam trains two things alone: the new
+rows of the embedding, so that the model reaches this state from the group's one row, and the new rows of the head, so that
+embedding and head together predict the next group. The loss is the relative squared error of the states plus the negative
+log-likelihood of the next merged id. All other weights keep their bits.
+
+Source: after Dobler, Elliott and de Melo 2025, "Token Distillation: Attention-aware Input Embeddings For New Tokens",
 https://arxiv.org/abs/2505.20133.
 
-Shapes: T places in the merged ids, D width, N new pieces.
+Shapes: T merged ids, D width, N predicted ids.
 """
 
 from __future__ import annotations
@@ -25,18 +28,18 @@ from model.weights import TensorFolder, load_model, save_model
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How new rows learn.
-
-    tokens: of the merged tokenizer, read of the text at most. context_length: of them, in a part of a document. step_tokens:
-    of a step. rate: Adam's learning rate at first, in root mean squares of the base's rows; it falls to 0. device: auto is
-    CUDA if there is a GPU.
-    """
+    """Settings of the distillation. Tokens are counted in the merged tokenizer."""
 
     tokens: int = 1_000_000
+    """Maximal number of tokens to read of the text."""
     context_length: int = 512
+    """Maximal length of a part of a document, in tokens."""
     step_tokens: int = 4096
+    """Tokens of an optimizer step."""
     rate: float = 0.02
+    """Adam's initial learning rate, relative to the root mean square of the base's rows; it falls linearly to 0."""
     device: str = "auto"
+    """"auto" is CUDA if there is a GPU, else the CPU."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context_length", "step_tokens"):
@@ -47,15 +50,16 @@ class Distillation:
 
 
 def distill(
-    folder: str | Path, subpieces: Sequence[Sequence[int]], merged: Tokenizer, texts: Iterable[str], settings: Distillation
+    folder: str | Path,  # the resized model
+    subpieces: Sequence[Sequence[int]],  # for each new piece, its ids in the base tokenizer
+    merged: Tokenizer,
+    texts: Iterable[str],  # documents
+    settings: Distillation,
 ) -> None:
     """Train the new rows of a resized model folder, in place.
 
-    The whole model is in memory, in the dtype that it is stored in, with gradients of embedding and head: for a model of full
-    size, on a GPU.
-
-    Args: folder: of the resized model; subpieces: of each new piece, its ids in the base tokenizer; texts: documents.
-    Raises: ValueError where the texts have no new piece.
+    Memory holds the whole model, in its stored dtype, and gradients of embedding and head: a model of full size needs a GPU.
+    Raises: ValueError when the texts have no new piece.
     """
     base_size = merged.vocab_size - len(subpieces)
     groups = [[id] for id in range(base_size)] + [list(ids) for ids in subpieces]
@@ -67,7 +71,7 @@ def distill(
     device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, dtype=dtype, device=device).requires_grad_(False)
     matrices = [model.embed_tokens.weight.requires_grad_(), model.lm_head.weight.requires_grad_()]
-    # In float32: what bfloat16 rounds off is most of an update.
+    # In float32, as bfloat16 rounds off most of an update.
     masters = [nn.Parameter(matrix.detach()[base_size : merged.vocab_size].float()) for matrix in matrices]
     sizes = [matrix.detach()[:base_size].float().square().mean().sqrt().item() for matrix in matrices]
     optimizer = torch.optim.Adam(
@@ -89,7 +93,7 @@ def distill(
 
 
 def _steps(texts: Iterable[str], merged: Tokenizer, settings: Distillation) -> Iterator[list[list[int]]]:
-    """Parts of documents, in merged ids after the token that begins a text, as many as a step has."""
+    """The parts of documents of each step, as merged ids behind a beginning-of-sequence token."""
     step: list[list[int]] = []
     size = total = 0
     for text in texts:
@@ -108,7 +112,7 @@ def _steps(texts: Iterable[str], merged: Tokenizer, settings: Distillation) -> I
 
 
 def _loss(model: Mistral, parts: list[list[int]], groups: list[list[int]]) -> Tensor:
-    """Relative squared error of the hidden states, a mean over places, and nats per predicted id."""
+    """Relative squared error of the hidden states, mean over T, plus negative log-likelihood in nats, mean over N."""
     device = model.lm_head.weight.device
     spelled = [[id for group in part for id in groups[group]] for part in parts]
     with torch.no_grad():
@@ -125,7 +129,7 @@ def _loss(model: Mistral, parts: list[list[int]], groups: list[list[int]]) -> Te
 
 
 def _hidden(model: Mistral, parts: list[list[int]]) -> Tensor:
-    """Final hidden states of parts that do not see one another, in a row."""
+    """Final hidden states of packed parts, which do not see one another."""
     device = model.lm_head.weight.device
     bounds = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).to(device)
     tokens_T = torch.tensor([id for part in parts for id in part], device=device)

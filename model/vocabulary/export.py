@@ -1,9 +1,8 @@
-"""The files of a tokenizer folder, from the bytes of its SentencePiece model.
+"""The files of a tokenizer folder, made from its SentencePiece model.
 
-`tokenizer.json` is written here rather than left to its readers: those that convert a SentencePiece model themselves
-order the merges by id where SentencePiece orders them by score, which gives other ids, for Mistral's own model too (its
-runs of spaces have low ids and the lowest scores). Nor do the files name a Llama class, whose loader would replace the
-normalizer.
+Why write `tokenizer.json` here: readers that convert a SentencePiece model themselves order the merges by id, while
+SentencePiece orders them by score. Their ids differ, even for Mistral's own model, whose runs of spaces have low ids and the
+lowest scores. Why name no Llama class: its loader would replace the normalizer.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.tokenizer import CHATML, MODEL_FILE
 
-_NO_LIMIT = 10**30  # how transformers writes that a tokenizer sets no maximum length
-_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight
+_NO_LIMIT = 10**30  # transformers' number for a tokenizer without a maximum length
+_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
 _Piece = _protobuf.ModelProto.SentencePiece
 
 
@@ -31,11 +30,11 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
     """Write `tokenizer.model` and, derived from it, tokenizer.json, tokenizer_config.json (with the chat template),
     special_tokens_map.json and chat_template.jinja.
 
-    Loaded with `AutoTokenizer` the folder gives the ids that sentencepiece gives, except where a text spells `<s>`,
-    `</s>`, `<unk>` or, where the model has them as control pieces, ChatML's `<|im_start|>` and `<|im_end|>`, which become
-    special tokens there (and, for a model that normalizes text, where several combining
-    marks follow one another). Files are replaced one by one, each as a whole, and `tokenizer.model` last: a folder that
-    has it has all of them. The bytes depend on the model alone.
+    `AutoTokenizer` gives the same ids as sentencepiece, with two exceptions. A text that spells `<s>`, `</s>`, `<unk>` or
+    ChatML's `<|im_start|>` and `<|im_end|>` (where the model has them as control pieces) gives special tokens there. And a
+    model that normalizes text may differ where several combining marks follow one another.
+
+    The bytes depend on the model alone. `tokenizer.model` is written last: a folder that has it has all files.
 
     Raises:
         ValueError: the model is not BPE, or writes spaces in a way that tokenizer.json cannot express.
@@ -47,8 +46,7 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
         "eos_token": processor.id_to_piece(processor.eos_id()),
         "unk_token": processor.id_to_piece(processor.unk_id()),
     }
-    # ChatML's are for chat templates to spell. Other control pieces stay ordinary entries: no text encodes to them in
-    # sentencepiece, so none may here.
+    # Chat templates spell ChatML's tokens. Other control pieces stay ordinary entries, as no text may encode to them.
     added = [
         {"id": id, "content": piece.piece, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -77,7 +75,7 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
 
 
 def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
-    """The model in the form of the `tokenizers` package."""
+    """The content of `tokenizer.json`, in the form of the package `tokenizers`."""
     spec = proto.normalizer_spec
     if proto.trainer_spec.model_type != _protobuf.TrainerSpec.BPE:
         raise ValueError("only a SentencePiece model of type BPE can be written as a tokenizer folder")
@@ -89,7 +87,7 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     normalizers: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         if "nfkc" in spec.name:
-            # The table alone misses composites longer than five bytes: half-width kana with a voicing mark.
+            # The table alone misses composites of more than five bytes, such as half-width kana with a voicing mark.
             normalizers.append({"type": "NFKC"})
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
@@ -106,8 +104,8 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     ]
     if spec.add_dummy_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    # Pieces that are matched before any merge, even beside a letter: split off, and then taken whole. As added tokens they
-    # would begin a new text each, with a space before it.
+    # User-defined pieces match before any merge: split off first, then taken whole. As added tokens, each would begin a new
+    # text, with a space before it.
     defined = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED]
     pattern = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -145,12 +143,11 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
 
 
 def _merges(proto: Any) -> list[list[str]]:
-    """Every pair of pieces that joins to a piece, in the order in which SentencePiece would join them.
+    """Every pair of pieces that joins to a piece, in SentencePiece's order of joining.
 
-    SentencePiece joins the pair whose piece has the highest score, the leftmost among equals; a merge list joins the
-    pair that stands first in it. Where scores are equal (runs of spaces), longer pieces come first: a run then grows from
-    its left end until it is as long as a piece can be, as the leftmost rule has it. So for the two halves of one piece,
-    the longer left half first.
+    SentencePiece joins the pair whose piece has the highest score, the leftmost among equals; a merge list joins the pair that
+    comes first in it. Among equal scores (runs of spaces) longer pieces come first: a run then grows from its left end to the
+    longest piece, as under the leftmost rule. For the same reason a piece's longer left half comes first.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     order = sorted(scores, key=lambda piece: (-scores[piece], -len(piece)))

@@ -1,8 +1,14 @@
-"""New pieces merged into a SentencePiece BPE model without a change to what it did before.
+"""New pieces merged into a SentencePiece BPE model; the base's own encoding stays as it was.
 
-New pieces are appended, with scores that fall with the id below every score of the base. SentencePiece joins, of all
-neighbours whose text is a piece, those with the highest score first: all merges of the base come before any new one,
-so base pieces are found as before, and a text from which no new piece can be built keeps its ids exactly.
+The method. New pieces are appended behind the base's, with scores below every score of the base, falling with the id.
+SentencePiece joins the neighbours of the highest score first, so all merges of the base happen before any new one. Hence the
+merged ids of a text are its base ids, some neighbours joined, and a text from which no new piece can be built keeps its ids.
+
+A candidate is usable if it is not in the base, all of its characters are pieces, and it is reachable: its own text encodes to
+it alone. An unreachable piece occurs in no text at all, as whatever joins its span in a text joins it when it stands alone
+too. Leaving it out therefore changes no encoding.
+
+Which usable candidates get the places is the matter of `model.vocabulary.selection`.
 """
 
 from __future__ import annotations
@@ -20,39 +26,31 @@ from model.vocabulary.selection import select
 from model.vocabulary.tokenizer import Tokenizer
 from model.vocabulary.train import Trained, train
 
-_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, out of a type checker's sight
+_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
 _Piece = _protobuf.ModelProto.SentencePiece
 _TrainerSpec = _protobuf.TrainerSpec
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model.
+    """A merged model."""
 
-    Attributes:
-        model_bytes: the new `tokenizer.model`.
-        base_size: number of pieces of the base; ids below it mean what they meant.
-        pieces: the new pieces, by id from `base_size` on.
-        controls: control pieces, which no text encodes to, by id behind them.
-        dropped: how many candidates were left out, by reason.
-    """
-
-    model_bytes: bytes
-    base_size: int
-    pieces: list[str]
-    controls: list[str]
-    dropped: dict[str, int]
+    model_bytes: bytes  # the new `tokenizer.model`
+    base_size: int  # number of pieces of the base; smaller ids keep their meaning
+    pieces: list[str]  # the new pieces, with ids from base_size on
+    controls: list[str]  # control pieces, with the ids behind them; no text encodes to one
+    dropped: dict[str, int]  # number of candidates left out, by reason
 
 
 class _TooFewPieces(ValueError):
-    """The candidates do not suffice; more training may still give more of them."""
+    """There are too few usable candidates; more training may give more."""
 
 
 def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
-    """Check that new pieces can be merged into a model; its number of pieces.
+    """Check that new pieces can be merged into a model. Returns its number of pieces.
 
     Raises:
-        ValueError: it is no SentencePiece model, not BPE (Unigram, word, character), or has no byte fallback.
+        ValueError: the bytes are no SentencePiece model, it is not BPE (Unigram, word, character) or lacks byte fallback.
     """
     Tokenizer(model_bytes, source)
     proto = _protobuf.ModelProto.FromString(model_bytes)
@@ -61,8 +59,7 @@ def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
         raise ValueError(f"{source} is a SentencePiece model of type {kind}: new pieces can be merged into BPE only")
     if sum(piece.type == _Piece.BYTE for piece in proto.pieces) != 256:
         raise ValueError(
-            f"{source} has no byte fallback: characters that are no piece would be lost; "
-            "use one trained with byte_fallback=true"
+            f"{source} has no byte fallback: characters without a piece would be lost; use one trained with byte_fallback=true"
         )
     return len(proto.pieces)
 
@@ -78,17 +75,17 @@ def extend(
     source: str = "the base tokenizer",
     lap: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Merged, Trained]:
-    """Train pieces on texts and merge `new_pieces` of them into the base, those that are used most widely in the texts.
+    """Train candidates on texts and merge `new_pieces` of them into the base: those that the texts use most widely.
 
-    Calls `lap` after each stage with its name: "train", and those of `merge`.
+    Calls `lap` with the name of each finished stage: "train", then those of `merge`.
 
     Raises:
         ValueError: see `train` and `merge`.
     """
     check_base(base, source)
-    asked = candidates_for(new_pieces)
+    candidates = candidates_for(new_pieces)
     while True:
-        trained = train(texts, asked, scripts=scripts, coverage=coverage)
+        trained = train(texts, candidates, scripts=scripts, coverage=coverage)
         lap("train")
         try:
             merged = merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source, lap=lap)
@@ -96,11 +93,11 @@ def extend(
         except _TooFewPieces as error:
             if trained.exhausted:
                 raise ValueError(str(error)) from None
-            asked *= 2  # a base that has many of the pieces already
+            candidates *= 2  # the base has many of the trained pieces already
 
 
 def candidates_for(new_pieces: int) -> int:
-    """How many pieces to train for so many to be selected from; 1.6 times as many give no better selection than 1.3."""
+    """How many candidates to train in order to select `new_pieces`. A factor of 1.6 selects no better than this 1.3."""
     return new_pieces * 13 // 10 + 1000
 
 
@@ -114,56 +111,39 @@ def merge(
     source: str = "the base tokenizer",
     lap: Callable[[str], None] = lambda stage: None,
 ) -> Merged:
-    """Append `new_pieces` of the usable candidates to the base: the first, or those that texts use most widely.
+    """Append `new_pieces` of the usable candidates to the base: the first ones, or those that texts use most widely.
 
-    A candidate is usable if it is not in the base, all of its characters are pieces, and it is reachable: its text encodes to
-    it alone. A piece that does not encode to itself is produced from no text at all, since whatever builds it in a text
-    lies within its own span, where the same merges happen when it stands alone; so dropping it changes no encoding.
     Characters take at most half of the new places while there are merges for the rest.
 
     Args:
         base: the bytes of the base's `tokenizer.model`.
         candidates: pieces by falling priority, U+2581 for a space.
-        new_pieces: how many to append.
-        texts: documents to select by (see `select`). Without them the first candidates are taken.
-        controls: further pieces that no text encodes to, such as ChatML's; those that the base has are left out.
+        new_pieces: number of pieces to append.
+        texts: documents to select by (see `select`); None takes the first candidates.
+        controls: control pieces to append too, such as ChatML's; pieces of the base are left out.
         source: names the base in messages.
-        lap: called after each stage with its name: "merge" (twice, for the candidates and for those that stay), "prune",
-            "select".
+        lap: called with the name of each finished stage: "merge" (twice: all candidates, then the selected), "prune", "select".
 
     Raises:
-        ValueError: the base cannot be extended (see `check_base`), or there are not enough usable candidates.
+        ValueError: the base cannot be extended (see `check_base`), or there are too few usable candidates.
     """
     base_size = check_base(base, source)
     if new_pieces < 1:
         raise ValueError(f"the number of new pieces must be at least 1, not {new_pieces}")
     proto = _protobuf.ModelProto.FromString(base)
     known = {piece.piece for piece in proto.pieces}
-    fresh = [piece for piece in dict.fromkeys(candidates) if piece not in known]
-    merges = [piece for piece in fresh if len(piece) > 1]
-    characters = [piece for piece in fresh if len(piece) == 1]
-    kept_characters = characters[: max(new_pieces // 2, new_pieces - len(merges))]
-    alphabet = known.union(kept_characters)
-    spelled = [piece for piece in merges if alphabet.issuperset(piece)]
-    dropped = {
-        "in the base already": len(candidates) - len(fresh),
-        "a rare character": len(characters) - len(kept_characters),
-        "has a character that is no piece": len(merges) - len(spelled),
-    }
-    pieces = kept_characters + spelled
+    spelled, dropped = _spelled(candidates, known, new_pieces)
     if texts is None:
-        # Cut before looking: a piece may be reachable only through one that the size leaves out.
-        while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):
-            pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
+        pieces = _first_reachable(proto, spelled, new_pieces)
     else:
-        with_candidates = _append(proto, pieces)
+        with_candidates = _append(proto, spelled)
         lap("merge")
         lost = set(unreachable(with_candidates, first=base_size))
-        # What nothing produces is in no other's way: the rest is reachable and writes texts as it would without it.
-        ids = [id for id in range(base_size, base_size + len(pieces)) if id not in lost]
-        pieces = [pieces[id - base_size] for id in ids]
+        # An unreachable piece changes no encoding: `with_candidates` encodes as a model without it would.
+        ids = [id for id in range(base_size, base_size + len(spelled)) if id not in lost]
+        pieces = [spelled[id - base_size] for id in ids]
     lap("prune")
-    dropped["unreachable"] = len(kept_characters) + len(spelled) - len(pieces)
+    dropped["unreachable"] = len(spelled) - len(pieces)
     if len(pieces) < new_pieces:
         raise _TooFewPieces(
             f"{new_pieces:,} new pieces asked for, but the text gives {len(pieces):,}: ask for no more than that, "
@@ -183,8 +163,35 @@ def merge(
     return merged
 
 
+def _spelled(candidates: Sequence[str], known: set[str], new_pieces: int) -> tuple[list[str], dict[str, int]]:
+    """The candidates that are new and whose characters are all pieces, characters first; and the others, counted by reason."""
+    fresh = [piece for piece in dict.fromkeys(candidates) if piece not in known]
+    merges = [piece for piece in fresh if len(piece) > 1]
+    characters = [piece for piece in fresh if len(piece) == 1]
+    kept_characters = characters[: max(new_pieces // 2, new_pieces - len(merges))]
+    alphabet = known.union(kept_characters)
+    spelled = [piece for piece in merges if alphabet.issuperset(piece)]
+    dropped = {
+        "in the base already": len(candidates) - len(fresh),
+        "a rare character": len(characters) - len(kept_characters),
+        "has a character that is no piece": len(merges) - len(spelled),
+    }
+    return kept_characters + spelled, dropped
+
+
+def _first_reachable(proto: Any, pieces: list[str], new_pieces: int) -> list[str]:
+    """`pieces` without the unreachable among the first `new_pieces`.
+
+    Only the first are looked at: a piece may be reachable through a later one alone, which the size leaves out.
+    """
+    base_size = len(proto.pieces)
+    while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):
+        pieces = [piece for id, piece in enumerate(pieces, base_size) if id not in lost]
+    return pieces
+
+
 def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
-    """Ids, from `first` on, of the pieces whose own text does not encode to them alone, so that no text can."""
+    """Ids, from `first` on, of the pieces whose own text does not encode to them alone; hence no text encodes to them."""
     proto = _protobuf.ModelProto.FromString(model_bytes)
     ids = [id for id in range(first, len(proto.pieces)) if proto.pieces[id].type == _Piece.NORMAL]
     texts = [proto.pieces[id].piece.replace(SPACE, " ") for id in ids]
@@ -192,7 +199,7 @@ def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
 
 
 def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
-    """For each piece that `merged` has beyond `base`, the base's ids for its text.
+    """For each piece of `merged` beyond `base`, its text in the base's ids.
 
     Raises:
         ValueError: the merged tokenizer does not begin with the base's pieces.
@@ -205,7 +212,7 @@ def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
 
 
 def _inside(proto: Any) -> sentencepiece.SentencePieceProcessor:
-    """An encoder of text as it stands inside a longer one: without what is done at the ends of a whole text."""
+    """An encoder for text inside a longer text: it adds and removes no spaces at the ends."""
     inside = _protobuf.ModelProto()
     inside.CopyFrom(proto)
     inside.normalizer_spec.add_dummy_prefix = False
@@ -214,7 +221,7 @@ def _inside(proto: Any) -> sentencepiece.SentencePieceProcessor:
 
 
 def _append(proto: Any, pieces: Sequence[str], controls: Sequence[str] = ()) -> bytes:
-    """The base with pieces appended, and control pieces behind them."""
+    """The base with pieces appended, then control pieces."""
     merged = _protobuf.ModelProto()
     merged.CopyFrom(proto)
     lowest = min(piece.score for piece in proto.pieces)
@@ -223,12 +230,12 @@ def _append(proto: Any, pieces: Sequence[str], controls: Sequence[str] = ()) -> 
     for control in controls:
         merged.pieces.add(piece=control, score=0.0, type=_Piece.CONTROL)
     merged.trainer_spec.vocab_size = len(merged.pieces)
-    merged.DiscardUnknownFields()  # self tests: samples of encodings that a new piece may shorten
+    merged.DiscardUnknownFields()  # self-tests: stored sample encodings, which a new piece may shorten
     return merged.SerializeToString(deterministic=True)
 
 
 def _scores_below(lowest: float, count: int) -> list[float]:
-    """Falling scores, 1 apart, or as far as float32 has them apart (at Mistral's lowest, -1e9, that is 64)."""
+    """Falling scores, 1 apart, or as close as float32 tells them apart (64 at Mistral's lowest score, -1e9)."""
     below = np.float32(lowest)
     step = max(1.0, 2 * float(np.spacing(np.abs(below))))
     scores = (float(below) - step * np.arange(1, count + 1)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Writing systems that new pieces are made of, and what may stand beside their letters in a piece.
+"""The writing systems of new pieces: which pieces belong to a choice of scripts, and where a text must be cut.
 
-The names are those of ISO 15924 in lower case; the characters are those of Unicode's property Script (Scripts.txt), and the
-few that two of Japan's scripts share, such as ー.
+Names follow ISO 15924 in lower case. Characters follow Unicode's property Script (Scripts.txt), with the few that two of
+Japan's scripts share, such as ー.
 """
 
 from __future__ import annotations
@@ -46,27 +46,22 @@ _RANGES = {
     "ethi": "1200-139F 2D80-2DDE AB01-AB2E",
 }
 
-# Signs that come with the scripts of East Asia: those of the CJK block and of kana make a piece, other wide forms may stand
-# in one.
+# Signs of the scripts of East Asia. CJK and kana punctuation makes a piece; a full-width form is a piece of one character.
 _EAST_ASIAN = frozenset(("hira", "kata", "han", "bopo", "hang"))
 _CJK_PUNCTUATION = "\u3001-\u3004\u3008-\u3020\u302a-\u3030\u3036\u3037\u303c-\u303f\u309b\u309c\u30a0\u30fb\uff61-\uff65"
 _WIDE = "\u3000\uff01-\uff60\uffe0-\uffe6"
 
 
 class Scripts:
-    """A choice of scripts, and which pieces and texts belong to it.
+    """A choice of scripts.
 
-    A piece is of the scripts if it holds a letter, mark or sign of theirs, or CJK punctuation where one of them is East
-    Asian, and of letters and digits theirs only. Their digits, and full-width letters and digits, are pieces of one
-    character: Mistral's digits are single pieces as well. Other signs, and spaces, may stand beside.
+    The scripts allow a piece if it holds one of their letters, marks or signs (CJK punctuation too, where one script is East
+    Asian) and no letter or digit of other scripts. Other signs, and spaces, may stand in it. Digits of the scripts, and
+    full-width letters and digits, are pieces of one character only, as Mistral's digits are.
     """
 
     def __init__(self, names: Sequence[str] = JAPANESE):
-        """Compile the classes of the scripts `names`.
-
-        Raises:
-            ValueError: no script, or one that is not known.
-        """
+        """Raises: ValueError for no script or an unknown name."""
         if not names:
             raise ValueError(f"no script: name at least one of {', '.join(_RANGES)}")
         for name in names:
@@ -92,11 +87,11 @@ class Scripts:
         return ",".join(self.names)
 
     def occur_in(self, text: str) -> bool:
-        """Whether a text holds a character that makes a piece, so that its ids may change by a merge."""
+        """Whether a text holds a character that can make a piece; otherwise a merge keeps its ids."""
         return bool(self._own.search(text) or self._single.search(text))
 
     def allow(self, piece: str) -> bool:
-        """Whether a piece (U+2581 for a space) is of these scripts and of nothing else."""
+        """Whether the scripts allow a piece, written with U+2581 for a space."""
         if len(piece) == 1 and self._single.match(piece):
             return True
         if not self._own.search(piece) or any(ord(character) < 0x20 for character in piece):
@@ -104,13 +99,13 @@ class Scripts:
         return all(self._letter.match(character) for character in piece if character.isalnum())
 
     def runs(self, text: str) -> Iterator[str]:
-        """The stretches of a text that a piece may be cut from: between letters of others, digits and control characters."""
+        """The stretches of a text that can hold pieces: the text cut at other letters, digits and control characters."""
         return (run for run in self._run.findall(text) if self.occur_in(run))
 
 
 @lru_cache
 def _classes(names: tuple[str, ...]) -> tuple[str, str, str]:
-    """Letters and marks, other signs, and digits of the scripts, each as the inside of a regular expression's class."""
+    """(letters and marks, other signs, digits) of the scripts, each as the inside of a regular expression's class."""
     letters: list[list[int]] = []
     signs: list[list[int]] = []
     digits: list[list[int]] = []

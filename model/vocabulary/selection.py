@@ -1,7 +1,12 @@
-"""Which of more candidates than there is room for are worth a piece: those that many different texts use.
+"""Selection among candidate pieces: the pieces that many different documents use stay.
 
-BPE's own order counts every occurrence, so that a name that one long document repeats comes before a word that many
-documents use once. Here an occurrence counts the less the more there are in the same document.
+Why. BPE's own order counts every occurrence, so a name that one long document repeats comes before a word that many documents
+use once. Here repeated uses in one document count less and less.
+
+The method. All documents are encoded with all candidates. The worth of a piece is the sum over documents of the fourth root of
+its uses. Then the piece of least worth goes, again and again, until `new_pieces` are left. Only a piece from which no other is
+joined may go, so the parts of a piece stay as long as the piece does. Its uses pass to its two halves. Single characters stay
+always: a missing one costs a text of another kind three tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from itertools import chain, pairwise
 import numpy as np
 import numpy.typing as npt
 
-CAP = 8000  # characters of a document that count; one book says no more about other texts than one letter
+CAP = 8000  # characters of a document that count: one book says no more about other texts than one letter does
 _BATCH = 512  # documents
 
 
@@ -27,23 +32,18 @@ def select(
     ids: Sequence[int],
     base_scores: Mapping[str, float],
 ) -> list[str]:
-    """Keep `new_pieces` of the candidates, those that are used most widely, in their order.
-
-    The worth of a piece is the sum over documents of the fourth root of its uses, where a document is written with all
-    candidates. The least worth goes, again and again, and always one that no other is joined from: so
-    what a piece is built from stays as long as the piece does, and no longer. Its uses go over to its two halves.
-    Characters stay: each that is missing costs a text of another kind three tokens.
+    """Keep `new_pieces` of the candidates, the most widely used, in their order.
 
     Args:
-        pieces: reachable candidates by falling priority, no fewer than `new_pieces`.
-        new_pieces: how many to keep, no fewer than the characters among them.
+        pieces: reachable candidates by falling priority, at least `new_pieces`.
+        new_pieces: number of pieces to keep, at least the number of single characters.
         texts: documents, none twice; the first 8,000 characters of each count.
-        encode: gives the ids of texts by a model of the base's pieces and `pieces`, in their order.
-        ids: those of `pieces` in that model.
-        base_scores: the base's pieces that text encodes to, with their scores.
+        encode: encodes texts with a model of the base's pieces and `pieces`, in their order.
+        ids: the ids of `pieces` in that model.
+        base_scores: the base's normal pieces with their scores.
     """
     with ThreadPoolExecutor(1) as pool:
-        counting = pool.submit(_uses, texts, encode, ids)  # outside Python's lock, so that halves are found beside it
+        counting = pool.submit(_uses, texts, encode, ids)  # sentencepiece releases Python's lock: both run at once
         halves = _halves(pieces, base_scores)
         uses = counting.result().tolist()
     parents = np.bincount(list(chain(*halves)), minlength=len(pieces)).tolist()
@@ -62,9 +62,9 @@ def select(
 
 
 def _halves(pieces: Sequence[str], base_scores: Mapping[str, float]) -> list[list[int]]:
-    """What each piece of two or more characters is joined from in the end: the places of those halves that are `pieces`.
+    """For each piece of two or more characters, the places in `pieces` of the two halves of its last join, without base pieces.
 
-    SentencePiece joins the pair of the highest score, the leftmost of equals. Pieces rank below the base, by their order.
+    SentencePiece joins the pair of the highest score, the leftmost among equals. `pieces` rank below the base, in their order.
     """
     places = {piece: place for place, piece in enumerate(pieces)}
     lowest = min(base_scores.values())
@@ -86,12 +86,12 @@ def _halves(pieces: Sequence[str], base_scores: Mapping[str, float]) -> list[lis
 
 
 def _uses(texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], ids: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Sum over documents of the fourth root of the count, for each piece by its id."""
+    """Worth of each piece of `ids`: the sum over documents of the fourth root of its uses."""
     first, size = ids[0], ids[-1] + 1 - ids[0]
     uses = np.zeros(size)
     for start in range(0, len(texts), _BATCH):
         encoded = encode([text[:CAP] for text in texts[start : start + _BATCH]])
-        document = np.repeat(np.arange(len(encoded)), [len(of_one) for of_one in encoded])
+        document = np.repeat(np.arange(len(encoded)), [len(found_ids) for found_ids in encoded])
         found = np.fromiter(chain.from_iterable(encoded), np.int64, len(document)) - first
         new = found >= 0
         pairs, counts = np.unique(document[new] * size + found[new], return_counts=True)

@@ -1,6 +1,6 @@
-"""A tokenizer folder: read with sentencepiece, written so that `transformers` gives the same ids.
+"""The tokenizer: a SentencePiece BPE model, read from a folder's `tokenizer.model`.
 
-`tokenizer.model` (a SentencePiece BPE model) is the authority; the other files of the folder are derived from it.
+That file alone decides; the other files of a tokenizer folder are derived from it (see `model.vocabulary.export`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sentencepiece import sentencepiece_pb2
 MODEL_FILE = "tokenizer.model"
 CHATML = ("<|im_start|>", "<|im_end|>")
 
-_protobuf: Any = sentencepiece_pb2  # its classes are made at import time, out of a type checker's sight
+_protobuf: Any = sentencepiece_pb2  # its classes are made at import time, hidden from a type checker
 _EncodedText = _protobuf.SentencePieceText
-_UNENCODABLE = (RuntimeError, TypeError, UnicodeEncodeError)  # for a str that is no Unicode, by version of sentencepiece
+_UNENCODABLE = (RuntimeError, TypeError, UnicodeEncodeError)  # versions of sentencepiece differ on invalid Unicode
 
 
 class Tokenizer:
     """A SentencePiece model with `<s>`, `</s>` and `<unk>`.
 
     Attributes:
-        vocab_size: number of pieces; an embedding may have more rows than that, by padding.
+        vocab_size: number of pieces; an embedding may have padding rows beyond.
         bos_id, eos_id, unk_id: ids of `<s>`, `</s>`, `<unk>`. No text encodes to them.
         fingerprint: SHA-256 of the model file, in hexadecimal.
         model_bytes: the model file itself.
@@ -35,14 +35,14 @@ class Tokenizer:
         """Build from the bytes of a `tokenizer.model`; `source` names it in messages.
 
         Raises:
-            ValueError: the bytes are no SentencePiece model, or one without `<s>`, `</s>` or `<unk>`.
+            ValueError: the bytes are no SentencePiece model, or the model lacks `<s>`, `</s>` or `<unk>`.
         """
         if not model_bytes:
-            raise ValueError(f"{source} is empty, so it is not a SentencePiece model")
+            raise ValueError(f"{source} is empty, not a SentencePiece model: fetch it again")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
-            raise ValueError(f"{source} is not a SentencePiece model: damaged, cut short or of another kind") from error
+            raise ValueError(f"{source} is not a SentencePiece model: damaged or of another format; fetch it again") from error
         self.model_bytes = model_bytes
         self.fingerprint = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -50,7 +50,7 @@ class Tokenizer:
         self.eos_id: int = self._processor.eos_id()
         self.unk_id: int = self._processor.unk_id()
         if min(self.bos_id, self.eos_id, self.unk_id) < 0:
-            raise ValueError(f"{source} has no beginning, end or unknown piece: train it with bos_id, eos_id and unk_id")
+            raise ValueError(f"{source} lacks a beginning, end or unknown piece: train it with bos_id, eos_id and unk_id")
         chatml = (self._processor.piece_to_id(piece) for piece in CHATML)
         self._specials = frozenset((self.bos_id, self.eos_id, self.unk_id, *filter(self._processor.is_control, chatml)))
 
@@ -70,10 +70,10 @@ class Tokenizer:
         return cls(path.read_bytes(), path)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text's pieces, without specials; a special token spelled in the text is plain text.
+        """Ids of the text's pieces. A special token spelled in the text is plain text, so no id of one appears.
 
         Raises:
-            ValueError: the text holds a lone surrogate, which no file in UTF-8 can.
+            ValueError: the text holds a lone surrogate, which is not valid Unicode.
         """
         try:
             return self._processor.encode(text, out_type=int)
@@ -88,10 +88,10 @@ class Tokenizer:
             raise _explained(error, texts) from error
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the [begin, end) of its characters in `text`.
+        """Ids, and for each its characters in `text` as [begin, end).
 
-        The offsets are consecutive from 0 to len(text). Of the bytes of a character that is no piece, the last holds the
-        character and those before it are empty, as is the space that SentencePiece puts before a text where it stands alone.
+        The offsets are consecutive from 0 to len(text). Where several byte pieces spell one character, the last has the
+        character and the others are empty. The space that SentencePiece puts before a text is empty where it is a piece alone.
         """
         try:
             encoded = _EncodedText.FromString(self._processor.encode(text, out_type="serialized_proto"))
@@ -108,15 +108,15 @@ class Tokenizer:
         return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD.
+        """The text of the ids, special tokens left out; invalid UTF-8 becomes U+FFFD.
 
         Raises:
-            IndexError: an id is not that of a piece.
+            IndexError: an id is outside the vocabulary.
         """
         return self._processor.decode([id for id in ids if id not in self._specials])
 
     def pieces(self) -> list[str]:
-        """The pieces as they are written in the model, U+2581 for a space, by id."""
+        """The pieces by id, as the model spells them: U+2581 for a space."""
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
     def stream_decoder(self) -> StreamDecoder:
@@ -124,22 +124,22 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _byte(self, id: int) -> int | None:
-        """The byte that a byte piece stands for."""
+        """The byte of a byte piece, None for any other piece."""
         return int(self._processor.id_to_piece(id)[3:-1], 16) if self._processor.is_byte(id) else None
 
 
 class StreamDecoder:
-    """Gives the text of a growing sequence of ids; all that it gives, joined, is `decode` of the sequence."""
+    """Decodes a growing sequence of ids. The returned texts, joined, equal `Tokenizer.decode` of the sequence."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # Ids from the last whole piece on: enough context for what follows to decode as in the full sequence.
+        # Ids from the last piece that is no byte on: with them, later ids decode as in the full sequence.
         self._ids: list[int] = []
         self._bytes: list[int] = []
         self._given = ""
 
     def push(self, id: int) -> str:
-        """The text that the id adds; empty for a special, and for a byte of a character that is not complete yet."""
+        """The text that the id adds; empty for a special token and for a byte of an incomplete character."""
         if id in self._tokenizer._specials:
             return ""
         byte = self._tokenizer._byte(id)
@@ -153,7 +153,7 @@ class StreamDecoder:
         return new
 
     def finish(self) -> str:
-        """The rest: U+FFFD for each byte of a character that never became complete."""
+        """The rest: U+FFFD for each byte of a character that stayed incomplete."""
         return self._advance(self._tokenizer.decode(self._ids))
 
     def _advance(self, text: str) -> str:
@@ -179,7 +179,7 @@ def mistral_tokenizer_path() -> Path:
 
 
 def _incomplete(run: list[int]) -> int:
-    """How many bytes at the end of the run begin a UTF-8 character that lacks bytes."""
+    """Number of bytes at the end of the run that begin an incomplete UTF-8 character."""
     for held in range(1, min(3, len(run)) + 1):
         lead = run[-held]
         if lead >= 0xC0:
@@ -191,11 +191,12 @@ def _incomplete(run: list[int]) -> int:
 
 
 def _explained(error: Exception, texts: Sequence[str]) -> Exception:
-    """The lone surrogate that made encoding fail, if that was it."""
+    """An error that names the lone surrogate in the texts; the error itself if there is none."""
     for text in texts:
         for place, character in enumerate(text):
             if "\ud800" <= character <= "\udfff":
                 return ValueError(
-                    f"character {place} of the text is U+{ord(character):04X}, half of a surrogate pair: not valid Unicode"
+                    f"character {place} of the text is U+{ord(character):04X}, half of a surrogate pair: not valid Unicode; "
+                    "repair or drop the text"
                 )
     return error

@@ -1,4 +1,9 @@
-"""New pieces for a language: a SentencePiece BPE model trained on text, reduced to the pieces worth merging."""
+"""Candidate pieces for a language: a SentencePiece BPE trained on text, reduced to the pieces that the scripts allow.
+
+The text is cut into runs before training, at characters that no piece may contain: other scripts' letters, digits and control
+characters. Why before: when pieces that span such characters are thrown away after training, every tenth trained piece is lost
+and the counts of the others are off. As every piece holds a character of the scripts, a text without one keeps its ids.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +20,33 @@ import sentencepiece
 from model.vocabulary.scripts import Scripts
 
 MAX_PIECE = 16  # characters
-_MAX_RUN = 2048  # characters; SentencePiece numbers the places of a line with 16 bits
+_MAX_RUN = 2048  # characters; SentencePiece numbers the characters of a line with 16 bits
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives.
+    """The result of training."""
 
-    Attributes:
-        pieces: candidates in order of priority: the characters, most frequent first, then the merges as trained.
-        unwanted: trained pieces left out because they hold nothing of the scripts.
-        exhausted: the text has no further piece to give.
-        characters: number of characters of text trained on, after sampling.
-    """
-
-    pieces: list[str]
-    unwanted: int
-    exhausted: bool
-    characters: int
+    pieces: list[str]  # candidates by priority: characters, the most frequent first, then merges in the order of training
+    unwanted: int  # number of trained pieces left out, as the scripts do not allow them
+    exhausted: bool  # the text has no more pieces to give
+    characters: int  # number of characters of the texts
 
 
 def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, coverage: float = 0.9998) -> Trained:
-    """Train a BPE of some scripts and give its pieces: `pieces` merges (fewer if the text has no more) and all characters.
+    """Train a BPE and return its allowed pieces: `pieces` merges (fewer if the text has no more) and all characters.
 
-    Pieces are those that the scripts allow (see `Scripts`), so no text without a character of theirs can ever be written with
-    a new piece. The text is cut where no piece may reach across (at other scripts' letters, digits, control characters)
-    before training: cut afterwards, every tenth piece trained would be thrown away, and the counts of the rest would be off.
-
-    Repeated with the same arguments it gives the same pieces.
+    The same arguments give the same pieces.
 
     Args:
-        texts: documents, or any parts of them; line breaks are boundaries.
-        pieces: how many pieces of two or more characters.
+        texts: documents, or any parts of them; no piece spans a line break.
+        pieces: number of pieces of two or more characters.
         scripts: the scripts of the pieces; default: Japan's.
         coverage: share of the characters in `texts` (counted with repetition) that get a piece of their own; the rest, rare
             Han characters, stay bytes.
 
     Raises:
-        ValueError: there is nothing of the scripts in the texts, or an argument is out of range.
+        ValueError: the texts hold no character of the scripts, or an argument is out of range.
     """
     if pieces < 1:
         raise ValueError(f"pieces must be at least 1, not {pieces}")
@@ -70,13 +64,13 @@ def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, 
     if not alphabet:
         raise ValueError(
             f"nothing in the text ({characters:,} characters) is of the scripts {scripts}: give text of such a language, "
-            "or name the script of the text's"
+            "or name the script of the text"
         )
-    # 256 bytes and three specials come with every model. A wide margin: what the scripts do not allow is dropped.
+    # Every model has 256 bytes and three special pieces. The margin makes up for pieces that the scripts do not allow.
     size = 259 + len(alphabet) + pieces + pieces // 50 + 100
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(runs.popleft() for _ in range(len(runs))),  # sentencepiece copies them, so they need not stay
+        sentence_iterator=(runs.popleft() for _ in range(len(runs))),  # freed as they go, as sentencepiece copies them
         model_writer=model,
         model_type="bpe",
         vocab_size=size,
@@ -106,7 +100,7 @@ def train(texts: Iterable[str], pieces: int, *, scripts: Scripts | None = None, 
 
 
 def distinct(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, each once; what it remembers of each is 16 bytes."""
+    """The texts, each once. Remembers 16 bytes of each."""
     seen: set[bytes] = set()
     for text in texts:
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -116,9 +110,9 @@ def distinct(texts: Iterable[str]) -> Iterator[str]:
 
 
 def sample(texts: Iterable[str], characters: int, seed: int) -> list[str]:
-    """A random choice of whole texts, of about `characters` characters in all, in their old order; all where they fit.
+    """A random choice of whole texts, in their order, of about `characters` characters in all; all texts if they fit.
 
-    One pass, holding no more than the choice; the same texts and seed give the same choice.
+    Reads the texts once and holds no more than the choice. The same texts and seed give the same choice.
     """
     draw = random.Random(seed)
     chosen: list[tuple[float, int, str]] = []

@@ -14,8 +14,8 @@ import torch
 from engine.optim.schedule import learning_rate
 from engine.settings.toml import read_toml
 from engine.settings.training import TrainSettings
+from kernels import padded_to_tiles
 from model.config import preset
-from model.vocabulary.resize import padded_size
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import load_model
 from recipes import dpo, export, prepare, pretrain, sft
@@ -124,7 +124,7 @@ def test_vocabulary_has_the_size_of_the_preset():
     vocabulary, shape = read("vocabulary"), preset("shisa-7b")
     pieces = Tokenizer.load(mistral_tokenizer_path()).vocab_size + vocabulary.new_pieces
     assert pieces == 120_000 == shape.unpadded_vocab_size
-    assert padded_size(pieces) == 120_064 == shape.vocab_size
+    assert padded_to_tiles(pieces) == 120_064 == shape.vocab_size
 
 
 def test_pretraining_sees_eight_billion_tokens_nine_in_ten_japanese():

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from kernels import padded_to_tiles
 from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, merge
-from model.vocabulary.resize import padded_size
 from model.vocabulary.tokenizer import CHATML, Tokenizer
 
 SPECIALS = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
@@ -90,7 +90,7 @@ def test_chatml_stands_in_the_padding(mistral, tmp_path):
     write_tokenizer_folder(tmp_path, merged.model_bytes)
     tokenizer, loaded = Tokenizer(merged.model_bytes), AutoTokenizer.from_pretrained(tmp_path)
     start, end = 32002, 32003
-    assert padded_size(tokenizer.vocab_size) == padded_size(32002) == 32128
+    assert padded_to_tiles(tokenizer.vocab_size) == padded_to_tiles(32002) == 32128
     assert loaded("<|im_start|>日月<|im_end|>", add_special_tokens=False)["input_ids"] == [
         start,
         *tokenizer.encode("日月"),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kernels import padded_to_tiles
 from model.config import MistralConfig, read_config, write_config
 from model.mistral import Mistral, initialize
 from model.tensor_file import TensorStream
@@ -20,7 +21,7 @@ from model.vocabulary import resize
 from model.vocabulary.distill import Distillation
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, split_pieces
-from model.vocabulary.resize import check_rows, padded_size, resize_model
+from model.vocabulary.resize import check_rows, resize_model
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import (
     TensorFolder,
@@ -77,8 +78,8 @@ def base_folder(small_model, small_base, tmp_path):
 
 
 @pytest.mark.parametrize(("pieces", "rows"), [(1, 128), (128, 128), (129, 256), (32000, 32000), (120000, 120064)])
-def test_padded_size(pieces, rows):
-    assert padded_size(pieces) == rows
+def test_padded_to_tiles(pieces, rows):
+    assert padded_to_tiles(pieces) == rows
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -167,7 +168,7 @@ def test_a_resized_model_is_the_old_one_on_old_pieces(small_model, small_base, s
         folder.mkdir()
     save_model(small_model(vocab_size=small_base.vocab_size), source, dtype=dtype, max_shard_bytes=30_000)
     config = resize_model(source, out, small_base, small_merged)
-    assert (config.vocab_size, config.unpadded_vocab_size) == (padded_size(820), 820)
+    assert (config.vocab_size, config.unpadded_vocab_size) == (padded_to_tiles(820), 820)
     assert read_config(out) == config
     before, after = dict(read_tensors(source)), dict(read_tensors(out))
     assert before.keys() == after.keys()
