@@ -116,7 +116,7 @@ def test_tags_of_sources_are_explained():
     for path in FOLDER.glob("*.toml"):
         comments = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
         tags = {tag.split(":")[0] for text in re.findall(r"\[([^\[\]]+)\]", comments) for tag in text.split("; ")}
-        used |= tags - {"brackets", "INST"}
+        used |= tags - {"tags", "INST"}
     assert used == explained
 
 
