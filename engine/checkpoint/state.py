@@ -1,12 +1,11 @@
-"""Checkpoints: a Hugging Face folder that loads as it is, and the training state beside it in `training/`.
+"""Checkpoints on disk: a Hugging Face folder that loads as it is, with the training state beside it in `training/`.
 
     step-00000100/config.json, model-*.safetensors, tokenizer files ...
     step-00000100/training/state.json               step, updates, settings, plan; size and SHA-256 of every file
-    step-00000100/training/optimizer/*.safetensors  moments and master remainders by parameter name, in the ranks' shards
+    step-00000100/training/optimizer/*.safetensors  moments and master remainders by parameter name, sharded over ranks
 
-A checkpoint appears under its name only when complete and on the disk; `engine.checkpoint.writing` writes it. It is read by any
-number of ranks, each its own rows. Order of data and noise are functions of the step, so the step number is all that remains to
-be saved.
+A checkpoint appears under its name only when it is complete and on the disk; engine.checkpoint.writing writes it. Any number of
+ranks can read it, each its own rows. Data order and noise are functions of the step, so nothing else needs saving.
 """
 
 import hashlib
@@ -30,25 +29,25 @@ STATE = Path("training") / "state.json"
 OPTIMIZER = Path("training") / "optimizer"
 _KEYS = {"step": int, "updates": int, "settings": dict, "plan": str, "files": dict}
 
-# One process without a process group is what most runs are.
+# Most runs have one process and no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """step: steps done. settings: the run's resolved settings. plan: fingerprint of the data order."""
+    """A run after a step."""
 
-    step: int
-    settings: dict[str, Any]
-    plan: str
+    step: int  # steps done
+    settings: dict[str, Any]  # resolved
+    plan: str  # fingerprint of the data order
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a file of a checkpoint is known by. sha256: in hexadecimal."""
+    """Identifies the content of a file."""
 
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # hexadecimal
 
     @classmethod
     def of(cls, path: Path) -> "Fingerprint":
@@ -62,25 +61,26 @@ def point_latest_at(checkpoint: Path) -> None:
 
 
 def checkpoints(out: str | Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first."""
+    """The complete checkpoints of a run folder, oldest first."""
     return sorted(path for path in Path(out).glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def newest_checkpoint(out: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, None where there is none."""
+    """The newest complete checkpoint of a run folder; None if there is none."""
     complete = checkpoints(out)
     return complete[-1] if complete else None
 
 
 def model_folder(name: str) -> Path:
-    """The Hugging Face folder that a model's name means: a run folder's newest checkpoint, else what `resolve_folder` says."""
+    """The Hugging Face folder of a model's name: the newest checkpoint of a run folder, else what `resolve_folder` returns."""
     return newest_checkpoint(name) or resolve_folder(name)
 
 
 def read_state(folder: Path) -> TrainingState:
-    """The state of a checkpoint, after checking that every file is there in its full size.
+    """The state of a checkpoint. Checks that every file is there in its full size.
 
-    Raises: FileNotFoundError or ValueError naming the file; the remedy is to delete the folder, the one before it then counts.
+    Raises: FileNotFoundError or ValueError naming the file and the remedy: to delete the folder, so that the checkpoint before
+        it is the newest.
     """
     table, files = _read_table(folder), fingerprints(folder)
     for name, fingerprint in files.items():
@@ -93,15 +93,18 @@ def read_state(folder: Path) -> TrainingState:
 
 
 def fingerprints(folder: Path) -> dict[str, Fingerprint]:
-    """Every file of a checkpoint but its state, by its path in the folder, as written. Raises as `read_state` does."""
+    """The fingerprints of a checkpoint's files as they were written, by path in the folder, without the state file.
+
+    Raises: as `read_state` does.
+    """
     try:
         return {name: Fingerprint(file["size"], file["sha256"]) for name, file in _read_table(folder)["files"].items()}
     except (KeyError, TypeError):
-        raise ValueError(f"{folder / STATE}: files must give size and sha256 of each; {_remedy(folder)}") from None
+        raise ValueError(f"{folder / STATE}: `files` lacks a size or sha256; {_remedy(folder)}") from None
 
 
 def changed(path: Path, written: Fingerprint) -> str | None:
-    """What tells a file from what was written, None for nothing; the whole of it is read."""
+    """How a file differs from the file that was written, or None. Reads all of it."""
     if not path.is_file():
         return f"{path}: missing from the checkpoint"
     found = Fingerprint.of(path)
@@ -129,9 +132,9 @@ def _remedy(folder: Path) -> str:
 
 
 def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
-    """Give a checkpoint's moments and remainders to an optimizer over the same model, each rank its own rows of them.
+    """Load a checkpoint's moments and master remainders into the optimizer of the same model, each rank its own rows.
 
-    Before that every file of the checkpoint is compared with what was written; the ranks share that work.
+    First compares every file of the checkpoint with its fingerprint; the ranks share that work.
     Raises: ValueError on all ranks, naming the file that changed or the tensor that does not fit.
     """
     group = host_group(ranks)

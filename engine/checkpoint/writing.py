@@ -1,9 +1,13 @@
-"""Writing checkpoints in the background, all ranks together, through torch.distributed.checkpoint.
+"""Writes checkpoints in the background, all ranks together, with torch.distributed.checkpoint.
 
-Every rank copies its shards to the host and goes on training. Its writing thread then takes part in the same phases as those of
-the others, over a process group of their own: the optimizer's shards are written as they are, the weights are first written as
-shards, then put together as a Hugging Face folder, one rank a file; everything is fingerprinted, synced and renamed. A failure
-on one rank is the failure of all, and leaves nothing under the checkpoint's name.
+Every rank copies its shards to the host and goes on training, while its writing thread passes through the same phases as the
+other ranks' threads, over a process group of their own:
+
+1. The optimizer's shards are written.
+2. The weights are written as shards, then put together as a Hugging Face folder; the ranks share its files.
+3. Every file gets a fingerprint; then the folder is synced and renamed.
+
+A failure on one rank fails the checkpoint on all ranks, and leaves nothing under the checkpoint's name.
 """
 
 import functools
@@ -40,23 +44,27 @@ Result = TypeVar("Result")
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run. A context manager; all ranks make and call it alike.
-
-    Args: out: run folder, which all ranks see. keep: newest checkpoints that stay. keep_every: checkpoints whose step it
-        divides stay as well; 0 for none.
-    """
+    """Writes the checkpoints of a run. A context manager; all ranks construct and call it alike."""
 
     def __init__(
-        self, out: Path, model: Mistral, optimizer: AdamW, tokenizer: Tokenizer, ranks: Ranks, *, keep: int, keep_every: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        out: Path,  # run folder, on a disk that all ranks see
+        model: Mistral,
+        optimizer: AdamW,
+        tokenizer: Tokenizer,
+        ranks: Ranks,
+        *,
+        keep: int,  # newest checkpoints to keep
+        keep_every: int = 0,  # also keep checkpoints whose step this divides; 0 keeps none of them
+    ) -> None:
         self._out, self._ranks, self._tokenizer = out, ranks, tokenizer
         self._keep, self._keep_every = keep, keep_every
         self._config, self._optimizer = model.config, optimizer
         self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        # A rank may hold no row of a tensor.
+        # A rank may hold no rows of a tensor.
         mine = {name: local(tensor) for name, tensor in (self._weights | optimizer.state).items()}
         self._staging = Staging({name: tensor for name, tensor in mine.items() if tensor.numel()}, ranks.device)
-        # An update must not overwrite what is still being copied.
+        # An update must not overwrite tensors that are still being copied.
         optimizer.before_update = self._staging.before_update
         self._group = host_group(ranks)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -74,7 +82,7 @@ class Checkpointer:
             error.add_note(f"meanwhile: {failure}")
 
     def close(self) -> None:
-        """Complete what was begun, and give the copies' memory back. Raises: what `wait` raises."""
+        """Finish the checkpoint that was begun, and free the copies. Raises: as `wait` does."""
         try:
             self.wait()
         finally:
@@ -82,9 +90,9 @@ class Checkpointer:
             self._staging.close()
 
     def save(self, state: TrainingState) -> Path:
-        """Begin to write `out`/step-N, once the one before is written. Returns its path, which does not exist yet.
+        """Wait for the checkpoint before, copy the tensors and begin to write `out`/step-N.
 
-        Raises: what `wait` raises.
+        Returns: its path, which does not exist yet. Raises: as `wait` does.
         """
         self.wait()
         folder = self._out / f"step-{state.step:08d}"
@@ -94,11 +102,11 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Whether writing has ended in an error, which `wait` will raise, on this rank so far."""
+        """Whether writing has failed on this rank so far. `wait` will raise the error."""
         return self._job is not None and self._job.done() and self._job.exception() is not None
 
     def wait(self) -> None:
-        """Wait until what was begun is complete. Raises: OSError, on all ranks, naming what could not be written."""
+        """Wait until the checkpoint that was begun is complete. Raises: OSError on all ranks, naming file and remedy."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
@@ -106,10 +114,10 @@ class Checkpointer:
     def _write(self, folder: Path, table: dict[str, Any], copies: dict[str, Tensor]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         with ExitStack() as stack:
-            # Cycles of references inside torch would keep them alive until garbage is collected.
+            # Reference cycles inside torch would keep the copies alive until garbage is collected.
             stack.callback(copies.clear)
             if self._ranks.device.type == "cuda":
-                # This thread's own stream, on which nothing runs: what waits for it does not wait for training.
+                # This thread's own stream is idle, so that its synchronisations do not wait for training.
                 torch.cuda.set_device(self._ranks.device)
                 stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._ranks.device)))
             self._staging.wait()
@@ -125,12 +133,12 @@ class Checkpointer:
 
     def _begin(self, opened: ExitStack, folder: Path) -> None:
         for debris in self._out.glob(".step-*"):
-            # What a killed run was writing or removing; nothing else would free its disk space.
+            # A killed run left these folders; nothing else would free their disk space.
             shutil.rmtree(debris)
         opened.enter_context(complete_folder(folder, overwrite=True))
 
     def _fingerprints(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Of this rank's share of the files, in the form that the state file has."""
+        """Fingerprints of this rank's share of the files, as the state file holds them."""
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         mine = files[self._ranks.rank :: self._ranks.ranks]
         return {str(file.relative_to(partial)): asdict(Fingerprint.of(file)) for file in mine}
@@ -142,14 +150,14 @@ class Checkpointer:
         point_latest_at(folder)
         for old in checkpoints(self._out)[: -self._keep]:
             if not self._keep_every or int(old.name.removeprefix("step-")) % self._keep_every:
-                # Renamed first: a kill in the middle must not leave half a checkpoint under a complete one's name.
+                # Rename before removing: a kill must not leave half a checkpoint under a complete one's name.
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
 
     def _save_shards(self, folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
-        """Write shards of tensors, each rank its own; of equal ones that replicas have, one."""
+        """Write each rank's shards of some tensors. Replicas hold equal shards: only one of them is written."""
         shards = 1 if self._ranks.mesh is None else self._ranks.mesh[SHARD].size()
         sizes = {name: -(-len(t) // shards) * math.prod(t.shape[1:]) * t.dtype.itemsize for name, t in tensors.items()}
-        # Half, as safetensors holds a file that it serialises twice.
+        # Half the limit: safetensors holds a file twice while it serialises it.
         parts = plan_shards(sizes, MAX_SHARD_BYTES // 2)
         files = {name: number for number, names in enumerate(parts, start=1) for name in names}
         try:
@@ -165,7 +173,7 @@ class Checkpointer:
             raise OSError(f"{folder}: rank {rank} could not write: {cause}; free the disk or choose another out") from None
 
     def _write_model(self, partial: Path, copies: dict[str, Tensor]) -> None:
-        """Write a Hugging Face folder, each rank some of its files."""
+        """Write the Hugging Face folder, each rank some of its files."""
         dtype = self._weights["norm.weight"].dtype
         whole: Callable[[str], Tensor] = copies.__getitem__
         if self._group is not None:
@@ -189,9 +197,9 @@ class Checkpointer:
         self._together(write)
 
     def _together(self, action: Callable[[], Result], *, main: bool = False) -> list[Result]:
-        """Let every rank do something, or rank 0 alone while the others wait. Returns what each had, rank by rank.
+        """Run an action on every rank, or on rank 0 while the others wait.
 
-        Raises: what the action raises, and OSError on the other ranks.
+        Returns: the results, in the order of ranks. Raises: the action's own error, and OSError on the other ranks.
         """
         result, failure = None, None
         try:
@@ -214,7 +222,7 @@ def _check_shared(partial: Path) -> None:
 
 
 class _Copies(dcp.DefaultSavePlanner):
-    """Saves copies in place of the tensors that are planned with."""
+    """Plans with the training tensors and writes their copies."""
 
     def __init__(self, copies: dict[str, Tensor]) -> None:
         super().__init__()
@@ -225,7 +233,10 @@ class _Copies(dcp.DefaultSavePlanner):
 
 
 class _Whole:
-    """Whole tensors out of the shards of all ranks, by name; the last one is kept, as several may be cut from it."""
+    """Whole tensors by name, put together from all ranks' shards on disk.
+
+    Keeps the last tensor: several Hugging Face tensors may be slices of it.
+    """
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         self._folder, self._tensors = folder, tensors

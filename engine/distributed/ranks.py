@@ -1,8 +1,7 @@
-"""The processes of a run: one rank without any wrapper, several with FSDP2 (`fully_shard`).
+"""The processes of a run: one rank without any wrapper, or several with FSDP2 (`fully_shard`).
 
-Every rank holds a run of rows of each parameter, its gradient and its optimizer state. Whole parameters exist only while a
-block computes. Sums over ranks are sums, never means, and are added in float32 or wider: the denominators of an objective count
-all ranks already.
+Each rank holds some rows of every parameter, gradient and optimizer state; whole parameters exist only while a block computes.
+Values are summed over ranks, never averaged, in float32 or wider: an objective's denominator already counts all ranks.
 """
 
 import os
@@ -25,23 +24,22 @@ SHARD, REPLICATE = "shard", "replicate"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. mesh: None for one; ("shard",) or ("replicate", "shard") for several.
-    timeout: seconds that they wait for one another. timed: entered around each sum of a step's values."""
+    """This process's place among the processes of the run."""
 
     device: torch.device
     rank: int = 0
     ranks: int = 1
-    mesh: DeviceMesh | None = None
-    timeout: float = ParallelSettings.timeout
-    timed: Callable[[], AbstractContextManager[None]] = nullcontext
+    mesh: DeviceMesh | None = None  # None for one rank; dimensions ("shard",) or ("replicate", "shard") for several
+    timeout: float = ParallelSettings.timeout  # seconds that ranks wait for one another in a collective
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around each sum of a step's values
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this rank prints and writes."""
         return self.rank == 0
 
     def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars summed over all ranks, in float64 and one collective. Nothing waits for a CUDA device."""
+        """Scalars summed over all ranks in float64, in one collective. The host does not wait for a CUDA device."""
         if self.mesh is None:
             return values
         stacked = torch.stack([value.detach().double() for value in values.values()])
@@ -50,13 +48,13 @@ class Ranks:
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), stacked, strict=True)}
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """A tensor, on the CPU or the run's device, summed over all ranks in place."""
+        """Sum a tensor over all ranks in place. It is on the CPU or on the run's device."""
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, value: Any) -> Any:
-        """What rank 0 has: text, numbers, None, lists of these."""
+        """Rank 0's value on every rank: text, a number, None, or a list of these."""
         if self.mesh is None:
             return value
         box = [value]
@@ -65,10 +63,10 @@ class Ranks:
 
 
 def join(device: torch.device, settings: ParallelSettings) -> Ranks:
-    """Join the processes that a launcher such as torchrun started; alone where there is none, or only one.
+    """Join the processes that torchrun or another launcher started. Without a launcher the run has one rank.
 
-    Raises: ValueError for replicas that do not divide the ranks, or more processes than GPUs on this machine; ConnectionError
-        where the others cannot be reached.
+    Raises: ValueError if the replicas do not divide the ranks, or this machine has fewer GPUs than processes;
+        ConnectionError if the other ranks cannot be reached.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % settings.replicas:
@@ -94,19 +92,23 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
 
 
 def _connect(device: torch.device, settings: ParallelSettings) -> None:
-    # gloo beside NCCL: what is on the host (names, counts, checkpoints) is agreed on without the device.
+    # gloo beside NCCL: names, counts and checkpoints, which are on the host, do not pass through the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout)
     try:
         store, rank, ranks = next(rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
-            # torchrun keeps its store over restarts, and in it the addresses of processes that are dead. Its count of restarts
-            # tells them apart; on several machines it differs among them (https://github.com/pytorch/pytorch/issues/135712).
+            # torchrun keeps its store over restarts, with the addresses of dead processes. The restart count tells attempts
+            # apart on one machine; on several it can differ between them (https://github.com/pytorch/pytorch/issues/135712).
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=ranks, timeout=timeout,
+            backend,
+            store=store,
+            rank=rank,
+            world_size=ranks,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
-        )  # fmt: skip
+        )
     except (dist.DistError, ValueError) as error:
         raise ConnectionError(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at "
@@ -118,7 +120,7 @@ def _connect(device: torch.device, settings: ParallelSettings) -> None:
 def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> DeviceMesh:
     if settings.replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARD,))
-    # Groups of our own, as those that torch makes for a mesh wait its default time and not that of the settings.
+    # The groups that torch makes for a mesh have its default timeout; these have the timeout of the settings.
     places = torch.arange(ranks).view(settings.replicas, -1)
     mine: list[dist.ProcessGroup] = []
     for lists in (places.T, places):
@@ -128,29 +130,29 @@ def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> Devic
 
 
 def host_group(ranks: Ranks) -> dist.ProcessGroup | None:
-    """A process group on the host, apart from training's; None for one rank. All ranks make it together."""
+    """A new process group on the host, apart from training's; None for one rank. All ranks call this together."""
     return None if ranks.mesh is None else dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
 
 
 def gather(values: Iterable[Any], ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all ranks, rank by rank, on every rank."""
+    """The values of all ranks, in the order of ranks, on every rank."""
     mine = list(values)
     if group is None:
         return mine
     everyone: list[Any] = [None] * ranks.ranks
     dist.all_gather_object(everyone, mine, group=group)
-    return [value for one in everyone for value in one]
+    return [value for values_of_rank in everyone for value in values_of_rank]
 
 
 def leave() -> None:
-    """Take leave of the other ranks, at the end of a run that went well."""
+    """Leave the process group at the end of a successful run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextmanager
 def lost_ranks_named() -> Iterator[None]:
-    """Turn what a collective raises when another rank has died or hangs into one clear error.
+    """Turns a collective's error into one clear error when another rank has died or hangs.
 
     Raises: ConnectionError.
     """

@@ -1,4 +1,4 @@
-"""What the tests of training compare runs by."""
+"""Fixtures that compare training runs."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from tests.engine.trajectories import metric_lines as read_metric_lines
 
 @pytest.fixture(scope="session")
 def metric_lines():
-    """metric_lines(run folder) -> the lines of metrics.jsonl without speed and memory."""
+    """metric_lines(run folder) -> the computed values in metrics.jsonl, without speed and memory."""
     return read_metric_lines
 
 
 @pytest.fixture(scope="session")
 def assert_same_end(metric_lines):
-    """assert_same_end(a, b): the last checkpoints of two run folders hold equal bytes, and their metrics equal values.
+    """assert_same_end(a, b): two run folders have bit-identical last checkpoints and equal metrics.
 
-    Of the optimizer's files the tensors are compared: torch writes what lies before them in random order.
+    The optimizer's files are compared by tensor, because torch writes their headers in random order.
     """
 
     def check(a: Path, b: Path) -> None:
@@ -30,7 +30,7 @@ def assert_same_end(metric_lines):
         assert optimizer
         assert {"training/state.json", "model-00001-of-00001.safetensors", "config.json"} < names
         assert names == {str(file.relative_to(b / last)) for file in (b / last).rglob("*") if file.is_file()}
-        # The state also holds the settings, of which `out` differs.
+        # The state holds the settings, whose `out` differs.
         for name in names - optimizer - {"training/state.json"}:
             assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
         for name in optimizer:

@@ -1,12 +1,14 @@
-"""Not a test: runs of training recipes, each in processes of its own, in which something goes wrong at a named point.
+"""Not a test: training runs in processes of their own, in which something goes wrong at a named point.
 
     python -m tests.engine.killed_runs JOBS.json
 
-A job is {"stage", "config", "ranks", "point", "rank", "then"}: `ranks` processes train as the configuration says, in process
-`rank` the fault at `point` happens, and then the run is resumed by `then` processes without one (0 for none; "restart" lets
-torch's elastic agent, which torchrun is, start as many anew). Prints a list of {"codes", "newest", "resumed", "output"}: of
-each job the exit code of every process, negative for the signal that ended it, the newest complete checkpoint after it, the
-exit codes of the resumed run, and what all of them said. The processes are forked, so that torch is imported only once.
+A job is {"stage", "config", "ranks", "point", "rank", "then"}: `ranks` processes train as the configuration says, and the fault
+at `point` happens in process `rank`. Then `then` processes without a fault resume the run: 0 for none, "restart" to let torch's
+elastic agent, which torchrun is, start the same number again.
+
+Prints a list of {"codes", "newest", "resumed", "output"}, one a job: the exit code of every process, negative for a signal; the
+newest complete checkpoint after the fault; the exit codes of the resumed run; everything that the processes printed. All
+processes are forked, because importing torch is slow.
 """
 
 import json
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch._dynamo  # what several ranks import on first use
+import torch._dynamo  # several ranks import it at first use
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import engine.checkpoint.writing
@@ -39,7 +41,7 @@ RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 
 
 def cut(path):
-    """Leave half of a file."""
+    """Cut a file in half."""
     os.truncate(path, Path(path).stat().st_size // 2)
 
 
@@ -48,7 +50,7 @@ def kill(*_):
 
 
 def at_call(owner, name, count, do, only=lambda *arguments: True, first=False):
-    """Let `do` happen at the `count`th call of owner.name (of those that `only` counts): after the call, or before it."""
+    """Call `do` at the `count`th call of owner.name, counting calls for which `only` is true: after the call, or before it."""
     original, calls = getattr(owner, name), []
 
     def patched(*arguments, **named):
@@ -69,13 +71,13 @@ def then_killed(*actions):
 
 
 def wait_for_checkpoint(*_):
-    """Until there is a complete one, which is written in the background."""
+    """Wait until the background thread has written a complete checkpoint."""
     while newest_checkpoint(tomllib.loads(Path(sys.argv[1]).read_text())["out"]) is None:
         time.sleep(0.01)
 
 
 def fill_disk(*_):
-    """No file may grow beyond what the optimizer's shards need."""
+    """Limit the size of files below that of the optimizer's shards, as a full disk would."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
@@ -83,30 +85,34 @@ def is_checkpoint(path, **_):
     return Path(path).name.endswith(".old") and "step-" in Path(path).name and Path(path).is_dir()
 
 
-# Each at the second checkpoint, or in the step after the first one.
+# Each point lies at the second checkpoint, or in the step after the first.
 POINTS = {
     "never": lambda: None,
-    # Between two parameters of the third step's update, when the first checkpoint is complete.
+    # Between two parameters of the third step's update, once the first checkpoint is complete.
     "update": lambda: at_call(engine.optim.adamw, "adamw_", 40, then_killed(wait_for_checkpoint), first=True),
-    # While a file is half on the disk: of the optimizer, of the weights (which are written to one).
+    # With half a file on the disk: one of the optimizer, and the one of the weights.
     "optimizer": lambda: at_call(safetensors.torch, "save", 2, kill, only=lambda tensors: any("exp_avg" in n for n in tensors)),
     "weights": lambda: at_call(model.weights, "write_tensor_file", 2, then_killed(lambda path, *_: cut(path))),
-    # The last file written is the state; here it is cut, too.
+    # The state is the last file to be written; half of it is on the disk.
     "rename": lambda: at_call(
         model.folder, "replace_folder", 2, then_killed(lambda partial, _: cut(partial / "training/state.json")), first=True
     ),
     "latest": lambda: at_call(engine.checkpoint.writing, "point_latest_at", 2, kill, first=True),
     "removal": lambda: at_call(
-        engine.checkpoint.writing.shutil, "rmtree", 1, then_killed(lambda path: (path / "config.json").unlink()),
-        only=is_checkpoint, first=True,
+        engine.checkpoint.writing.shutil,
+        "rmtree",
+        1,
+        then_killed(lambda path: (path / "config.json").unlink()),
+        only=is_checkpoint,
+        first=True,
     ),
     "disk": lambda: at_call(Checkpointer, "save", 2, fill_disk, first=True),
     "term": lambda: at_call(engine.loop, "accumulate", 3, lambda *_: os.kill(os.getpid(), signal.SIGTERM), first=True),
-}  # fmt: skip
+}
 
 
 def rank_of(job, point, output):
-    """Be one rank of a run, with its place among the others in the environment, as torchrun has it; returns its exit code."""
+    """Be one rank of a run; the environment gives its place, as torchrun sets it. Returns its exit code."""
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
@@ -130,7 +136,7 @@ def start_all(job, ranks, output, point="never", faulty=0):
 
 
 def restarted_rank(job, output):
-    """In the first attempt the fault happens."""
+    """A rank that torch's elastic agent starts; the fault happens in the first attempt."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == str(job["rank"])
     code = rank_of(job, job["point"] if first else "never", output)
     if code:
@@ -138,13 +144,20 @@ def restarted_rank(job, output):
 
 
 def start_restarting(job, output):
-    """Process id of what `torchrun --max-restarts 1` is without its command line, whose ranks are forks as well."""
+    """Process id of an elastic agent: `torchrun --max-restarts 1` without its command line. Its ranks are forks too."""
     child = os.fork()
     if not child:
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=job["ranks"], max_restarts=1, start_method="fork", monitor_interval=0.1,
-            rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", run_id="restarted",
-        )  # fmt: skip
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=job["ranks"],
+            max_restarts=1,
+            start_method="fork",
+            monitor_interval=0.1,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            run_id="restarted",
+        )
         try:
             elastic_launch(config, restarted_rank)(job, output.fileno())
         except BaseException:
@@ -154,7 +167,7 @@ def start_restarting(job, output):
 
 
 def train(job):
-    """What became of a job."""
+    """Do a job. Returns its results."""
     out = tomllib.loads(Path(job["config"]).read_text())["out"]
     with tempfile.TemporaryFile() as output:
         if job["then"] == "restart":
@@ -170,9 +183,9 @@ def train(job):
 
 
 def ready():
-    """Before the first fork."""
+    """Prepare for the first fork."""
     torch.set_num_threads(1)
-    # A killed process loses nothing that it has written; only a machine that stops does.
+    # fsync guards against a machine that stops; a killed process loses nothing that it has written.
     os.fsync = lambda handle: None
 
 

@@ -1,4 +1,4 @@
-"""Tensor bytes that are alive on the CPU, counted at every operation of real code: what the memory plan is held against."""
+"""Counts the live tensor bytes on the CPU at every operation of real code, to check memory plans."""
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,12 +8,12 @@ from torch.utils._pytree import tree_leaves
 from kernels.linear_log_prob import _log_prob, _log_prob_backward, _nll
 from kernels.row_log_prob import scale_in_place
 
-# What these run inside would pass unseen: an operator of ours is one operation to torch.
+# Our operators are single operations to torch; these are entered, so that their inner tensors count.
 _OPERATORS = {operator._opoverload: operator._init_fn for operator in (_log_prob, _log_prob_backward, _nll, scale_in_place)}
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages of tensors that operations return, while they live. peak: the most at once, in bytes."""
+    """Counts the live storages of tensors that operations return. peak: the most at once, in bytes."""
 
     def __init__(self, *existing: Tensor) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         for value in values:
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
-                # Where a dead storage was, a new one may be.
+                # A new storage may have the address of a dead one.
                 known = self._storages.get(storage._cdata)
                 if known is None or known[0].expired():
                     self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()

@@ -1,11 +1,11 @@
-"""A campaign of kills at random moments, for `make stress`; its result is stress_kills.json beside this file.
+"""Kills training runs at random moments, for `make stress`. Its result is stress_kills.json beside this file.
 
     KILLS=100 SEED=0 python -m pytest tests/engine/stress_kills.py
 
-Runs of the three objectives are killed again and again by SIGKILL, one process of them or all, or told to stop by SIGTERM, and
-resumed by another number of processes, HSDP included, until they come to their end. After every kill each complete checkpoint
-must be whole, as recipes.verify says, and the newest not older than before. The end must be that of a run on one process
-without kills. The seed decides everything but where in its work a process is when its moment comes.
+Runs of the three objectives get SIGKILL, to one process or to all, or SIGTERM, and are resumed by another number of processes,
+HSDP included, until they finish. After every kill each complete checkpoint must pass recipes.verify, and the newest must not be
+older than before. The final checkpoint must be that of a run on one process without kills. The seed decides everything except
+what a process is doing when its signal comes.
 """
 
 import json
@@ -33,10 +33,10 @@ from tests.engine.trajectories import assert_close
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = Path(__file__).with_suffix(".json")
 STAGES = ("pretrain", "sft", "dpo")
-# Processes and replicas.
+# (processes, replicas)
 LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (4, 2))
 STEPS = 8
-# Within which a kill falls after a run has begun its steps; about what eight steps and checkpoints take.
+# Latest moment of a kill after the first step has begun, in seconds: about the duration of eight steps and checkpoints.
 SECONDS = 2.5
 
 
@@ -45,19 +45,28 @@ def test_random_kills(tiny_settings, tmp_path):
     for stage in STAGES:
         for replicas in (1, 2):
             settings = tiny_settings(
-                stage, tmp_path / stage, steps=STEPS, checkpoint_every=1, keep_checkpoints=2, pack_tokens=64, heldout=None,
-                optimizer={"eps": 1e-6}, log={"every": 2, "tensorboard": False},
+                stage,
+                tmp_path / stage,
+                steps=STEPS,
+                checkpoint_every=1,
+                keep_checkpoints=2,
+                pack_tokens=64,
+                heldout=None,
+                optimizer={"eps": 1e-6},
+                log={"every": 2, "tensorboard": False},
                 parallel={"timeout": 20.0, "replicas": replicas},
-            )  # fmt: skip
+            )
             path = tmp_path / f"{stage}-{replicas}.toml"
             path.write_text(to_toml(settings))
             configs.setdefault(stage, []).append(str(path))
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     size = (os.environ.get("KILLS", "100"), os.environ.get("SEED", "0"))
     subprocess.run(
-        [sys.executable, "-m", "tests.engine.stress_kills", tmp_path, *size], check=True, cwd=ROOT,
+        [sys.executable, "-m", "tests.engine.stress_kills", tmp_path, *size],
+        check=True,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+    )
 
 
 def main():
@@ -78,14 +87,23 @@ def main():
         counts["runs that ended as one without kills"] += 1
         out.rename(folder / f"ended-{counts['runs that ended as one without kills']}")
         print(dict(counts), flush=True)
-    RESULT.write_text(json.dumps({
-        "command": f"KILLS={kills} SEED={seed} make stress", "counts": dict(sorted(counts.items())),
-        "seconds": round(time.time() - start), "torch": torch.__version__, "python": platform.python_version(),
-    }, indent=2) + "\n")  # fmt: skip
+    RESULT.write_text(
+        json.dumps(
+            {
+                "command": f"KILLS={kills} SEED={seed} make stress",
+                "counts": dict(sorted(counts.items())),
+                "seconds": round(time.time() - start),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def attempt(folder, stage, configs, layout, kill, rng, counts):
-    """Begin or resume a run, and do to it what `kill` says, at a random moment. Returns whether it came to its end."""
+    """Begin or resume a run, and kill it at a random moment as `kill` says. Returns whether it finished."""
     ranks, replicas = layout
     out, config = folder / stage, configs[stage][replicas - 1]
     before = newest_checkpoint(out)

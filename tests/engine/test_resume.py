@@ -1,4 +1,4 @@
-"""n steps equal k steps, a kill, and n - k steps after resuming: bit for bit, wherever the kill falls."""
+"""A run that is killed and resumed ends with the bits of an uninterrupted run, wherever the kill falls."""
 
 import json
 import os
@@ -22,45 +22,53 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 OPTIMIZER = "training/optimizer/shard-00001-model-00001-of-00001.safetensors"
 EVERY_TWO = {"checkpoint_every": 2, "evaluate_every": 3}
+PARAMETERS = 15  # of the tiny model; an update calls adamw_ once for each
 
 
 class Killed(BaseException):
-    """In place of a kill: nothing in the engine may handle it."""
+    """Stands for a kill: nothing in the engine may handle it."""
 
 
-def kill_in_update(monkeypatch, call):
-    """Raise at the `call`th parameter update, with some parameters of that step updated and some not."""
+def kill_in_update(monkeypatch, step, parameter):
+    """Raise in a step's update (from 0), with the parameters before the given one updated and the others not."""
     original, calls = engine.optim.adamw.adamw_, []
 
     def adamw_(*arguments, **named):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) == PARAMETERS * step + parameter:
             raise Killed
         original(*arguments, **named)
 
     monkeypatch.setattr(engine.optim.adamw, "adamw_", adamw_)
 
 
+def run_until_killed(monkeypatch, recipe, settings, step, parameter=1):
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, step, parameter)
+        with pytest.raises(Killed):
+            recipe.run(settings)
+
+
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("pretrain", {}),
-        ("pretrain", {"dtype": "bfloat16"}),
         ("pretrain", {"dtype": "bfloat16", "optimizer": {"moments": "bfloat16", "gradients": "float32"}}),
         ("sft", {"neftune_alpha": 5.0}),
-        ("dpo", {"neftune_alpha": 5.0}),
-        ("dpo", {"dtype": "bfloat16", "preference": {"loss": "ipo"}}),
+        ("dpo", {"dtype": "bfloat16", "neftune_alpha": 5.0, "preference": {"loss": "ipo"}}),
+        pytest.param("pretrain", {}, marks=pytest.mark.slow),
+        pytest.param("pretrain", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("dpo", {"neftune_alpha": 5.0}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_settings, assert_same_end, tmp_path, monkeypatch, stage, changes):
+    """The first kill comes before the first checkpoint, so that the second attempt begins anew."""
     recipe = RECIPES[stage]
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    recipe.run(tiny_settings(stage, whole, **EVERY_TWO, **changes))
-    with monkeypatch.context() as patch:
-        kill_in_update(patch, call=15 * 4 + 7)
-        with pytest.raises(Killed):
-            recipe.run(tiny_settings(stage, torn, **EVERY_TWO, **changes))
-    assert [path.name for path in checkpoints(torn)] == ["step-00000002", "step-00000004"]
+    whole, torn = (tiny_settings(stage, tmp_path / name, **EVERY_TWO, **changes) for name in ("whole", "torn"))
+    recipe.run(whole)
+    run_until_killed(monkeypatch, recipe, torn, step=1)
+    assert checkpoints(torn.out) == []
+    run_until_killed(monkeypatch, recipe, torn, step=4, parameter=7)
+    assert [path.name for path in checkpoints(torn.out)] == ["step-00000002", "step-00000004"]
     steps = []
     accumulate = engine.loop.accumulate
 
@@ -69,60 +77,47 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_settings, assert_same_e
         return accumulate(model, objective, step)
 
     monkeypatch.setattr(engine.loop, "accumulate", counted)
-    last = recipe.run(tiny_settings(stage, torn, **EVERY_TWO, **changes))
+    last = recipe.run(torn)
     assert steps == [4, 5]
-    assert last == torn / "step-00000006"
-    assert_same_end(whole, torn)
+    assert last == tmp_path / "torn" / "step-00000006"
+    assert_same_end(tmp_path / "whole", tmp_path / "torn")
     assert read_state(last).step == 6
     with safe_open(last / OPTIMIZER, framework="pt") as saved:
         remainders = [saved.get_tensor(name) for name in saved.keys() if name.endswith(".remainder")]  # noqa: SIM118
-    assert len(remainders) == (15 if "dtype" in changes else 0)
+    assert len(remainders) == (PARAMETERS if "dtype" in changes else 0)
     assert all(remainder.any() for remainder in remainders)
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(tiny_settings, assert_same_end, tmp_path, monkeypatch):
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    changes = {"log": {"every": 1}}
-    sft.run(tiny_settings("sft", whole, **changes))
-    with monkeypatch.context() as patch:
-        kill_in_update(patch, call=15 * 3 + 1)
-        with pytest.raises(Killed):
-            sft.run(tiny_settings("sft", torn, **changes))
-    assert len((torn / "metrics.jsonl").read_text().splitlines()) == 4
-    sft.run(tiny_settings("sft", torn, **changes))
-    assert_same_end(whole, torn)
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory):
+    """A finished pre-training run in which nothing is recomputed, for the tests that compare runs with it."""
+    settings = tiny_settings("pretrain", tmp_path_factory.mktemp("finished") / "run", recompute="none", **EVERY_TWO)
+    pretrain.run(settings)
+    return settings
 
 
-def test_settings_that_do_not_change_the_trajectory_may_differ(tiny_settings, metric_lines, tmp_path, monkeypatch):
-    """Another micro-batch size, held-out set and cadence, and the run folder moved: only rounding differs."""
-    whole, torn, moved = tmp_path / "whole", tmp_path / "torn", tmp_path / "moved"
-    pretrain.run(tiny_settings("pretrain", whole))
-    with monkeypatch.context() as patch:
-        kill_in_update(patch, call=15 * 2 + 1)
-        with pytest.raises(Killed):
-            pretrain.run(tiny_settings("pretrain", torn, **EVERY_TWO))
+def test_settings_that_keep_the_trajectory_may_change_on_resume(tiny_settings, finished, metric_lines, tmp_path, monkeypatch):
+    """Micro-batch size, validation and cadence change, and the run folder moves: only rounding differs."""
+    torn, moved = tmp_path / "torn", tmp_path / "moved"
+    run_until_killed(monkeypatch, pretrain, tiny_settings("pretrain", torn, **EVERY_TWO), step=2)
     torn.rename(moved)
     settings = tiny_settings("pretrain", moved, pack_tokens=64, heldout=[], keep_checkpoints=1, log={"every": 3})
     assert pretrain.run(settings) == moved / "step-00000006"
     assert [path.name for path in checkpoints(moved)] == ["step-00000006"]
-    losses = [[line["loss"] for line in metric_lines(out) if "loss" in line] for out in (whole, moved)]
+    losses = [[line["loss"] for line in metric_lines(Path(out)) if "loss" in line] for out in (finished.out, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[1][:2] == losses[0][:2]
 
 
-def test_what_is_recomputed_changes_no_bit_and_may_change_on_resume(tiny_settings, assert_same_end, tmp_path, monkeypatch):
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    pretrain.run(tiny_settings("pretrain", whole, recompute="none", **EVERY_TWO))
-    with monkeypatch.context() as patch:
-        kill_in_update(patch, call=15 * 3 + 1)
-        with pytest.raises(Killed):
-            pretrain.run(tiny_settings("pretrain", torn, recompute="ffn", **EVERY_TWO))
+def test_recompute_may_change_on_resume_and_changes_no_bit(tiny_settings, finished, assert_same_end, tmp_path, monkeypatch):
+    torn = tmp_path / "torn"
+    run_until_killed(monkeypatch, pretrain, tiny_settings("pretrain", torn, recompute="ffn", **EVERY_TWO), step=3)
     used = []
-    monkeypatch.setattr(model.mistral.Mistral, "log_probs", record_mode(model.mistral.Mistral.log_probs, used))
-    monkeypatch.setattr(model.mistral.Mistral, "nll", record_mode(model.mistral.Mistral.nll, used))
+    for name in ("log_probs", "nll"):
+        monkeypatch.setattr(model.mistral.Mistral, name, record_mode(getattr(model.mistral.Mistral, name), used))
     pretrain.run(tiny_settings("pretrain", torn, recompute="block", **EVERY_TWO))
     assert set(used) == {"block"}
-    assert_same_end(whole, torn)
+    assert_same_end(Path(finished.out), torn)
 
 
 def record_mode(method, used):
@@ -133,18 +128,18 @@ def record_mode(method, used):
     return recorded
 
 
-def test_a_finished_run_is_left_as_it_is(tiny_settings, tmp_path, capsys):
-    last = pretrain.run(tiny_settings("pretrain", tmp_path / "run"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    # As a kill between the last checkpoint and its name in this file would leave it.
-    (tmp_path / "run" / "latest").unlink()
-    assert pretrain.run(tiny_settings("pretrain", tmp_path / "run")) == last
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    out = Path(finished.out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # A kill after the last checkpoint and before its name is written leaves the folder like this.
+    (out / "latest").unlink()
+    assert pretrain.run(finished) == out / "step-00000006"
     assert "all 6 steps are done already" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-# Where something goes wrong, in which of how many processes, how many resume -> exit codes, the newest checkpoint then.
 ERROR, KILLED, TOLD = 1, -signal.SIGKILL, 128 + signal.SIGTERM
+# (point of the fault, faulty rank, ranks, ranks that resume) -> (exit codes, newest checkpoint after the fault).
 FAULTS = {
     ("never", 0, 1, 0): ([0], 5),
     ("update", 0, 1, 1): ([KILLED], 2),
@@ -154,56 +149,67 @@ FAULTS = {
     ("latest", 0, 1, 1): ([KILLED], 4),
     ("removal", 0, 1, 1): ([KILLED], 4),
     ("term", 0, 1, 1): ([TOLD], 3),
-    ("never", 0, 4, 0): ([0, 0, 0, 0], 5),
-    ("rename", 0, 4, "restart"): ([0], 5),
-    ("update", 2, 4, 3): ([ERROR, ERROR, KILLED, ERROR], 2),
-    ("optimizer", 1, 4, 2): ([ERROR, KILLED, ERROR, ERROR], 2),
-    ("disk", 3, 4, 1): ([ERROR, ERROR, ERROR, ERROR], 2),
+    ("never", 0, 2, 0): ([0, 0], 5),
+    ("rename", 0, 2, "restart"): ([0], 5),
+    ("update", 2, 3, 2): ([ERROR, ERROR, KILLED], 2),
+    ("optimizer", 1, 2, 3): ([ERROR, KILLED], 2),
+    ("disk", 1, 2, 1): ([ERROR, ERROR], 2),
     ("term", 1, 2, 1): ([TOLD, TOLD], 4),
 }
 
 
 @pytest.fixture(scope="module")
 def faults(tiny_settings, tmp_path_factory):
-    """faults[one of FAULTS] -> its run folder and what became of it."""
+    """{one of FAULTS: (run folder, results of killed_runs)}."""
     folder = tmp_path_factory.mktemp("faults")
     outs, jobs = {}, []
     for fault in FAULTS:
         point, rank, ranks, then = fault
         outs[fault] = folder / "-".join(map(str, fault))
         settings = tiny_settings(
-            "sft", outs[fault], steps=5, checkpoint_every=2, keep_checkpoints=1, pack_tokens=64, heldout=None,
-            optimizer={"eps": 1e-6}, log={"every": 2, "tensorboard": False}, parallel={"timeout": 60.0},
-        )  # fmt: skip
+            "sft",
+            outs[fault],
+            steps=5,
+            checkpoint_every=2,
+            keep_checkpoints=1,
+            pack_tokens=64,
+            heldout=None,
+            optimizer={"eps": 1e-6},
+            log={"every": 2, "tensorboard": False},
+            parallel={"timeout": 60.0},
+        )
         config = outs[fault].with_suffix(".toml")
         config.write_text(to_toml(settings))
         jobs.append({"stage": "sft", "config": str(config), "ranks": ranks, "point": point, "rank": rank, "then": then})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.killed_runs", folder / "jobs.json"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.engine.killed_runs", folder / "jobs.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     return {fault: (out, result) for (fault, out), result in zip(outs.items(), results, strict=True)}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault)))
-def test_a_run_in_which_something_goes_wrong_is_continued(faults, assert_same_end, fault):
-    """From the last complete checkpoint, by any number of ranks: by as many as before, to the same bits."""
-    point, _, ranks, then = fault
+def test_a_run_continues_after_a_fault(faults, assert_same_end, fault):
+    """From the last complete checkpoint, on any number of ranks; on the same number, with the same bits."""
+    point, rank, ranks, then = fault
     out, result = faults[fault]
     codes, newest = FAULTS[fault]
     resumed = [] if then == "restart" else [0] * then
     assert (result["codes"], result["newest"], result["resumed"]) == (codes, f"step-{newest:08d}", resumed), result["output"]
     assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "latest", "step-00000005"}
-    whole, _ = faults["never", 0, 1 if ranks == 1 or then == 1 else 4, 0]
+    whole, _ = faults["never", 0, 1 if ranks == 1 or then == 1 else 2, 0]
     if then in (0, ranks, "restart"):
         assert_same_end(whole, out)
     else:
         assert_close(whole, out)
     said = {
-        "disk": f"training/optimizer: rank {fault[1]} could not write: [Errno 27] File too large; free the disk",
+        "disk": f"training/optimizer: rank {rank} could not write: [Errno 27] File too large; free the disk",
         "term": f"stopped by SIGTERM after step {newest}; start again to continue",
     }.get(point, "another rank stopped or did not answer" if ERROR in codes else "")
     assert said in result["output"]

@@ -1,4 +1,4 @@
-"""What the tests of training compare runs by."""
+"""Compares the trajectories of runs: metrics and final weights."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# What a step computed; the rest of a line is speed and memory.
+# Names of computed values; the rest of a line is speed and memory.
 _COMPUTED = {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_saved"}
 
 
 def metric_lines(out: Path) -> list[dict]:
-    """The lines of a run folder's metrics.jsonl without speed and memory."""
+    """The computed values in a run folder's metrics.jsonl, without speed and memory."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key in _COMPUTED or "/" in key} for line in lines]
 
 
 def assert_close(a: Path, b: Path) -> None:
-    """The same trajectory on other numbers of ranks, where sums are added in another order."""
+    """Two runs on different numbers of ranks have the same trajectory; only the order of sums differs."""
     lines, others = metric_lines(a), metric_lines(b)
     assert [line["step"] for line in lines] == [line["step"] for line in others]
     for line, other in zip(lines, others, strict=True):
