@@ -1,10 +1,17 @@
 """Not a test: forks the ranks of a run from a process that has imported torch, because importing torch is slow."""
 
+import gc
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+
+
+def spare_forks_the_garbage() -> None:
+    """Let garbage collections in forks pass over the objects that torch has made so far, which would take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def fork_ranks(ranks: int, body: Callable[[int], int | None]) -> list[int]:

@@ -35,7 +35,7 @@ import model.weights
 from engine.checkpoint.state import newest_checkpoint
 from engine.checkpoint.writing import Checkpointer
 from recipes import dpo, pretrain, sft
-from tests.engine.forked_ranks import end_of, fork_ranks
+from tests.engine.forked_ranks import end_of, fork_ranks, spare_forks_the_garbage
 
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 
@@ -185,6 +185,7 @@ def train(job):
 def ready():
     """Prepare for the first fork."""
     torch.set_num_threads(1)
+    spare_forks_the_garbage()
     # fsync guards against a machine that stops; a killed process loses nothing that it has written.
     os.fsync = lambda handle: None
 

@@ -1,4 +1,4 @@
-"""Checkpoints: complete, loadable by `transformers`, checked before use, and free of pickles."""
+"""Checkpoints are complete, load in `transformers`, are checked before use, and hold no pickles."""
 
 import json
 import os
@@ -27,14 +27,26 @@ WEIGHTS = "model-00001-of-00001.safetensors"
 OPTIMIZER = "training/optimizer/shard-00001-model-00001-of-00001.safetensors"
 ALONE = Ranks(torch.device("cpu"))
 FILES = {
-    "config.json", "generation_config.json", WEIGHTS, "model.safetensors.index.json", "tokenizer.model", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", OPTIMIZER, "training/state.json",
-}  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    WEIGHTS,
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    OPTIMIZER,
+    "training/state.json",
+}
 
 
 @pytest.fixture(scope="module")
 def settings_of(tiny_settings):
-    return lambda out: tiny_settings("pretrain", out, steps=4, checkpoint_every=1, keep_checkpoints=1, keep_every=2)
+    def make(out, **changes):
+        return tiny_settings("pretrain", out, steps=4, checkpoint_every=1, keep_checkpoints=1, keep_every=2, **changes)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +58,7 @@ def original(settings_of, tmp_path_factory):
 
 @pytest.fixture
 def run_folder(original, tmp_path):
-    """A run of four steps of which every second checkpoint is kept."""
+    """A run of four steps that keeps every second checkpoint."""
     return Path(shutil.copytree(original, tmp_path / "run"))
 
 
@@ -60,12 +72,15 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_loads_in_transformers(tiny_settings, tmp_path, dtype):
-    last = pretrain.run(tiny_settings("pretrain", tmp_path / "run", dtype=dtype))
+def test_a_checkpoint_loads_in_transformers(settings_of, original, tmp_path, dtype):
+    if dtype == "float32":
+        last = newest_checkpoint(original)
+    else:
+        last = pretrain.run(settings_of(tmp_path / "run", dtype=dtype, heldout=[]))
     assert files_of(last) == FILES
     reference = AutoModelForCausalLM.from_pretrained(last, attn_implementation="eager").eval()
     assert reference.dtype == getattr(torch, dtype)
-    # In float32 both, so that only the weights are compared.
+    # Both compute in float32, so that only the weights are compared.
     reference, model = reference.float(), load_model(last)
     tokenizer, theirs = Tokenizer.load(last), AutoTokenizer.from_pretrained(last)
     text = "the red dog sees ねこ and runs, は 赤い いぬ を 見る です. It runs home 🐕"
@@ -80,17 +95,22 @@ def test_a_checkpoint_loads_in_transformers(tiny_settings, tmp_path, dtype):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_the_newest_are_kept_and_the_newest_is_named(run_folder):
+def test_the_newest_and_every_second_checkpoint_are_kept_and_latest_names_the_newest(run_folder):
     assert [path.name for path in checkpoints(run_folder)] == ["step-00000002", "step-00000004"]
     assert newest_checkpoint(run_folder).name == "step-00000004"
     assert (run_folder / "latest").read_text() == "step-00000004\n"
     assert {path.name for path in run_folder.iterdir()} == {
-        "config.toml", "metrics.jsonl", "tensorboard", "latest", "step-00000002", "step-00000004",
-    }  # fmt: skip
+        "config.toml",
+        "metrics.jsonl",
+        "tensorboard",
+        "latest",
+        "step-00000002",
+        "step-00000004",
+    }
     assert [read_state(path).step for path in checkpoints(run_folder)] == [2, 4]
 
 
-def test_checkpoints_that_are_never_written_cannot_be_kept(tiny_settings, tmp_path):
+def test_keep_every_must_be_a_multiple_of_checkpoint_every(tiny_settings, tmp_path):
     for changes in ({"keep_every": 3}, {"keep_every": 3, "checkpoint_every": 2}):
         with pytest.raises(ValueError, match=r"keep_every = 3: must be a multiple of checkpoint_every = "):
             tiny_settings("pretrain", tmp_path, **changes)
@@ -102,7 +122,7 @@ def test_a_run_folder_names_its_newest_model(run_folder, tiny_model):
     assert model_folder(str(tiny_model)) == tiny_model
 
 
-def test_folders_of_other_names_are_no_checkpoints(run_folder):
+def test_folders_with_other_names_are_not_checkpoints(run_folder):
     for name in (".step-00000009.partial", ".step-00000001.old", "step-9", "step-000000010", "step-last"):
         (run_folder / name).mkdir()
     assert newest_checkpoint(run_folder).name == "step-00000004"
@@ -142,7 +162,7 @@ def test_a_state_that_cannot_be_read_is_named_with_the_remedy(run_folder, change
     assert "\n" not in str(error.value)
 
 
-def test_the_remedy_works(settings, run_folder, metric_lines):
+def test_deleting_a_damaged_checkpoint_resumes_from_the_one_before(settings, run_folder, metric_lines):
     lines = metric_lines(run_folder)
     weights = (run_folder / "step-00000004" / WEIGHTS).read_bytes()
     for file in (run_folder / "step-00000004").rglob("*"):
@@ -157,7 +177,7 @@ def test_the_remedy_works(settings, run_folder, metric_lines):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER])
-def test_a_flipped_bit_is_found_before_a_run_goes_on(settings, run_folder, name):
+def test_a_flipped_bit_stops_a_run_before_it_goes_on(settings, run_folder, name):
     shutil.rmtree(run_folder / "step-00000004")
     newest = run_folder / "step-00000002"
     content = bytearray((newest / name).read_bytes())
@@ -181,23 +201,22 @@ def test_optimizer_state_comes_back(run_folder):
             assert tensor.any()
 
 
-def test_state_larger_than_a_shard_is_written_in_several_files(tiny_settings, tmp_path, monkeypatch):
-    """A file holds what fits the limit, at least one tensor; the state that is read back is the same."""
-    whole = pretrain.run(tiny_settings("pretrain", tmp_path / "whole"))
+def test_large_state_is_split_into_several_files_and_reads_back_the_same(settings_of, original, tmp_path, monkeypatch):
+    """A file holds as many tensors as fit the limit, and at least one."""
     monkeypatch.setattr("engine.checkpoint.writing.MAX_SHARD_BYTES", 60_000)
-    split = pretrain.run(tiny_settings("pretrain", tmp_path / "split"))
+    split = pretrain.run(settings_of(tmp_path / "split"))
     files = sorted(split.rglob("*.safetensors"))
     assert len(files) > 6
     assert sum(file.stat().st_size > 60_000 + 4096 for file in files) == 0
     states = []
-    for folder in (whole, split):
+    for folder in (newest_checkpoint(original), split):
         optimizer = AdamW(load_model(folder).named_parameters(), OptimizerSettings())
         load_optimizer(folder, optimizer, ALONE)
         states.append(optimizer.state)
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_copies_are_of_what_was_before_the_update(device):
+def test_copies_hold_the_values_before_the_update(device):
     tensors = {"weight": torch.randn(700, 300, device=device).bfloat16(), "moment": torch.randn(5, device=device)}
     expected = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
     staging = Staging(tensors, device)
@@ -214,7 +233,7 @@ def test_copies_are_of_what_was_before_the_update(device):
 
 
 def test_saving_takes_the_copies_and_one_file_of_memory(tiny_settings, tmp_path):
-    """In a process of its own: the most that is allocated beyond what was before, with files of a sixteenth of the state."""
+    """Peak memory above the state before, in a process of its own, with files of a sixteenth of the state."""
     code = """
 import os, sys, threading, torch
 import engine.checkpoint.writing
@@ -243,7 +262,7 @@ for tensor in tensors:
     tensor.data.normal_()
 tokenizer = Tokenizer.load(sys.argv[2])
 checkpointer = Checkpointer(Path(sys.argv[1]), model, optimizer, tokenizer, Ranks(torch.device("cpu")), keep=1)
-for step in (1, 2):  # the first allocates what libraries keep
+for step in (1, 2):  # the first save allocates memory that libraries keep
     before, peak, done = allocated(), 0, threading.Event()
     def watch():
         global peak
@@ -260,9 +279,12 @@ print(sum(tensor.nbytes for tensor in tensors), peak - before)
 """
     settings = tiny_settings("pretrain", tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "out", settings.model], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", code, tmp_path / "out", settings.model],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     state, above = map(int, done.stdout.split())
     assert state > 16 * 2**22
@@ -270,8 +292,8 @@ print(sum(tensor.nbytes for tensor in tensors), peak - before)
 
 
 def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
-    """Pickles of protocol 2 and later begin with PROTO, torch's files are zip archives or, older, begin with a pickle."""
-    dpo.run(tiny_settings("dpo", tmp_path / "run", checkpoint_every=3))
+    """Pickles of protocol 2 and later begin with \\x80; torch's files are zip archives or begin with a pickle."""
+    dpo.run(tiny_settings("dpo", tmp_path / "run", steps=2, checkpoint_every=1))
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     suffixes = {file.suffix for file in files if not file.name.startswith("events.out.tfevents")}
     assert suffixes == {".json", ".jsonl", ".toml", ".safetensors", ".jinja", ".model", ""}
@@ -280,7 +302,7 @@ def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
         head = file.read_bytes()[:4]
         assert not head.startswith((b"\x80", b"PK", b"\x1f\x8b")), file
         if file.suffix == ".safetensors":
-            # Tensors and a little text: nothing is stored as bytes to be interpreted.
+            # The file holds tensors and a little text, and no bytes to be interpreted.
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata()
                 assert metadata.pop("format") == "pt"

@@ -25,7 +25,7 @@ from recipes import dpo, pretrain, sft
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
-from tests.engine.forked_ranks import end_of, fork_ranks
+from tests.engine.forked_ranks import end_of, fork_ranks, spare_forks_the_garbage
 
 RECIPES = {"pretrain": (pretrain, PretrainSettings), "sft": (sft, SftSettings), "dpo": (dpo, DpoSettings)}
 FAULTY_RANK, FAULTY_STEP = 1, 2
@@ -86,6 +86,7 @@ def rank_of(job, rank):
 
 def main():
     torch.set_num_threads(1)
+    spare_forks_the_garbage()
     jobs = json.loads(Path(sys.argv[1]).read_text())
     started = [fork_ranks(job["ranks"], lambda rank, job=job: rank_of(job, rank)) for job in jobs]
     print(json.dumps([end_of(children) for children in started]))
