@@ -152,11 +152,19 @@ def _norm_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device), scale_T
 
 
-def _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, scale_T) -> None:
+def _launch_forward(
+    residual_TD: Tensor | None,
+    hidden_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    total_TD: Tensor | None,  # result, with a residual
+    out_TD: Tensor,  # result
+    scale_T: Tensor,  # result, float32
+) -> None:
     tokens, width = hidden_TD.shape
-    added = residual_TD is not None
     hidden_TD, weight_D = unit_stride(hidden_TD), unit_stride(weight_D)
-    residual_TD = unit_stride(residual_TD) if added else hidden_TD
+    added = residual_TD is not None
+    residual_TD = hidden_TD if residual_TD is None else unit_stride(residual_TD)
     block, warps = configuration("rms_norm", hidden_TD.device).whole_row(width)
     launch(
         _forward_kernel,
@@ -164,7 +172,7 @@ def _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, out_TD, sca
         residual_TD,
         hidden_TD,
         weight_D,
-        total_TD if added else out_TD,
+        out_TD if total_TD is None else total_TD,
         out_TD,
         scale_T,
         residual_TD.stride(0),

@@ -13,6 +13,8 @@ entropy = log(s) - t / s, which does not cancel for logits far from 0.
 Shapes: T tokens, N listed rows, V columns of logits, of which the first `vocab_size` are real, D width.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -45,8 +47,8 @@ def row_statistics(
         gradient_NV: result in any floating dtype, 0 in padding columns and padding rows.
         scale_T: factors of the gradient, in the logits' dtype; None for 1.
     """
-    step = _launch_rows if runs_triton(logits_NV) else _rows_eager
-    step(logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size, statistics=True)
+    work = _RowWork(logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size)
+    (_launch_rows if runs_triton(logits_NV) else _rows_eager)(work)
 
 
 def row_gradients(
@@ -60,8 +62,8 @@ def row_gradients(
     vocab_size: int,
 ) -> None:
     """The gradients alone, from the log-sum-exp of `row_statistics`, to the bit as `row_statistics` gives them."""
-    step = _launch_rows if runs_triton(logits_NV) else _rows_eager
-    step(logits_NV, target_T, rows_N, None, log_sum_exp_T, None, gradient_NV, scale_T, vocab_size, statistics=False)
+    work = _RowWork(logits_NV, target_T, rows_N, None, log_sum_exp_T, None, gradient_NV, scale_T, vocab_size)
+    (_launch_rows if runs_triton(logits_NV) else _rows_eager)(work)
 
 
 def gather_rows(source_TD: Tensor, rows_N: Tensor, scale_T: Tensor | None = None) -> Tensor:
@@ -117,9 +119,22 @@ def _(tensor, factor):
     return None
 
 
-def _launch_rows(
-    logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size, *, statistics
-) -> None:
+class _RowWork(NamedTuple):
+    """The tensors of `row_statistics` and `row_gradients`."""
+
+    logits_NV: Tensor
+    target_T: Tensor
+    rows_N: Tensor
+    log_prob_T: Tensor | None  # None: no statistics, the log-sum-exp is given
+    log_sum_exp_T: Tensor
+    entropy_T: Tensor | None
+    gradient_NV: Tensor | None
+    scale_T: Tensor | None
+    vocab_size: int
+
+
+def _launch_rows(work: _RowWork) -> None:
+    logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size = work
     rows, columns = logits_NV.shape
     config = configuration("row_log_prob", logits_NV.device)
 
@@ -142,7 +157,7 @@ def _launch_rows(
         COLUMNS=columns,
         VOCAB=vocab_size,
         BLOCK=min(config.block, triton.next_power_of_2(columns)),
-        STATISTICS=statistics,
+        STATISTICS=log_prob_T is not None,
         ENTROPY=entropy_T is not None,
         GRADIENT=gradient_NV is not None,
         SCALED=scale_T is not None,
@@ -174,9 +189,8 @@ def _launch_moved(source: Tensor, out: Tensor, rows_N: Tensor, scale_T: Tensor |
     )
 
 
-def _rows_eager(
-    logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size, *, statistics
-) -> None:
+def _rows_eager(work: _RowWork) -> None:
+    logits_NV, target_T, rows_N, log_prob_T, log_sum_exp_T, entropy_T, gradient_NV, scale_T, vocab_size = work
     listed_N, row_N = rows_N >= 0, rows_N.clamp(min=0)
     target_N1 = target_T[row_N].long().where(listed_N, 0)[:, None]
 
@@ -191,10 +205,10 @@ def _rows_eager(
     target_N = weight_NV.gather(1, target_N1)[:, 0]
     shifted_NV = None if entropy_T is None else weight_NV.clone()
     total_N = weight_NV.exp_().sum(dim=-1)
-    if statistics:
+    if log_prob_T is not None:
         put(log_prob_T, target_N - total_N.log())
         put(log_sum_exp_T, peak_N + total_N.log())
-    if shifted_NV is not None:
+    if entropy_T is not None and shifted_NV is not None:
         put(entropy_T, total_N.log() - shifted_NV.mul_(weight_NV).sum(dim=-1) / total_N)
     if gradient_NV is not None:
         scale_N = _scale_of(rows_N, scale_T, logits_NV.dtype)

@@ -147,12 +147,12 @@ def store_rows(
 
 
 @triton.jit
-def softmax_step(total, peak, scores, scale):
-    """Take a block of scores into a softmax: (sum of weights, peak, the block's weights, factor of all earlier weights).
+def softmax_step(peak, scores, scale):
+    """Take a block of scores into a running softmax: (new peak, weights of the block, factor of all earlier weights).
 
-    total, peak: sum of weights and largest score of each row so far. scale: of the scores, times log2(e).
+    peak: largest score of each row so far. scale: of the scores, times log2(e).
     """
     raised = tl.maximum(peak, tl.max(scores, axis=1))
     kept = tl.exp2((peak - raised) * scale)
     weights = tl.exp2(scores * scale - (raised * scale)[:, None])
-    return total * kept + tl.sum(weights, axis=1), raised, weights, kept
+    return raised, weights, kept
