@@ -1,7 +1,8 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
-# make test         installs into .venv, then runs the tests
-# make lint         style, types
-# make mutants      checks that the tests find out every wrong kernel; make test takes a fifth of them
+# make test         installs into .venv, then runs the tests: without kernels, then the kernels in Triton's interpreter
+# make test-all     all tests, slow ones included, and all mutants: an hour
+# make lint         style, types, and that texts and generated pages are up to date
+# make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --sample 0.1")
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
@@ -9,7 +10,7 @@
 # TORCH=keep               use the torch that PYTHON has, and do not pin its version
 # DEVICE=cpu               device of quickstart: auto, cpu or cuda
 # EXTRAS=data,flash        optional dependencies to install besides
-# WORKERS=4                processes that share the tests
+# WORKERS=4                processes that share the tests (default: 2)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,6 +20,7 @@ DEVICE ?= auto
 EXTRAS ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
+MUTANTS ?=
 
 RUN := $(VENV)/bin/python
 comma := ,
@@ -31,24 +33,36 @@ SYSTEM :=
 CONSTRAINTS := constraints.txt
 endif
 
-.PHONY: quickstart test lint stress mutants clean check-python
+.PHONY: quickstart test test-all lint stress mutants clean check-python
 
 quickstart: $(VENV)/installed
 	$(RUN) -m recipes.quickstart --device $(DEVICE)
 
+# The tests that run kernels; with TRITON_INTERPRET=1 they run again in Triton's interpreter.
+KERNEL_TESTS := tests/kernels tests/model/test_recompute.py
+PYTEST := $(RUN) -m pytest -n $(WORKERS)
+
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not lint" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not gpu and not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
+
+test-all: $(VENV)/installed-dev
+	$(PYTEST) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and not gpu" $(KERNEL_TESTS) $(PYTEST_ARGS)
+	$(RUN) -m tests.kernels.mutation.run --jobs $(WORKERS) $(MUTANTS)
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+	$(RUN) -m benchmarks.report --check
+	$(RUN) -m pytest -q -m lint
 
 stress: $(VENV)/installed-dev
 	$(RUN) -m pytest --capture=no tests/engine/stress_kills.py
 
 mutants: $(VENV)/installed-dev
-	MUTANTS=all $(RUN) -m pytest tests/kernels/test_processes.py -k mutants
+	$(RUN) -m tests.kernels.mutation.run --jobs $(WORKERS) $(MUTANTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

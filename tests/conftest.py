@@ -21,23 +21,19 @@ from model.weights import save_model
 from recipes.dpo import DpoSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
-from tests.kernels.interpreter import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
-
-if INTERPRETED:
-    lighten()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Arrays of these sizes gain nothing from a second thread, and waiting for it on a busy machine costs more than they do."""
+    """Tests compute on one thread: a second one gains nothing on small arrays, and waiting for it is slow on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real text that lies beside a developer's checkout; tests that need it skip where it is absent."""
+    """The folder of real text beside a developer's checkout. Tests that need it are skipped where there is none."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
@@ -46,26 +42,45 @@ def shared_data() -> Path:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    """Each device that operators run on.
+
+    The CPU runs the eager references (with TRITON_INTERPRET=1, the kernels in Triton's interpreter), CUDA the Triton kernels.
+    """
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def reference_device(request):
+    """As `device`, for tests that run the eager references on every device, as in float64."""
     return torch.device(request.param)
 
 
 @pytest.fixture(params=[*(["cpu"] if INTERPRETED else []), pytest.param("cuda", marks=pytest.mark.gpu)])
 def triton_device(request):
-    """Where the Triton kernels run: nowhere in a plain process without a GPU."""
+    """Each device that Triton kernels run on: the CPU only with TRITON_INTERPRET=1."""
     return torch.device(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    """Mark the tests that run Triton kernels, and skip tests that need a GPU where there is none."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if {"device", "triton_device"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kernels)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
+def _few_empty_programs(request, monkeypatch):
+    """Pad attention's work lists to 2 tiles, not 64, in the interpreter: an empty program costs it as much as any other."""
+    if INTERPRETED and request.node.get_closest_marker("kernels"):
+        monkeypatch.setattr("kernels.attention.work._PADDING", 2)
+
+
+@pytest.fixture(autouse=True)
 def _free_device_memory(request):
-    """What a test on the GPU leaves in torch's cache goes, as several processes may share the GPU."""
+    """Give the memory that a GPU test left in torch's cache back to the GPU: other processes may need it."""
     yield
     if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -80,14 +95,22 @@ def sentence(rng: random.Random, words: int) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer folder of 340 pieces: those of a few words in two languages, and every byte."""
+    """A tokenizer folder of 340 pieces: the pieces of a few English and Japanese words, and every byte."""
     rng = random.Random(0)
     lines = [sentence(rng, 8) for _ in range(100)] + ["[INST] say [/INST] it"] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=340, character_coverage=1.0,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=340,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer_folder(folder, model.getvalue())
     return folder
@@ -95,12 +118,21 @@ def tiny_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_tokenizer, tmp_path_factory) -> Path:
-    """A Hugging Face folder: two layers of width 32 with a window of 16 over 340 pieces in 384 rows, and the tokenizer."""
+    """A Hugging Face folder: a model of two layers, width 32 and window 16, and its tokenizer of 340 pieces."""
+    # As in Shisa 7B, there are more rows than pieces.
     config = MistralConfig(
-        vocab_size=384, unpadded_vocab_size=340, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=128,
+        vocab_size=384,
+        unpadded_vocab_size=340,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=128,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     model = Mistral(config)
     initialize(model, 1)
     folder = tmp_path_factory.mktemp("model")
@@ -111,7 +143,7 @@ def tiny_model(tiny_tokenizer, tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class TinyData:
-    """Prepared folders of each kind. Some texts are longer than a context of 32; every pair fits one of 64."""
+    """Prepared datasets of each kind. Some texts are longer than a context of 32 tokens; every pair fits 64 tokens."""
 
     text: Path
     text_heldout: Path
@@ -174,8 +206,10 @@ def tiny_data(tiny_tokenizer, tmp_path_factory) -> TinyData:
 
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_model, tiny_data):
-    """tiny_settings(stage, out, **changes) -> settings of "pretrain", "sft" or "dpo": six steps, held-out data, a log line
-    every other step."""
+    """tiny_settings(stage, out, **changes) -> settings of "pretrain", "sft" or "dpo".
+
+    A run has six steps and held-out data, and logs every other step.
+    """
 
     def make(stage: str, out: Path, **changes):
         settings_class, data, heldout, sizes = {
@@ -184,10 +218,18 @@ def tiny_settings(tiny_model, tiny_data):
             "dpo": (DpoSettings, tiny_data.preferences, tiny_data.preferences_heldout, (64, 4)),
         }[stage]
         table = {
-            "model": str(tiny_model), "out": str(out), "sources": [{"path": str(data)}], "heldout": [str(heldout)],
-            "context_length": sizes[0], "step_size": sizes[1], "pack_tokens": 128, "steps": 6, "device": "cpu",
-            "schedule": {"peak": 3e-3, "warmup_steps": 2}, "log": {"every": 2},
-        }  # fmt: skip
+            "model": str(tiny_model),
+            "out": str(out),
+            "sources": [{"path": str(data)}],
+            "heldout": [str(heldout)],
+            "context_length": sizes[0],
+            "step_size": sizes[1],
+            "pack_tokens": 128,
+            "steps": 6,
+            "device": "cpu",
+            "schedule": {"peak": 3e-3, "warmup_steps": 2},
+            "log": {"every": 2},
+        }
         changed = {key: value for key, value in (table | changes).items() if value is not None}
         return from_table(settings_class, changed)
 

@@ -1,12 +1,12 @@
-"""What the tests of attention share: rows of segments around the borders of tiles and windows, and the plain formula."""
+"""Shared by the tests of attention: rows of segments around the borders of tiles and windows, and the plain formula."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-import kernels.attention.work
 from kernels import configurations
+from kernels.attention.work import attention_work
 from kernels.launch import INTERPRETED
 from tests.kernels.conftest import DTYPES
 from tests.kernels.error_rule import random
@@ -16,7 +16,11 @@ KERNELS = ("attention_forward", "attention_queries", "attention_keys")
 
 @dataclass(frozen=True)
 class Row:
-    """lengths: of the segments. prefixes: of each, -1 for none. padding: places behind the last. heads: (H, K)."""
+    """A packed row.
+
+    lengths: of each segment. window, tile: of the work lists. heads: (query heads, key/value heads). prefixes: the prefix of
+    each segment, -1 for none. padding: places behind the last segment. size: of a head.
+    """
 
     lengths: tuple[int, ...]
     window: int | None
@@ -35,9 +39,8 @@ class Row:
         return sum(self.lengths) + self.padding
 
     def work(self, device="cpu"):
-        """The lists, by the module as it is now: mutants take its place."""
         given = {"prefixes": self.prefixes, "tokens": self.tokens, "tile": self.tile}
-        return kernels.attention.work.attention_work(self.bounds, self.window, **given).to(device)
+        return attention_work(self.bounds, self.window, **given).to(device)
 
     def inputs(self, dtype, device, seed=0) -> list[torch.Tensor]:
         """Query, key and value, views of one packed row, and the gradient of the output."""
@@ -47,7 +50,7 @@ class Row:
         return [*packed.split((heads, kv_heads, kv_heads), dim=1), grad]
 
     def visible(self) -> torch.Tensor:
-        """Which place (row) sees which (column), by definition: the last `window` places of its text up to itself."""
+        """Whether a place (row) sees another (column), by definition: the last `window` places of its text up to itself."""
         seen = torch.zeros((self.tokens, self.tokens), dtype=torch.bool)
         bounds = self.bounds
         for segment in range(len(self.lengths)):
@@ -60,13 +63,13 @@ class Row:
         return seen
 
 
-# Each border beside another in turn: lengths at a tile's and a window's, windows of one place up to longer than the text.
+# Lengths around a tile and around a window, and windows from one place to longer than the text.
 ROWS = {
     "around a tile": Row((1, 15, 16, 17), 16, 16),
     "around a window": Row((23, 24, 25), 24, 32),
     "window of 1": Row((17, 2), 1, 16),
     "window of 2": Row((18,), 2, 16, (4, 1)),
-    "window beyond the text": Row((9,), 128, 32, (8, 1)),
+    "window beyond the text": Row((9,), 128, 32, (3, 1)),
     "no window, nothing, padding": Row((18, 0, 5), None, 16, (4, 2), padding=3),
     "blocks seen whole": Row((75,), 52, 16),
     "shared prompt": Row((20, 13, 17), 64, 16, (2, 2), (-1, 0, 0)),
@@ -77,7 +80,7 @@ ROWS = {
 }
 
 
-# On a GPU each with each dtype, in the interpreter one after the other.
+# On a GPU every row in every dtype; in the interpreter the dtypes alternate.
 WITH_DTYPES = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for number, name in enumerate(ROWS)
@@ -86,7 +89,10 @@ WITH_DTYPES = [
 
 
 def small_blocks(monkeypatch, *, descriptors=None):
-    """Blocks and parts of tiles of 16, so that short rows have many, read in the one way or the other."""
+    """Give the kernels blocks and parts of tiles of 16 places, so that short rows have many of them.
+
+    descriptors: whether rows are read by descriptors; default as configured.
+    """
     for table in configurations.TABLES.values():
         for name in KERNELS:
             changed = {} if descriptors is None else {"descriptors": descriptors}
@@ -94,7 +100,7 @@ def small_blocks(monkeypatch, *, descriptors=None):
 
 
 def plain(query, key, value, seen):
-    """The formula by torch's own operations: (output, log-sum-exp); rows that see nothing give 0."""
+    """(output, log-sum-exp) by torch's own operations. The output of a place that sees nothing is 0."""
     group, seen = query.shape[1] // key.shape[1], seen.to(query.device)
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     score = torch.einsum("qhe,jhe->hqj", query, key) * query.shape[-1] ** -0.5
@@ -109,7 +115,7 @@ def plain_gradients(query, key, value, seen, grad):
 
 
 def with_unseen_changed(row, inputs, places):
-    """Inputs of which all but what `places` see holds other, large values; and which places those are."""
+    """(inputs with large values at every place that `places` do not see, whether each place was changed)."""
     unseen = ~row.visible()[places].any(dim=0).to(inputs[0].device)
     large = 1e2 if inputs[0].dtype == torch.float16 else 1e4
     changed = []

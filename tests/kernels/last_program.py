@@ -9,7 +9,7 @@ import kernels.launch
 
 
 def launch_last_program(kernel, grid, *arguments, **keywords):
-    """In place of `launch`: the interpreter runs the last program of the grid alone, a GPU all of them."""
+    """In place of `launch`: the interpreter runs only the last program of the grid, a GPU runs all programs."""
     if not kernels.launch.INTERPRETED:
         return kernels.launch.launch(kernel, grid, *arguments, **keywords)
 
@@ -21,7 +21,7 @@ def launch_last_program(kernel, grid, *arguments, **keywords):
 
 
 def vast(elements, dtype, device):
-    """Zeros on a GPU; for the interpreter, memory of which no more is touched than its last program touches."""
+    """Zeros on a GPU; for the interpreter, memory without values, of which its last program touches only the end."""
     if device.type == "cuda":
         return torch.zeros(elements, dtype=dtype, device=device)
     torch.utils.deterministic.fill_uninitialized_memory = False

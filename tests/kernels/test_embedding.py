@@ -13,10 +13,10 @@ from kernels.embedding import EmbeddingNoise, embedding, embedding_reference
 from kernels.launch import INTERPRETED
 from tests.kernels.error_rule import compare, far_apart, random
 
-WIDTH = 37  # no multiple of 4: the last group of words is cut
+WIDTH = 37  # no multiple of 4, so that the last group of random words is cut
 ROWS = 50
 TILE = configuration("embedding_backward", torch.device("cpu")).rows
-# Tokens of rows whose segments of equal ids end within a tile, with it, and after several.
+# Token ids whose runs of equal ids end inside a tile, at its end, and after several tiles.
 TOKENS = {
     "none": [],
     "one": [0],
@@ -30,7 +30,7 @@ TOKENS = {
 
 
 def _noise(documents, device, *, alpha=5.0, seed=3, step=7):
-    """Noise of documents given as (id, first place, places, tokens of the whole document)."""
+    """Noise of documents, each given as (id, first position, positions in this row, tokens of the whole document)."""
     document = torch.cat([torch.full((places,), index) for index, _, places, _ in documents])
     position = torch.cat([torch.arange(start, start + places) for _, start, places, _ in documents])
     length = torch.cat([torch.full((places,), tokens) for _, _, places, tokens in documents])
@@ -58,8 +58,8 @@ def test_without_noise_equals_torch(count, dtype, device):
 
 
 @pytest.mark.parametrize("width", [1, 3, WIDTH, 64, 1030])
-def test_kernel_draws_the_bits_of_the_reference(width, dtype, triton_device):
-    """Keys and counters beyond 31 bits, documents of one token; 1030 columns are two programs."""
+def test_the_kernel_draws_the_bits_of_the_reference(width, dtype, triton_device):
+    """With keys and counters beyond 31 bits, and with documents of one token; 1030 columns take two programs."""
     documents = [(1, 0, 1, 1), (2**32 + 7, 2**31 - 1, 3, 2**32 - 1), (2**62 + 2**31, 5, 2, 9)]
     noise = _noise(documents, triton_device, seed=2**32 - 1, step=2**31 + 5)
     weight, tokens = _weight(triton_device, dtype, width), _tokens(6, triton_device)
@@ -69,29 +69,34 @@ def test_kernel_draws_the_bits_of_the_reference(width, dtype, triton_device):
 
 
 @pytest.mark.parametrize("given", TOKENS.values(), ids=TOKENS)
-def test_gradient_is_right(given, dtype, device):
+def test_the_gradient_is_right(given, dtype, device):
     tokens = torch.tensor(given, dtype=torch.long, device=device)
     weight = _weight(device, dtype).requires_grad_()
     grad = random(len(given), WIDTH, dtype=dtype, device=device, seed=2)
     most = max((given.count(token) for token in given), default=1)
     compare(
-        lambda weight: embedding(tokens, weight), lambda weight: F.embedding(tokens, weight), {"weight": weight}, {"out": grad},
+        lambda weight: embedding(tokens, weight),
+        lambda weight: F.embedding(tokens, weight),
+        {"weight": weight},
+        {"out": grad},
         {"d weight": most},
-    )  # fmt: skip
+    )
 
 
-def test_gradient_of_a_wide_row(device):
-    """Several programs a row."""
+def test_the_gradient_of_rows_wider_than_a_program_is_right(device):
     tokens, weight = _tokens(9, device, 4), _weight(device, width=1030).requires_grad_()
     grad = random(9, 1030, dtype=torch.float32, device=device, seed=2)
     compare(
-        lambda weight: embedding(tokens, weight), lambda weight: F.embedding(tokens, weight), {"weight": weight}, {"out": grad},
+        lambda weight: embedding(tokens, weight),
+        lambda weight: F.embedding(tokens, weight),
+        {"weight": weight},
+        {"out": grad},
         {"d weight": 9},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("length", [1, 30, *([] if INTERPRETED else [4000])])
-def test_scale_is_the_papers(length, device):
+def test_noise_has_the_scale_of_the_paper(length, device):
     added = _added(_noise([(5, 0, length, length)], device))
     bound = 5.0 / math.sqrt(length * WIDTH)
     assert added.abs().max() < bound
@@ -101,7 +106,7 @@ def test_scale_is_the_papers(length, device):
     assert abs(added.double().mean()) < 6 * bound / math.sqrt(3 * count)
 
 
-def test_noise_is_of_the_token_not_of_its_place_in_the_row(device):
+def test_noise_belongs_to_the_token_wherever_it_is_packed(device):
     whole = _added(_noise([(1, 0, 10, 10), (2, 0, 6, 6), (9_000_000_000, 0, 4, 4)], device))
     swapped = _added(_noise([(9_000_000_000, 0, 4, 4), (1, 0, 10, 10)], device))
     assert torch.equal(whole[:10], swapped[4:])
@@ -112,20 +117,19 @@ def test_noise_is_of_the_token_not_of_its_place_in_the_row(device):
 
 
 @pytest.mark.parametrize("change", ["seed", "step", "document_T", "position_T"])
-def test_each_part_of_the_key_matters(change, device):
+def test_each_part_of_the_key_changes_the_noise(change, device):
     noise = _noise([(1, 0, 10, 10)], device)
     other = dataclasses.replace(noise, **{change: getattr(noise, change) + 1})
     one, two = _added(noise), _added(other)
-    # Shifted by a place the same words could come back; neither equal nor a copy elsewhere.
     assert not torch.isclose(one, two).any()
 
 
-def test_upper_half_of_a_document_id_matters(device):
+def test_the_upper_half_of_a_document_id_changes_the_noise(device):
     one, other = (_added(_noise([(index, 0, 10, 10)], device)) for index in (1, 1 + 2**32))
     assert not torch.isclose(one, other).any()
 
 
-def test_gradient_does_not_see_the_noise(device):
+def test_noise_does_not_change_the_gradient(device):
     weight, tokens = _weight(device).requires_grad_(), _tokens(10, device)
     grad = random(10, WIDTH, dtype=torch.float32, device=device, seed=2)
     (noisy,) = torch.autograd.grad(embedding(tokens, weight, _noise([(1, 0, 10, 10)], device)), weight, grad)
@@ -133,24 +137,24 @@ def test_gradient_does_not_see_the_noise(device):
     assert torch.equal(noisy, clean)
 
 
-def test_narrow_dtypes_round_the_sum_once(dtype, device):
+def test_the_sum_with_noise_is_rounded_once(dtype, device):
     weight, tokens = _weight(device, dtype), _tokens(10, device)
     noise = _noise([(1, 0, 10, 10)], device)
     expected = (F.embedding(tokens, weight).float() + _added(noise)).to(dtype)
     assert torch.equal(embedding(tokens, weight, noise), expected)
 
 
-def test_equals_torch_in_float64(device):
-    weight, tokens = _weight(device, torch.float64).requires_grad_(), _tokens(40, device, 7)
-    grad = random(40, WIDTH, dtype=torch.float64, device=device, seed=2)
+def test_equals_torch_in_float64(reference_device):
+    weight, tokens = _weight(reference_device, torch.float64).requires_grad_(), _tokens(40, reference_device, 7)
+    grad = random(40, WIDTH, dtype=torch.float64, device=reference_device, seed=2)
     ours, theirs = embedding(tokens, weight), F.embedding(tokens, weight)
     assert torch.equal(ours, theirs)
     found, expected = (torch.autograd.grad(out, weight, grad)[0] for out in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_layouts_do_not_matter(device):
-    """Spread ids, rows of a wider matrix, a transposed weight, and the gradients of sums, whose strides are 0."""
+def test_strides_do_not_change_results(device):
+    """Strided ids, a weight inside a wider matrix, a transposed weight, and gradients of sums, whose strides are 0."""
     tokens, weight, noise = _tokens(7, device, 3), _weight(device), _noise([(1, 0, 7, 7)], device)
     row = random(WIDTH, dtype=torch.float32, device=device, seed=2)
     grads = [row.expand(7, WIDTH), row[:1].expand(7, WIDTH), torch.stack((row.expand(7, WIDTH),) * 2, dim=-1)[..., 0]]
@@ -173,12 +177,12 @@ def test_layouts_do_not_matter(device):
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int16, torch.uint8])
-def test_tokens_of_any_integer_dtype(integer, device):
+def test_tokens_may_have_any_integer_dtype(integer, device):
     tokens, weight = _tokens(5, device), _weight(device)
     assert torch.equal(embedding(tokens.to(integer), weight), embedding(tokens, weight))
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     weight, tokens, noise = _weight(device, dtype).requires_grad_(), _tokens(13, device, 2), _noise([(1, 0, 13, 13)], device)
     grad = random(13, WIDTH, dtype=dtype, device=device, seed=2)
     runs = []
@@ -194,8 +198,7 @@ def test_a_token_that_is_no_row_raises(wrong):
         embedding(torch.tensor([3, wrong, 4]), _weight(torch.device("cpu")))
 
 
-def test_rows_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     tokens = torch.tensor([2, 0, 1, 2], device=triton_device)
     weight = _weight(triton_device, torch.float16)[:3]
     assert torch.equal(embedding(tokens, far_apart(weight)), embedding(tokens, weight))
@@ -203,7 +206,7 @@ def test_rows_far_apart(triton_device):
     assert torch.equal(near, far)
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     tokens, weight = _tokens(5, triton_device), _weight(triton_device).requires_grad_()
     noise = _noise([(1, 0, 5, 5)], triton_device)
     torch.library.opcheck(module._embedding, (tokens, weight, None, None, None, 0, 0))

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block against its formula in float64, and its recompute modes against one another."""
+"""The feed-forward half of a block: against its formula in float64, and its recompute modes against each other."""
 
 import pytest
 import torch
@@ -37,22 +37,22 @@ def results(mode, given, upstream):
 
 @pytest.mark.parametrize("tokens", [1, 19, 0])
 @pytest.mark.parametrize("mode", MODES)
-def test_is_right(mode, tokens, dtype, device):
+def test_results_and_gradients_are_right(mode, tokens, dtype, device):
     given, upstream = inputs(tokens, dtype, device)
     sums = {f"d {name}": max(1, tokens) for name in NAMES[2:]}
     compare(lambda *tensors: feed_forward(*tensors, EPS, recompute=mode), plain, given, upstream, sums)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_equals_autograd_in_float64(mode, device):
-    given, upstream = inputs(7, torch.float64, device)
+def test_equals_autograd_in_float64(mode, reference_device):
+    given, upstream = inputs(7, torch.float64, reference_device)
     outputs = feed_forward_reference(*given.values(), EPS)
     gradients = torch.autograd.grad(outputs, list(given.values()), list(upstream.values()))
     torch.testing.assert_close(results(mode, given, upstream), [*outputs, *gradients], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs, plain(*given.values()), rtol=1e-12, atol=1e-12)
 
 
-def test_modes_are_equal_to_the_bit(dtype, device):
+def test_all_modes_give_the_same_bits(dtype, device):
     given, upstream = inputs(33, dtype, device, width=64, hidden=40)
     runs = [results(mode, given, upstream) for mode in MODES]
     for other in runs[1:]:
@@ -69,8 +69,8 @@ def test_a_second_backward_pass_raises(mode, device):
 
 
 @pytest.mark.parametrize(("mode", "elements"), [("none", 24 + 24 + 3 * 20), ("light", 24 + 2 * 20), ("ffn", 24)])
-def test_keeps_what_the_mode_says(mode, elements, device):
-    """Of each token, beside its float32 scale; parameters are not counted."""
+def test_each_mode_keeps_what_it_says(mode, elements, device):
+    """`elements` of each token, besides its float32 scale and the parameters."""
     given, _ = inputs(50, torch.float32, device)
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.setdefault(saved.data_ptr(), saved), lambda saved: saved):
@@ -80,7 +80,7 @@ def test_keeps_what_the_mode_says(mode, elements, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_is_one_graph_for_the_compiler(mode, triton_device):
+def test_the_compiler_sees_one_graph(mode, triton_device):
     given, upstream = inputs(5, torch.float32, triton_device)
     compiled = torch.compile(
         lambda *tensors: feed_forward(*tensors, EPS, recompute=mode), backend="aot_eager", fullgraph=True, dynamic=False

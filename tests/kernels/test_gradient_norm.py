@@ -1,4 +1,4 @@
-"""The gradient's norm against torch's in float64."""
+"""The norm of all gradients, against torch in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.kernels.error_rule import random
 from tests.kernels.last_program import launch_last_program, vast
 
 SHAPES = [(7, 5), (0, 3), (11,), (3, 16384 // 2), (), (1, 1)]
-# Kernels convert bfloat16 by integers, which the interpreter does well.
+# These kernels convert bfloat16 by integer operations, which are right in the interpreter too.
 ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -23,7 +23,7 @@ def exact(tensors):
 
 
 @ALL_DTYPES
-def test_is_right(dtype, device):
+def test_the_norm_is_right(dtype, device):
     given = gradients(dtype, device)
     norm = gradient_norm(given)
     assert norm.dtype == torch.float32
@@ -32,34 +32,32 @@ def test_is_right(dtype, device):
     torch.testing.assert_close(norm, gradient_norm_reference(given), rtol=1e-6, atol=0)
 
 
-def test_sums_of_many_programs(device, monkeypatch):
-    """More sums than the second stage holds at once."""
+def test_more_sums_than_the_second_stage_holds_at_once_are_added(device, monkeypatch):
     monkeypatch.setattr(module, "configuration", lambda kernel, _: Configuration(block=8 if "total" in kernel else 32))
     given = [random(elements, dtype=torch.float32, device=device, seed=elements) for elements in (500, 32, 65)]
     torch.testing.assert_close(gradient_norm(given).double(), exact(given), rtol=1e-6, atol=0)
 
 
-def test_sums_are_added_in_float64(device):
-    """The square of the norm need not fit float32."""
+def test_the_square_of_the_norm_may_exceed_float32(device):
     given = [torch.tensor([1.7e19], device=device)] * 3
     torch.testing.assert_close(gradient_norm(given).double(), exact(given), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_shows(dtype, value, device):
+def test_gradients_that_are_not_finite_show(dtype, value, device):
     given = [random(5, dtype=dtype, device=device, seed=seed) for seed in range(3)]
     given[1][3] = value
     norm = gradient_norm(given)
     assert norm.isnan() if value != value else norm == float("inf")
 
 
-def test_nothing_has_norm_0(device):
+def test_no_gradients_have_norm_0(device):
     assert gradient_norm([]) == 0
     assert gradient_norm([torch.empty(0, device=device), torch.empty(3, 0, device=device)]) == 0
 
 
-def test_layouts_do_not_matter(device):
+def test_strides_do_not_change_the_norm(device):
     given = random(6, 9, dtype=torch.float32, device=device, seed=0)
     others = [given.T.contiguous().T, torch.stack((given, given), dim=2)[..., 0], given]
     norms = [gradient_norm([other, other[:, 3:]]) for other in others]
@@ -67,12 +65,12 @@ def test_layouts_do_not_matter(device):
 
 
 @ALL_DTYPES
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     given = gradients(dtype, device)
     assert torch.equal(gradient_norm(given), gradient_norm(given))
 
 
-def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
+def test_more_than_2_to_the_31_elements_are_summed(triton_device, monkeypatch):
     monkeypatch.setattr(module, "launch", launch_last_program)
     last = random(20, dtype=torch.bfloat16, device=triton_device, seed=0)
     long = vast(2**31 + 20, torch.bfloat16, triton_device)
@@ -80,5 +78,5 @@ def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
     assert gradient_norm([long]) == gradient_norm([last])
 
 
-def test_custom_operator_is_sound(triton_device):
+def test_the_custom_operator_passes_torchs_checks(triton_device):
     torch.library.opcheck(module._norm, (gradients(torch.float32, triton_device)[:3],))

@@ -114,10 +114,10 @@ def test_gradients_are_those_of_the_unfused_computation(way, rows, dtype, device
 
 @pytest.mark.parametrize("rows", [None, HALF, [-1] * 4, []], ids=["all", "some", "padding only", "none"])
 @pytest.mark.parametrize("way", [*WAYS, "rows alone"])
-def test_equals_autograd_in_float64(way, rows, device):
-    hidden, weight, target, chosen, grad = _inputs(rows=rows, device=device)
+def test_equals_autograd_in_float64(way, rows, reference_device):
+    hidden, weight, target, chosen, grad = _inputs(rows=rows, device=reference_device)
     listed = [row for row in chosen.tolist() if row >= 0]
-    expected = torch.zeros(TOKENS, dtype=torch.float64, device=device)
+    expected = torch.zeros(TOKENS, dtype=torch.float64, device=reference_device)
     expected[listed] = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0][listed]
     theirs = torch.autograd.grad(expected, (hidden, weight), grad)
     if way == "rows alone":

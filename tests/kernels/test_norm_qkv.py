@@ -1,4 +1,4 @@
-"""The way into attention against its formula in float64, with and without the normed rows kept."""
+"""Norm, projection to query, key and value, and rotation: against the formula in float64, with and without kept norms."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def ours(keep, device):
 
 
 def plain(residual, delta, norm_weight, qkv_weight):
-    """As complex numbers, whose product is a rotation."""
+    """The formula, with rotations as products of complex numbers."""
     total = residual + delta
     packed = (F.rms_norm(total, norm_weight.shape, norm_weight, EPS) @ qkv_weight.T).unflatten(-1, (-1, SIZE))
     query, key, value = packed.split((*HEADS, HEADS[1]), dim=1)
@@ -61,20 +61,20 @@ def results(function, given, upstream):
 
 @pytest.mark.parametrize("tokens", [1, 19, 0])
 @pytest.mark.parametrize("keep", [False, True])
-def test_is_right(keep, tokens, dtype, device):
+def test_results_and_gradients_are_right(keep, tokens, dtype, device):
     given, upstream = inputs(tokens, dtype, device)
     compare(ours(keep, device), plain, given, upstream, {f"d {name}": max(1, tokens) for name in NAMES[2:]})
 
 
-def test_equals_autograd_in_float64(device):
-    given, upstream = inputs(7, torch.float64, device)
-    reference = lambda *tensors: norm_qkv_reference(*tensors, table(7, device), HEADS, EPS)  # noqa: E731
+def test_equals_autograd_in_float64(reference_device):
+    given, upstream = inputs(7, torch.float64, reference_device)
+    reference = lambda *tensors: norm_qkv_reference(*tensors, table(7, reference_device), HEADS, EPS)  # noqa: E731
     expected = results(reference, given, upstream)
     for keep in (False, True):
-        torch.testing.assert_close(results(ours(keep, device), given, upstream), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(results(ours(keep, reference_device), given, upstream), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_keeping_changes_no_bit(dtype, device):
+def test_keeping_the_normed_rows_changes_no_bit(dtype, device):
     given, upstream = inputs(33, dtype, device)
     kept, again = (results(ours(keep, device), given, upstream) for keep in (True, False))
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
@@ -95,8 +95,8 @@ def test_without_a_delta_the_stream_passes_through(dtype, device):
 
 
 @pytest.mark.parametrize(("keep", "elements"), [(True, 2 * WIDTH), (False, WIDTH)])
-def test_keeps_no_more_than_it_says(keep, elements, device):
-    """Of each token, beside its float32 scale; parameters and rotary tables are not counted."""
+def test_no_more_is_kept_than_asked_for(keep, elements, device):
+    """`elements` of each token, besides its float32 scale, parameters and rotary tables."""
     given, _ = inputs(50, torch.float32, device)
     angles = table(50, device)
     kept = {}
@@ -107,7 +107,7 @@ def test_keeps_no_more_than_it_says(keep, elements, device):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_is_one_graph_for_the_compiler(keep, triton_device):
+def test_the_compiler_sees_one_graph(keep, triton_device):
     given, upstream = inputs(5, torch.float32, triton_device)
     angles = table(5, triton_device)
     function = lambda *tensors: norm_qkv(*tensors, angles, HEADS, EPS, keep_normed=keep)  # noqa: E731

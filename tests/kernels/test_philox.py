@@ -1,4 +1,4 @@
-"""Philox against the published known answers and against Triton's, which the fused kernel will use."""
+"""Philox, against its published known answers and against Triton's, which the kernels use."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ assert torch.equal(torch.stack(words).view(-1).to(torch.int32), out)
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(counter, key, expected):
+def test_the_published_answers_come_out(counter, key, expected):
     words = philox(tuple(torch.tensor(word) for word in counter), key)
     assert tuple(int(word) for word in words) == expected
 

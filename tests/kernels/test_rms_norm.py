@@ -1,4 +1,4 @@
-"""RMS norm, alone and with the residual's addition, against torch's own in float64, forward and backward."""
+"""RMS norm, with and without the residual's addition, forward and backward, against torch in float64."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ def plain_add_norm(residual, hidden, weight):
 
 
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_norm_is_right(rows, width, dtype, device):
+def test_the_norm_is_right(rows, width, dtype, device):
     (_, hidden, weight), (_, grad) = inputs(rows, width, dtype, device)
     sums = {"d weight": max(1, rows)}
     compare(lambda *given: rms_norm(*given, EPS), plain_norm, {"hidden": hidden, "weight": weight}, {"out": grad}, sums)
 
 
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_norm_of_a_sum_is_right(rows, width, dtype, device):
+def test_the_norm_of_a_sum_is_right(rows, width, dtype, device):
     tensors, upstream = inputs(rows, width, dtype, device)
     given = dict(zip(("residual", "hidden", "weight"), tensors, strict=True))
     grads = dict(zip(("total", "out"), upstream, strict=True))
@@ -44,23 +44,23 @@ def test_norm_of_a_sum_is_right(rows, width, dtype, device):
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (127, 96), (129, 33), (0, 16)])
-def test_equals_torch_in_float64(rows, width, device):
-    tensors, upstream = inputs(rows, width, torch.float64, device)
+def test_equals_torch_in_float64(rows, width, reference_device):
+    tensors, upstream = inputs(rows, width, torch.float64, reference_device)
     ours, theirs = add_rms_norm(*tensors, EPS), plain_add_norm(*tensors)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     found, expected = (torch.autograd.grad(outputs, tensors, upstream) for outputs in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_added_residual_is_normed_as_rounded(dtype, device):
+def test_the_rounded_sum_is_normed(dtype, device):
     (residual, hidden, weight), _ = inputs(9, 40, dtype, device)
     total, normed = add_rms_norm(residual, hidden, weight, EPS)
     assert torch.equal(total, residual + hidden)
     assert torch.equal(normed, rms_norm(total, weight, EPS))
 
 
-def test_layouts_do_not_matter(device):
-    """Rows of a wider matrix, transposed inputs, and the gradient of a sum, whose strides are 0."""
+def test_strides_do_not_change_results(device):
+    """Rows inside a wider matrix, transposed inputs, and the gradient of a sum, whose strides are 0."""
     (residual, hidden, weight), _ = inputs(12, 20, torch.float32, device)
 
     def results(residual, hidden, weight):
@@ -80,7 +80,7 @@ def test_layouts_do_not_matter(device):
         assert torch.equal(found, right)
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     tensors, upstream = inputs(33, 40, dtype, device)
     runs = []
     for _ in range(2):
@@ -89,8 +89,7 @@ def test_two_runs_are_equal_to_the_bit(dtype, device):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_rows_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     (residual, hidden, weight), (grad_total, grad) = inputs(3, 24, torch.float16, triton_device)
     tensors = [residual.detach(), hidden.detach()]
     near = module.add_norm_forward(*tensors, weight, EPS)
@@ -104,7 +103,7 @@ def test_rows_far_apart(triton_device):
         assert all(torch.equal(one, other) for one, other in zip(near, far, strict=True))
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     (residual, hidden, weight), (grad_total, grad) = inputs(3, 24, torch.float32, triton_device)
     torch.library.opcheck(module._norm, (hidden, weight, EPS))
     torch.library.opcheck(module._add_norm, (residual, hidden, weight, EPS))

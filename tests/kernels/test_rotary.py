@@ -1,4 +1,4 @@
-"""Rotary embedding, in place in the packed row: against transformers', its defining property, and float64."""
+"""Rotary embedding, in place in the packed row: against transformers, its defining property, and float64."""
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ def table_of(positions, size, device):
 
 
 def turned(qkv, table, rotated_heads):
-    """A new tensor, as in-place results are hard to compare with what they were made of."""
+    """The rotated rows as a new tensor."""
     return rotary_(qkv.clone(), table, rotated_heads)
 
 
 def plain(qkv, table, rotated_heads):
-    """As transformers writes it, all in the dtype of the rows."""
+    """The formula as transformers writes it, all in the dtype of the rows."""
     cos, sin = (torch.cat((half, half), dim=-1)[:, None].to(qkv.dtype) for half in table)
     given = qkv[:, :rotated_heads]
     first, second = given.chunk(2, dim=-1)
@@ -37,16 +37,18 @@ def plain(qkv, table, rotated_heads):
 
 
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "size"), SHAPES)
-def test_is_right(tokens, heads, kv_heads, size, dtype, device):
+def test_results_and_gradients_are_right(tokens, heads, kv_heads, size, dtype, device):
     qkv, grad, table = inputs(tokens, heads, kv_heads, size, dtype, device)
     rotated = heads + kv_heads
     compare(
-        lambda qkv: turned(qkv, table, rotated), lambda qkv: plain(qkv, table, rotated), {"qkv": qkv.requires_grad_()},
+        lambda qkv: turned(qkv, table, rotated),
+        lambda qkv: plain(qkv, table, rotated),
+        {"qkv": qkv.requires_grad_()},
         {"out": grad},
-    )  # fmt: skip
+    )
 
 
-def test_equals_transformers(device):
+def test_results_are_those_of_transformers(device):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(300, HEADS + 2 * KV_HEADS, SIZE, generator=generator)
     # Positions restart, as in a packed row, and reach far.
@@ -60,7 +62,7 @@ def test_equals_transformers(device):
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_products_depend_on_the_distance_alone():
+def test_products_of_query_and_key_depend_only_on_their_distance():
     query, key = torch.randn(2, 1, 1, SIZE, dtype=torch.float64)
 
     def product(at_query, at_key):
@@ -73,7 +75,7 @@ def test_products_depend_on_the_distance_alone():
     assert abs(product(3, 1) - product(3, 2)) > 1e-3
 
 
-def test_gradient_is_the_turn_back():
+def test_the_gradient_is_rotated_back():
     qkv = torch.randn(7, 4, SIZE, dtype=torch.float64, requires_grad=True)
     table = rotary_table(torch.arange(7), SIZE, THETA)
     grad = torch.randn_like(qkv)
@@ -84,23 +86,23 @@ def test_gradient_is_the_turn_back():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_it_is_in_place_and_leaves_values_alone(dtype, device):
+def test_rotation_is_in_place_and_leaves_values_alone(dtype, device):
     qkv, _, table = inputs(9, 3, 2, 12, dtype, device)
-    # Rotated, what is not finite would spread to the other half of its head.
+    # If values were rotated, Inf and NaN would spread to the other half of their head.
     qkv[4, 5:, 3] = float("inf")
     qkv[5, 5:, 8] = float("nan")
     expected = qkv.clone()
     assert rotary_(qkv, table, 5) is qkv
     assert torch.equal(qkv[:, 5:].nan_to_num(7.0), expected[:, 5:].nan_to_num(7.0))
     assert (qkv[1:, :5] != expected[1:, :5]).any(dim=-1).all()
-    # The gradients of values are copied as they are, too.
+    # Gradients of values are copied unchanged, too.
     back = rotate_back(expected[:, :3], expected[:, 3:5], expected[:, 5:], table)
     assert torch.equal(back[:, 5:].nan_to_num(7.0), expected[:, 5:].nan_to_num(7.0))
     assert back[:, :5].isfinite().all()
 
 
-def test_layouts_do_not_matter(device):
-    """Rows of a wider tensor, heads before tokens, a head size that is not the fastest dimension, and the gradient of a sum."""
+def test_strides_do_not_change_results(device):
+    """Rows inside a wider tensor, heads before tokens, strided head elements, and the gradient of a sum."""
     qkv, grad, table = inputs(7, 3, 1, 10, torch.float32, device)
     expected = turned(qkv, table, 4)
     wide = torch.cat((qkv, qkv), dim=1)[:, :5]
@@ -122,8 +124,7 @@ def test_layouts_do_not_matter(device):
         assert torch.equal(gradient(row.expand_as(grad)), gradient(row.expand_as(grad).contiguous()))
 
 
-def test_gradients_may_come_apart(dtype, device):
-    """From tensors of their own, as an attention's backward pass makes them, or from one packed tensor: the same bits."""
+def test_gradients_in_one_tensor_or_in_three_give_the_same_bits(dtype, device):
     qkv, grad, table = inputs(7, 3, 2, 12, dtype, device)
     parts = grad.split((3, 2, 2), dim=1)
     packed = rotate_back(*parts, table)
@@ -139,7 +140,7 @@ def test_gradients_may_come_apart(dtype, device):
     assert torch.equal(rotate_back(*ones, table), rotate_back(*(part.contiguous() for part in ones), table))
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     qkv, grad, table = inputs(33, 3, 1, 12, dtype, device)
     runs = []
     for _ in range(2):
@@ -148,7 +149,7 @@ def test_two_runs_are_equal_to_the_bit(dtype, device):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_what_autograd_could_not_follow_raises(device):
+def test_rotations_that_autograd_cannot_follow_raise(device):
     leaf, _, table = inputs(3, 2, 1, 8, torch.float32, device)
     leaf.requires_grad_()
     with pytest.raises(RuntimeError, match="leaf"):
@@ -157,8 +158,7 @@ def test_what_autograd_could_not_follow_raises(device):
         rotate_(leaf.clone(), table, 3)
 
 
-def test_rows_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     qkv, grad, table = inputs(3, 3, 1, 12, torch.float16, triton_device)
     far = far_apart(qkv)
     rotate_(far, table, 4)
@@ -171,7 +171,7 @@ def test_rows_far_apart(triton_device):
         assert torch.equal(rotate_back(*given, table), near)
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     qkv, grad, table = inputs(3, 2, 1, 8, torch.float32, triton_device)
     torch.library.opcheck(module._rotate_, (qkv, *table, 3))
     torch.library.opcheck(module._rotate_back, (*grad.split((2, 1, 1), dim=1), *table))

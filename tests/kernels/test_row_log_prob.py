@@ -1,4 +1,4 @@
-"""What the head does with rows of logits, against autograd in float64; `test_linear_log_prob` tests the head as a whole."""
+"""The head's steps on rows of logits, against autograd in float64. `test_linear_log_prob` tests the whole head."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ ROWS = [4, -1, 7, 0, 8, -1]
 
 
 def logits_and_targets(columns, vocab_size, device, dtype=torch.float32, seed=0):
-    """Peaked logits that rise along the row, in every padding column higher than any real one."""
+    """(logits, targets, rows): peaked logits that rise along the row; the highest ones stand in padding columns."""
     logits = random(len(ROWS), columns, dtype=dtype, device=device, seed=seed, scale=4.0)
     logits += torch.linspace(-10, 10, len(ROWS), dtype=dtype, device=device)[:, None]
     logits += torch.linspace(0, 8, columns, dtype=dtype, device=device)
     logits[:, vocab_size:] = 1e4
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(0, vocab_size, (TOKENS,), generator=generator)
-    # The first and the last column are targets, and an unlisted row's target is none at all.
+    # The first and the last column are targets; the target of an unlisted row is invalid.
     target[4], target[7], target[5] = vocab_size - 1, 0, -100
     rows = torch.tensor(ROWS, dtype=torch.int32)
     return logits, target.to(device), rows.to(device)
@@ -27,20 +27,27 @@ def logits_and_targets(columns, vocab_size, device, dtype=torch.float32, seed=0)
 
 def scored(logits, target, rows, vocab_size, *, dtype, scale=None):
     """(log-probs, log-sum-exps, entropies, gradients in `dtype`) by our functions."""
-    # With room before them, into which nothing of a row -1 may go.
+    # The place before the results shows what a kernel writes for row -1.
     roomy = torch.zeros(3, TOKENS + 1, dtype=logits.dtype, device=logits.device)
     results = log_prob, log_sum_exp, entropy = [result[1:] for result in roomy]
     gradient = torch.empty_like(logits, dtype=dtype)
     row_statistics(
-        logits.clone(), target, rows, log_prob, log_sum_exp, vocab_size=vocab_size, entropy_T=entropy, gradient_NV=gradient,
+        logits.clone(),
+        target,
+        rows,
+        log_prob,
+        log_sum_exp,
+        vocab_size=vocab_size,
+        entropy_T=entropy,
+        gradient_NV=gradient,
         scale_T=scale,
-    )  # fmt: skip
+    )
     assert not roomy[:, 0].any()
     return *results, gradient
 
 
 def plainly(logits, target, rows, vocab_size, *, dtype, scale=None):
-    """The same by torch, row by row."""
+    """The results of `scored`, by torch, row by row."""
     results = [torch.zeros(TOKENS, dtype=logits.dtype, device=logits.device) for _ in range(3)]
     gradient = torch.zeros_like(logits)
     for number, row in enumerate(rows.tolist()):
@@ -67,11 +74,9 @@ def test_statistics_and_gradients_are_right(columns, vocab_size, scaled, dtype, 
     scale = random(TOKENS, dtype=torch.float32, device=device, seed=5) if scaled else None
     ours = scored(logits, target, rows, vocab_size, dtype=dtype, scale=scale)
     plain = plainly(logits, target, rows, vocab_size, dtype=dtype, scale=scale)
-    exact = plainly(
-        logits.double(), target, rows, vocab_size, dtype=torch.float64, scale=scale.double() if scaled else None
-    )  # fmt: skip
+    exact = plainly(logits.double(), target, rows, vocab_size, dtype=torch.float64, scale=scale.double() if scaled else None)
     for name, found, right, torchs in zip(NAMES, ours, exact, plain, strict=True):
-        # A gradient's exponent is rounded at the size of the log-sum-exp.
+        # The exponent of a gradient is rounded as a number of the log-sum-exp's size.
         check(name, found, right, torchs, sums=8)
     for number, row in enumerate(ROWS):
         if row < 0:
@@ -84,8 +89,8 @@ def test_statistics_and_gradients_are_right(columns, vocab_size, scaled, dtype, 
     assert not any(result[unlisted].any() for result in ours[:3])
 
 
-def test_equal_logits_have_the_entropy_of_a_fair_choice(device):
-    """The logarithm of the number of pieces, however far the logits are from 0."""
+def test_equal_logits_have_the_logarithm_of_the_vocabulary_as_entropy(device):
+    """However far the logits are from 0."""
     rows = torch.arange(3, dtype=torch.int32, device=device)
     logits = torch.tensor([0.0, 3000.0, -3000.0], device=device)[:, None].expand(3, 200).contiguous()
     target = torch.zeros(TOKENS, dtype=torch.int64, device=device)
@@ -95,8 +100,8 @@ def test_equal_logits_have_the_entropy_of_a_fair_choice(device):
     torch.testing.assert_close(log_prob[:3], -expected, rtol=1e-6, atol=0)
 
 
-def test_certain_rows(device):
-    """A logit that leaves all others no probability, at the target and elsewhere."""
+def test_rows_with_one_certain_piece_are_exact(device):
+    """One logit leaves the others no probability, at the target and elsewhere."""
     rows = torch.arange(2, dtype=torch.int32, device=device)
     logits = torch.zeros(2, 40, device=device)
     logits[:, 7] = 1000.0
@@ -110,7 +115,7 @@ def test_certain_rows(device):
     assert gradient[1, [3, 7]].tolist() == [-1, 1]
 
 
-def test_what_is_not_a_number_shows(device):
+def test_a_nan_logit_shows_in_its_row_alone(device):
     logits, target, rows = logits_and_targets(64, 64, device)
     logits[2, 50] = torch.nan
     results = scored(logits, target, rows, 64, dtype=torch.float32)
@@ -119,7 +124,7 @@ def test_what_is_not_a_number_shows(device):
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_gradients_from_the_log_sum_exp_are_those_of_the_pass_that_made_it(scaled, dtype, device):
+def test_gradients_from_a_kept_log_sum_exp_are_the_same_bits(scaled, dtype, device):
     logits, target, rows = logits_and_targets(136, 131, device)
     scale = random(TOKENS, dtype=torch.float32, device=device, seed=5) if scaled else None
     _, log_sum_exp, _, expected = scored(logits, target, rows, 131, dtype=dtype, scale=scale)
@@ -128,7 +133,7 @@ def test_gradients_from_the_log_sum_exp_are_those_of_the_pass_that_made_it(scale
     assert torch.equal(gradient, expected)
 
 
-def test_statistics_alone_are_the_same(device):
+def test_statistics_without_gradients_are_the_same_bits(device):
     logits, target, rows = logits_and_targets(136, 131, device)
     expected = scored(logits, target, rows, 131, dtype=torch.float32)
     log_prob, log_sum_exp = (torch.zeros(TOKENS, device=device) for _ in range(2))
@@ -137,12 +142,10 @@ def test_statistics_alone_are_the_same(device):
     assert torch.equal(log_sum_exp, expected[1])
 
 
-def test_equals_torch_in_float64(device):
-    logits, target, rows = logits_and_targets(136, 131, device, torch.float64)
-    scale = random(TOKENS, dtype=torch.float64, device=device, seed=5)
-    ours, theirs = (
-        function(logits, target, rows, 131, dtype=torch.float64, scale=scale) for function in (scored, plainly)
-    )  # fmt: skip
+def test_equals_torch_in_float64(reference_device):
+    logits, target, rows = logits_and_targets(136, 131, reference_device, torch.float64)
+    scale = random(TOKENS, dtype=torch.float64, device=reference_device, seed=5)
+    ours, theirs = (function(logits, target, rows, 131, dtype=torch.float64, scale=scale) for function in (scored, plainly))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
@@ -159,7 +162,7 @@ def test_rows_are_gathered_and_scattered(width, scaled, dtype, device):
     assert torch.equal(gather_rows(hidden, rows, scale), expected)
     turned = hidden.T.contiguous().T
     assert torch.equal(gather_rows(turned, rows, scale), expected)
-    # What stands in rows without a token goes nowhere.
+    # Rows without a token are written nowhere.
     source = random(len(ROWS), width, dtype=dtype, device=device, seed=3)
     expected = torch.zeros(TOKENS, width, dtype=dtype, device=device)
     for number, row in enumerate(ROWS):
@@ -168,7 +171,7 @@ def test_rows_are_gathered_and_scattered(width, scaled, dtype, device):
     assert torch.equal(scatter_rows(source, rows, TOKENS, scale), expected)
 
 
-def test_no_rows(device):
+def test_an_empty_list_gathers_and_scatters_nothing(device):
     rows = torch.empty(0, dtype=torch.int32, device=device)
     hidden = random(TOKENS, 8, dtype=torch.float32, device=device, seed=1)
     assert gather_rows(hidden, rows).shape == (0, 8)
@@ -185,8 +188,7 @@ def test_a_tensor_is_scaled_in_place(shape, dtype, device):
         assert torch.equal(scaled, expected)
 
 
-def test_rows_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     logits, target, rows = (tensor[:3] for tensor in logits_and_targets(40, 37, triton_device))
     target = torch.arange(TOKENS, device=triton_device)
     rows = torch.tensor([2, 0, 1], dtype=torch.int32, device=triton_device)
@@ -202,12 +204,12 @@ def test_rows_far_apart(triton_device):
     assert torch.equal(scatter_rows(far_apart(hidden), rows, 3), scatter_rows(hidden, rows, 3))
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     logits, target, rows = logits_and_targets(136, 131, device)
     runs = [scored(logits, target, rows, 131, dtype=dtype) for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_the_custom_operator_is_sound(device):
+def test_the_custom_operator_passes_torchs_checks(device):
     tensor = random(5, 33, dtype=torch.float32, device=device, seed=1)
     torch.library.opcheck(scale_in_place, (tensor, torch.tensor(0.5, device=device)))

@@ -1,4 +1,4 @@
-"""SwiGLU against its formula in float64, forward and backward, apart and in place."""
+"""SwiGLU forward and backward, in place and not, against its formula in float64."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def plain(packed):
 
 
 @pytest.mark.parametrize("emit", [False, True])
-def test_in_place_is_what_the_operator_gives(emit, dtype, device):
+def test_gradients_in_place_are_those_of_the_operator(emit, dtype, device):
     packed, grad = inputs(5, 33, dtype, device)
     given = packed.clone().requires_grad_()
     product = swiglu(given)
@@ -33,7 +33,7 @@ def test_in_place_is_what_the_operator_gives(emit, dtype, device):
     if runs_triton(packed):
         assert torch.equal(packed, expected)
     else:
-        # The reference's own gradient is autograd's, of another order of products.
+        # The reference's gradient comes from autograd, which multiplies in another order.
         wide = given.detach().double().requires_grad_()
         check("d packed", packed, torch.autograd.grad(plain(wide), wide, grad.double())[0], expected)
     assert (emitted is None) == (not emit)
@@ -41,14 +41,14 @@ def test_in_place_is_what_the_operator_gives(emit, dtype, device):
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 4), (3, 2085), (127, 17), (129, 8), (0, 8)])
-def test_is_right(rows, width, dtype, device):
+def test_results_and_gradients_are_right(rows, width, dtype, device):
     packed, grad = inputs(rows, width, dtype, device)
     compare(swiglu, plain, {"packed": packed.requires_grad_()}, {"out": grad})
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 4), (33, 17), (0, 8)])
-def test_equals_formula_and_gradient_in_float64(rows, width, device):
-    packed, grad = inputs(rows, width, torch.float64, device)
+def test_equals_formula_and_gradient_in_float64(rows, width, reference_device):
+    packed, grad = inputs(rows, width, torch.float64, reference_device)
     packed.requires_grad_()
     gate, up = packed[:, :width], packed[:, width:]
     expected = gate / (1 + (-gate).exp()) * up
@@ -61,7 +61,7 @@ def test_equals_formula_and_gradient_in_float64(rows, width, device):
     torch.testing.assert_close(overwritten, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_values_that_saturate(device):
+def test_saturated_gates_are_right(device):
     packed = torch.tensor([[-100.0, 100.0, 0.0, -0.0, 1e-30, 2.0, 3.0, 4.0, 5.0, 6.0]], device=device)
     out = swiglu(packed)
     torch.testing.assert_close(out, plain(packed), rtol=1e-6, atol=1e-30)
@@ -69,12 +69,12 @@ def test_values_that_saturate(device):
     assert packed.isfinite().all()
 
 
-def test_narrow_dtypes_are_computed_in_float32(dtype, device):
+def test_the_product_is_computed_in_float32(dtype, device):
     packed, _ = inputs(40, 32, dtype, device)
     assert torch.equal(swiglu(packed), swiglu(packed.float()).to(dtype))
 
 
-def test_layouts_do_not_matter(device):
+def test_strides_do_not_change_results(device):
     packed, grad = inputs(6, 12, torch.float32, device)
 
     def results(packed, grad):
@@ -87,15 +87,14 @@ def test_layouts_do_not_matter(device):
     turned = packed.detach().T.contiguous().T
     for one, other in ((strided, grad), (turned, grad), (packed.detach(), grad.T.contiguous().T)):
         assert not one.is_contiguous() or not other.is_contiguous()
-        # The reference's exponential of a strided vector may differ in its last bit.
+        # torch's exponential of a strided vector may differ in its last bit.
         torch.testing.assert_close(results(one, other), expected, rtol=1e-6, atol=1e-7)
     overwritten = strided.detach().clone(memory_format=torch.preserve_format)
     swiglu_backward_(overwritten, grad, emit=False)
     torch.testing.assert_close(overwritten, expected[1])
 
 
-def test_rows_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     packed, grad = inputs(3, 12, torch.float16, triton_device)
     out = swiglu(packed)
     assert torch.equal(swiglu(far_apart(packed)), out)
@@ -107,14 +106,14 @@ def test_rows_far_apart(triton_device):
     assert torch.equal(far, expected)
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     packed, grad = inputs(9, 40, dtype, device)
     packed.requires_grad_()
     runs = [[out := swiglu(packed), *torch.autograd.grad(out, packed, grad)] for _ in range(2)]
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     packed, grad = inputs(3, 12, torch.float32, triton_device)
     torch.library.opcheck(module._swiglu_backward, (packed, grad))
     torch.library.opcheck(module._swiglu_backward_, (packed.clone(), grad, True))

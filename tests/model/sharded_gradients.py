@@ -12,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 from kernels.launch import INTERPRETED
 from model.mistral import Mistral, initialize
 from tests.engine.forked_ranks import end_of, fork_ranks
-from tests.kernels.interpreter import lighten
 from tests.model.test_recompute import CONFIG, MODES, loss_of, made
 
 CPU = torch.device("cpu")
@@ -39,8 +38,6 @@ def compare(whole: Mistral, loss: torch.Tensor) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if INTERPRETED:
-        lighten()
     whole = made(CONFIG, torch.float32, CPU)
     loss = loss_of(whole, CPU)
     loss.backward()

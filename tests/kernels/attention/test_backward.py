@@ -1,4 +1,4 @@
-"""The backward kernels against autograd of the formula in float64, at the borders of tiles, windows, segments and blocks."""
+"""The backward kernels at the borders of tiles, windows, segments and blocks, against autograd of the formula in float64."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ NAMES = ("d query", "d key", "d value")
 
 
 def backward(row, query, key, value, grad, made=None):
-    """Gradients by the kernels themselves."""
+    """Gradients of query, key and value by the kernels. made: the forward pass's output and log-sum-exp, if known."""
     work = row.work(query.device)
     out, lse = made or attention_forward(query, key, value, work.work, *work.numbers)
     return module.attention_backward(grad, query, key, value, out, lse, work.work, *work.numbers)
@@ -34,13 +34,13 @@ def test_gradients_are_right(name, dtype, triton_device):
     group = row.heads[0] // row.heads[1]
     for given, *results, sums in zip(NAMES, backward(row, *inputs), exact, usual, (1, group, group), strict=True):
         if row.window == 1 and given != "d value":
-            # The only weight is 1 whatever the score: what remains of two equal sums is their rounding.
+            # The only weight is 1 whatever the score, so that the gradient is the rounding of two equal sums.
             assert results[0].abs().max() < 100 * torch.finfo(dtype).eps
             continue
         check(given, *results, sums=sums)
 
 
-def test_pointers_and_descriptors_read_the_same(triton_device, monkeypatch):
+def test_pointers_and_descriptors_give_the_same_bits(triton_device, monkeypatch):
     row = ROWS["prompt beyond the window"]
     inputs = row.inputs(torch.float16, triton_device)
     found = []
@@ -51,12 +51,12 @@ def test_pointers_and_descriptors_read_the_same(triton_device, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "places"), [(torch.float32, slice(55, 60)), (torch.float16, slice(60, 64))], ids=str)
-def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
-    """Gradients of a query do not know what it does not see; those of keys and values not the queries that do not see them."""
+def test_unseen_places_change_no_bit(dtype, places, triton_device):
+    """Neither the keys that a query does not see, nor the queries that do not see a key, change its gradients."""
     row = ROWS["prompt beyond the window"]
     inputs = row.inputs(dtype, triton_device)
     before = backward(row, *inputs)
-    # An answer, or the document behind it.
+    # `places` are an answer, or the document behind it.
     changed, unseen = with_unseen_changed(row, inputs, places)
     assert unseen.any()
     after = backward(row, *changed)
@@ -64,8 +64,7 @@ def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_rows_far_apart(descriptors, triton_device, monkeypatch):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatch):
     small_blocks(monkeypatch, descriptors=descriptors)
     row = Row((3,), 2, 16)
     inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)]

@@ -1,4 +1,4 @@
-"""New places against a ring, at the borders of windows, blocks, splits and of the ring itself, by the formula in float64."""
+"""Attention of new places to a ring, at the borders of windows, blocks, splits and the ring, against the formula in float64."""
 
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Text:
-    """seen: places before the new ones. room: of the ring. heads: (H, K)."""
+    """seen: places before the new ones. room: places of the ring. heads: (query heads, key/value heads)."""
 
     seen: int
     new: int
@@ -34,7 +34,7 @@ class Text:
         return [query, *(random(tokens, kv_heads, self.size, dtype=dtype, device=device, seed=seed + i) for i in (1, 2))]
 
     def decode(self, query, key, value):
-        """By the operator as it is now, from a ring that holds NaN where no place was written: mutants take its place."""
+        """The operator's output. The ring holds NaN where no place was written."""
         rings = []
         for tensor in (key, value):
             ring = tensor.new_full((self.room, *tensor.shape[1:]), float("nan"))
@@ -64,7 +64,7 @@ TEXTS = {
     "head size of 64": Text(9, 1, 8, 8, (1, 1), 64),
     "odd head size": Text(9, 2, 6, 8, (2, 1), 12),
 }
-# On a GPU each with each dtype, in the interpreter one after the other.
+# On a GPU every text in every dtype; in the interpreter the dtypes alternate.
 WITH_DTYPES = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for number, name in enumerate(TEXTS)
@@ -74,7 +74,7 @@ WITH_DTYPES = [
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    """Blocks, tiles and texts that are split, of which a few splits are empty."""
+    """Give the kernel blocks and tiles so small that texts are split, and a few splits are empty."""
     for table in configurations.TABLES.values():
         small = {"block": BLOCK, "rows": 32, "programs": 10}
         monkeypatch.setitem(table, "attention_decode", replace(table["attention_decode"], **small))
@@ -82,22 +82,22 @@ def _small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "dtype"), WITH_DTYPES)
-def test_is_right(name, dtype, device):
+def test_the_output_is_right(name, dtype, device):
     text = TEXTS[name]
     inputs = text.inputs(dtype, device)
     check("out", text.decode(*inputs), text.plain(*(tensor.double() for tensor in inputs)), text.plain(*inputs))
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_equals_the_formula_in_float64(name, device):
+def test_equals_the_formula_in_float64(name, reference_device):
     text = TEXTS[name]
-    inputs = text.inputs(torch.float64, device)
+    inputs = text.inputs(torch.float64, reference_device)
     torch.testing.assert_close(text.decode(*inputs), text.plain(*inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ring of more than the window", "a few tokens, wrapped"])
-def test_what_is_not_seen_changes_no_bit(name, dtype, device):
-    """Neither what left the window and is still in the ring, nor, for the first new place, those after it."""
+def test_unseen_places_change_no_bit(name, dtype, device):
+    """Neither places before the window that the ring still holds, nor the new places after the first one."""
     text = TEXTS[name]
     query, key, value = text.inputs(dtype, device)
     before = text.decode(query, key, value)
@@ -111,14 +111,14 @@ def test_what_is_not_seen_changes_no_bit(name, dtype, device):
         assert not torch.equal(before, after)
 
 
-def test_two_runs_are_equal_to_the_bit(dtype, device):
+def test_two_runs_give_the_same_bits(dtype, device):
     text = TEXTS["wrapped, several splits"]
     inputs = text.inputs(dtype, device)
     assert torch.equal(text.decode(*inputs), text.decode(*inputs))
 
 
-def test_layouts_do_not_matter(device):
-    """Parts of a packed row, elements apart."""
+def test_strides_do_not_change_results(device):
+    """Parts of a packed row, and strided elements."""
     text = TEXTS["a few tokens, wrapped"]
     inputs = text.inputs(torch.float32, device)
     expected = text.decode(*inputs)
@@ -130,19 +130,18 @@ def test_layouts_do_not_matter(device):
         assert torch.equal(text.decode(*(layout(tensor) for tensor in inputs)), expected)
 
 
-def test_nothing_new(dtype, device):
+def test_no_new_places_give_an_empty_output(dtype, device):
     text = Text(5, 0, 4, 8, (2, 1))
     assert text.decode(*text.inputs(dtype, device)).shape == (0, 2, 16)
 
 
-def test_a_ring_that_lost_what_is_seen_is_refused(device):
+def test_a_ring_that_lost_visible_places_is_refused(device):
     for text in (Text(9, 1, 4, 2), Text(9, 1, None, 8)):
         with pytest.raises(ValueError, match=r"sees \d earlier tokens, but the ring has room for \d: enlarge"):
             text.decode(*text.inputs(torch.float32, device))
 
 
-def test_places_far_apart(triton_device):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(triton_device):
     query, key, value = Text(3, 3, 2, 3).inputs(torch.float16, triton_device)
     inputs = [query, key[3:], value[3:], key[:3], value[:3]]
     near = module.decode_attention(*inputs, 3, None)
@@ -151,7 +150,7 @@ def test_places_far_apart(triton_device):
         assert torch.equal(module.decode_attention(*far, 3, None), near)
 
 
-def test_custom_operator_is_sound(triton_device):
+def test_the_custom_operator_passes_torchs_checks(triton_device):
     query, key, value = Text(3, 1, 2, 3).inputs(torch.float32, triton_device)
     torch.library.opcheck(module._decode, (query, key[3:], value[3:], key[:3], value[:3], 3, 2))
 

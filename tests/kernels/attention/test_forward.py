@@ -1,4 +1,4 @@
-"""The forward kernel against the formula in float64, at the borders of tiles, windows, segments and blocks."""
+"""The forward kernel at the borders of tiles, windows, segments and blocks, against the formula in float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def _small_blocks(monkeypatch):
 
 
 def forward(row, query, key, value):
-    """(output, log-sum-exp) by the kernel itself."""
+    """(output, log-sum-exp) by the kernel."""
     work = row.work(query.device)
     return module.attention_forward(query, key, value, work.work, *work.numbers)
 
@@ -34,7 +34,7 @@ def test_output_and_log_sum_exp_are_right(name, dtype, triton_device):
     assert (lse[:, ~some] == float("-inf")).all()
 
 
-def test_pointers_and_descriptors_read_the_same(triton_device, monkeypatch):
+def test_pointers_and_descriptors_give_the_same_bits(triton_device, monkeypatch):
     row = ROWS["shared prompt"]
     inputs = row.inputs(torch.float16, triton_device)[:3]
     found = []
@@ -49,8 +49,8 @@ def test_pointers_and_descriptors_read_the_same(triton_device, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "places"), [(torch.float32, slice(20, 21)), (torch.float16, slice(55, 60))], ids=str)
-def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
-    """Neither values of others and of the future, nor of what left the window, in blocks that are visited and that are not."""
+def test_unseen_places_change_no_bit(dtype, places, triton_device):
+    """Neither other documents, nor later places, nor places before the window, in visited blocks and in others."""
     row = ROWS["prompt beyond the window"]
     inputs = row.inputs(dtype, triton_device)[:3]
     before = forward(row, *inputs)
@@ -62,8 +62,7 @@ def test_what_is_not_seen_changes_no_bit(dtype, places, triton_device):
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_rows_far_apart(descriptors, triton_device, monkeypatch):
-    """Offsets beyond 2^31 elements."""
+def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatch):
     small_blocks(monkeypatch, descriptors=descriptors)
     row = Row((3,), 2, 16)
     inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)[:3]]

@@ -54,10 +54,10 @@ def test_is_right(name, dtype, device):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_equals_the_formula_in_float64(name, device):
+def test_equals_the_formula_in_float64(name, reference_device):
     row = ROWS[name]
-    tensors, grad = leaves(row, torch.float64, device)
-    out, lse = sliding_window_attention_with_lse(*tensors, work=row.work(device))
+    tensors, grad = leaves(row, torch.float64, reference_device)
+    out, lse = sliding_window_attention_with_lse(*tensors, work=row.work(reference_device))
     expected = plain(*tensors, row.visible())
     torch.testing.assert_close((out, lse), expected, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad(result, tensors, grad) for result in (out, expected[0]))
@@ -188,12 +188,12 @@ def test_custom_operators_are_sound(triton_device):
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_flex_is_right(name, device):
+def test_flex_is_right(name, reference_device):
     row = ROWS[name]
-    if device.type == "cuda" and row.size < 16:
+    if reference_device.type == "cuda" and row.size < 16:
         pytest.skip("compiled, FlexAttention takes heads of 16 elements and more")
-    query, key, value, _ = row.inputs(torch.float32, device)
-    found = sliding_window_attention_with_lse(query, key, value, work=row.work(device), backend="flex")
+    query, key, value, _ = row.inputs(torch.float32, reference_device)
+    found = sliding_window_attention_with_lse(query, key, value, work=row.work(reference_device), backend="flex")
     expected = plain(*(tensor.double() for tensor in (query, key, value)), row.visible())
     torch.testing.assert_close([part.double() for part in found], list(expected), rtol=1e-4, atol=1e-5)
 

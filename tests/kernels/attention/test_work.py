@@ -1,4 +1,4 @@
-"""Lists of who sees whom against the definition, place by place."""
+"""The work lists against the definition of attention, place by place."""
 
 import dataclasses
 import random
@@ -12,7 +12,7 @@ from tests.kernels.attention_rows import ROWS, Row
 
 
 def drawn(seed):
-    """A random row, with shared prefixes in two of three."""
+    """A random row; two of three rows have shared prefixes."""
     rng = random.Random(seed)
     lengths = tuple(rng.choice((0, 1, 2, 3, 5, 8, 13)) for _ in range(rng.randint(0, 7)))
     prefixes = [-1] * len(lengths)
@@ -25,7 +25,7 @@ def drawn(seed):
 
 
 def listed(row):
-    """(tiles, their ranges) of the queries, then of the keys, as the kernels read them."""
+    """[[((start, end), ranges) of each tile]] of the queries, then of the keys, as the kernels read them."""
     work = row.work()
     table = work.work.tolist()
     tiles = table[: work.query_tiles], table[work.query_tiles : work.query_tiles + work.key_tiles]
@@ -34,7 +34,7 @@ def listed(row):
 
 
 def pairs(row, tiles, *, by_query):
-    """How often each pair is visited and seen, as bools of a tile each: {(tile, range): seen}."""
+    """(tile, range, whether each pair is seen) of every range of every tile."""
     reach = 2**30 if row.window is None else row.window
     for (start, end), ranges in tiles:
         for begin, stop, shift in ranges:
@@ -44,7 +44,7 @@ def pairs(row, tiles, *, by_query):
 
 
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(150))], ids=str)
-def test_pairs_are_those_of_the_definition(row):
+def test_every_visible_pair_is_visited_once(row):
     expected = row.visible().int()
     for tiles, by_query in zip(listed(row), (True, False), strict=True):
         found = torch.zeros_like(expected)
@@ -55,8 +55,8 @@ def test_pairs_are_those_of_the_definition(row):
 
 
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(150))], ids=str)
-def test_no_range_reaches_beyond_what_is_seen(row):
-    """Its first and last place are seen; ranges of a tile rise, so no two could be one."""
+def test_ranges_are_as_short_and_as_few_as_possible(row):
+    """The first and last place of a range are seen; the ranges of a tile rise, and no two could be one."""
     for tiles, by_query in zip(listed(row), (True, False), strict=True):
         for _, _, seen in pairs(row, tiles, by_query=by_query):
             assert seen[:, 0].any()
@@ -68,7 +68,7 @@ def test_no_range_reaches_beyond_what_is_seen(row):
 
 
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(60))], ids=str)
-def test_tiles_cut_segments_and_padding(row):
+def test_tiles_cover_segments_and_padding_heaviest_first(row):
     bounds = [*row.bounds, row.tokens]
     expected = [(first, min(first + row.tile, end)) for start, end in pairwise(bounds) for first in range(start, end, row.tile)]
     for tiles in listed(row):
@@ -79,22 +79,24 @@ def test_tiles_cut_segments_and_padding(row):
         assert all(not ranges for (start, _), ranges in tiles if start >= bounds[-2])
 
 
-def test_lists_of_many_batches_have_few_shapes():
-    """Uploads of one size, whatever is packed."""
+def test_lists_of_different_batches_have_one_shape():
     shapes = {attention_work([0, cut, 4096], 512).work.shape for cut in range(1, 4096, 97)}
     assert len(shapes) == 1
     assert all(size % 64 == 0 for size, _ in shapes)
 
 
-def test_queries_are_listed_in_the_rows_order():
+def test_queries_are_listed_in_the_order_of_the_row():
     work = ROWS["shared prompt"].work()
     assert [(start, ranges) for start, _, ranges in work.queries()] == [
-        (0, [(0, 16, 0)]), (16, [(0, 20, 0)]), (20, [(0, 33, 0)]), (33, [(0, 20, 13), (33, 49, 0)]),
+        (0, [(0, 16, 0)]),
+        (16, [(0, 20, 0)]),
+        (20, [(0, 33, 0)]),
+        (33, [(0, 20, 13), (33, 49, 0)]),
         (49, [(0, 20, 13), (33, 50, 0)]),
-    ]  # fmt: skip
+    ]
 
 
-def test_what_backends_make_is_made_once_for_a_copy():
+def test_backends_convert_the_lists_once_for_each_copy():
     work = ROWS["shared prompt"].work()
     device = torch.device("cpu")
     assert work.tiles(device) is work.tiles(device)
@@ -117,6 +119,6 @@ def test_what_backends_make_is_made_once_for_a_copy():
         ({"cu_segments": [0, 2, 4, 6], "prefixes": [-1, 0, 1]}, "segment 2 has prefix 1"),
     ],
 )
-def test_what_is_wrong_is_named(given, message):
+def test_errors_name_the_wrong_argument(given, message):
     with pytest.raises(ValueError, match=message):
         attention_work(**{"cu_segments": [0, 2, 4], "window": 4, **given})

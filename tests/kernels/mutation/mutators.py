@@ -1,0 +1,176 @@
+"""Wrong versions of a kernel, made from the structure of its source.
+
+`mutants` walks the syntax tree of every @triton.jit function of a module (and of other functions that are named) and makes one
+small change at a time:
+
+    a bound      < becomes <=, > becomes >=, == becomes !=, and the other way round
+    an operand   a + b, a - b, a * b, a / b, a % b, a >> b become a; a & b and a | b become a, and b
+    a sum        total += x becomes total = x
+    a mask       mask= and other= of a load or store go; other=<not 0> becomes 0
+    a store      tl.store(...) goes
+    a cast       x.to(tl.int64), tl.cast(x, tl.int64) and x.to(tl.float32) become x
+    a choice     tl.where(c, a, b) becomes a, and b; minimum becomes maximum, and the other way round
+    a condition  if, while and if-else become always true, and always false
+    a loop       the first step of a range goes, and the last one
+    a sign       -x and ~x become x; tl.abs(x) and tl.trans(x) become x
+"""
+
+import ast
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+STRICTER: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+OPPOSITE = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min"}
+CASTS = {"int64", "float32"}
+LOST = {"abs", "trans"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed module.
+
+    function: the function that is changed. before, after: the changed expression. number: 1, or 2, 3, ... where the same change
+    of the same expression was made before in this function. source: the whole module.
+    """
+
+    function: str
+    before: str
+    after: str
+    number: int
+    source: str
+
+    @property
+    def name(self) -> str:
+        again = f" (number {self.number})" if self.number > 1 else ""
+        return f"{self.function}: {self.before} -> {self.after}{again}"
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+
+def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
+    """Every mutant of the kernels in a module's source, and of its other functions that are named."""
+    tree, named = ast.parse(source), set(functions)
+    found, seen = [], Counter[tuple[str, str, str]]()
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and (function.name in named or is_kernel(function)):
+            for parent, field, index, node in places(function):
+                for changed in changes(node):
+                    # Of a statement with a body, its first line says what is changed.
+                    before, after = (ast.unparse(ast.fix_missing_locations(code)).split("\n")[0] for code in (node, changed))
+                    put(parent, field, index, changed)
+                    text = ast.unparse(tree)
+                    put(parent, field, index, node)
+                    seen[function.name, before, after] += 1
+                    found.append(Mutant(function.name, before, after, seen[function.name, before, after], text))
+    return found
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether a function stands under @triton.jit or @triton.jit(...)."""
+    return any(
+        ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator) == "triton.jit"
+        for decorator in function.decorator_list
+    )
+
+
+def places(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """(parent, field, index in the field or None, node) of every node in a function's body, outside of annotations."""
+    waiting: list[ast.AST] = [function]
+    while waiting:
+        parent = waiting.pop(0)
+        for field, value in ast.iter_fields(parent):
+            if field in ("args", "decorator_list", "returns", "annotation") and not isinstance(parent, ast.Call):
+                continue
+            for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(node, ast.AST):
+                    yield parent, field, index, node
+                    waiting.append(node)
+
+
+def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in a node's place."""
+    match node:
+        case ast.Compare(left, [operator], right) if type(operator) in STRICTER:
+            yield ast.Compare(left, [STRICTER[type(operator)]()], right)
+        case ast.BinOp(left, operator, right):
+            yield left
+            if isinstance(operator, ast.BitAnd | ast.BitOr):
+                yield right
+        case ast.AugAssign(target, _, value):
+            yield ast.Assign([target], value)
+        case ast.UnaryOp(ast.USub() | ast.Invert() | ast.Not(), operand) if not isinstance(operand, ast.Constant):
+            yield operand
+        case ast.Expr(ast.Call(ast.Attribute(_, "store"))):
+            yield ast.Pass()
+        case ast.If(_, body, orelse):
+            yield ast.If(ast.Constant(True), body, orelse)
+            yield ast.If(ast.Constant(False), body, orelse)
+        case ast.IfExp(_, body, orelse):
+            yield body
+            yield orelse
+        case ast.While(_, body, orelse):
+            yield ast.If(ast.Constant(True), body, orelse)
+        case ast.For(target, ast.Call(ast.Name("range"), bounds), body, orelse):
+            for fewer in shorter(bounds):
+                yield ast.For(target, ast.Call(ast.Name("range"), fewer, []), body, orelse)
+        case ast.Call():
+            yield from changed_calls(node)
+
+
+def shorter(bounds: list[ast.expr]) -> Iterator[list[ast.expr]]:
+    """The arguments of a range without its first step, and without its last."""
+    start, stop, step = {
+        1: lambda: (ast.Constant(0), *bounds, ast.Constant(1)),
+        2: lambda: (*bounds, ast.Constant(1)),
+        3: lambda: bounds,
+    }[len(bounds)]()
+    yield [ast.BinOp(start, ast.Add(), step), stop, step]
+    yield [start, ast.BinOp(stop, ast.Sub(), step), step]
+
+
+def changed_calls(call: ast.Call) -> Iterator[ast.AST]:
+    match call.func:
+        case ast.Attribute(value, name):
+            pass
+        case ast.Name(name):
+            value = None
+        case _:
+            return
+    arguments, keywords = call.args, call.keywords
+    given = {keyword.arg: keyword.value for keyword in keywords}
+    if name in OPPOSITE:
+        opposite = ast.Name(OPPOSITE[name]) if value is None else ast.Attribute(value, OPPOSITE[name])
+        yield ast.Call(opposite, arguments, keywords)
+    elif name == "where":
+        yield from arguments[1:]
+    elif name in LOST:
+        yield arguments[0]
+    elif name == "to" and isinstance(arguments[0], ast.Attribute) and arguments[0].attr in CASTS and not keywords:
+        assert value is not None
+        yield value
+    elif name == "cast" and isinstance(arguments[1], ast.Attribute) and arguments[1].attr in CASTS:
+        yield arguments[0]
+    elif name in ("load", "store"):
+        if "mask" in given:
+            yield ast.Call(call.func, arguments, [keyword for keyword in keywords if keyword.arg not in ("mask", "other")])
+        if "other" in given and ast.unparse(given["other"]) not in ("0", "0.0"):
+            others = [keyword if keyword.arg != "other" else ast.keyword("other", ast.Constant(0)) for keyword in keywords]
+            yield ast.Call(call.func, arguments, others)
