@@ -38,10 +38,11 @@ LOST = {"abs", "trans"}
 class Mutant:
     """One changed module.
 
-    function: the function that is changed. before, after: the changed expression. number: 1, or 2, 3, ... where the same change
-    of the same expression was made before in this function. source: the whole module.
+    kind: of the change, see above. function: the function that is changed. before, after: the changed expression. number: 1, or
+    2, 3, ... where the same change of the same expression was made before in this function. source: the whole module.
     """
 
+    kind: str
     function: str
     before: str
     after: str
@@ -65,14 +66,14 @@ def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and (function.name in named or is_kernel(function)):
             for parent, field, index, node in places(function):
-                for changed in changes(node):
+                for kind, changed in changes(node):
                     # Of a statement with a body, its first line says what is changed.
                     before, after = (ast.unparse(ast.fix_missing_locations(code)).split("\n")[0] for code in (node, changed))
                     put(parent, field, index, changed)
                     text = ast.unparse(tree)
                     put(parent, field, index, node)
                     seen[function.name, before, after] += 1
-                    found.append(Mutant(function.name, before, after, seen[function.name, before, after], text))
+                    found.append(Mutant(kind, function.name, before, after, seen[function.name, before, after], text))
     return found
 
 
@@ -105,32 +106,32 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
         getattr(parent, field)[index] = node
 
 
-def changes(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in a node's place."""
+def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """(kind of change, what may stand in the node's place)."""
     match node:
         case ast.Compare(left, [operator], right) if type(operator) in STRICTER:
-            yield ast.Compare(left, [STRICTER[type(operator)]()], right)
+            yield "bound", ast.Compare(left, [STRICTER[type(operator)]()], right)
         case ast.BinOp(left, operator, right):
-            yield left
+            yield "operand", left
             if isinstance(operator, ast.BitAnd | ast.BitOr):
-                yield right
+                yield "operand", right
         case ast.AugAssign(target, _, value):
-            yield ast.Assign([target], value)
+            yield "sum", ast.Assign([target], value)
         case ast.UnaryOp(ast.USub() | ast.Invert() | ast.Not(), operand) if not isinstance(operand, ast.Constant):
-            yield operand
+            yield "sign", operand
         case ast.Expr(ast.Call(ast.Attribute(_, "store"))):
-            yield ast.Pass()
+            yield "store", ast.Pass()
         case ast.If(_, body, orelse):
-            yield ast.If(ast.Constant(True), body, orelse)
-            yield ast.If(ast.Constant(False), body, orelse)
+            yield "condition", ast.If(ast.Constant(True), body, orelse)
+            yield "condition", ast.If(ast.Constant(False), body, orelse)
         case ast.IfExp(_, body, orelse):
-            yield body
-            yield orelse
+            yield "condition", body
+            yield "condition", orelse
         case ast.While(_, body, orelse):
-            yield ast.If(ast.Constant(True), body, orelse)
+            yield "condition", ast.If(ast.Constant(True), body, orelse)
         case ast.For(target, ast.Call(ast.Name("range"), bounds), body, orelse):
             for fewer in shorter(bounds):
-                yield ast.For(target, ast.Call(ast.Name("range"), fewer, []), body, orelse)
+                yield "loop", ast.For(target, ast.Call(ast.Name("range"), fewer, []), body, orelse)
         case ast.Call():
             yield from changed_calls(node)
 
@@ -146,7 +147,7 @@ def shorter(bounds: list[ast.expr]) -> Iterator[list[ast.expr]]:
     yield [start, ast.BinOp(stop, ast.Sub(), step), step]
 
 
-def changed_calls(call: ast.Call) -> Iterator[ast.AST]:
+def changed_calls(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
     match call.func:
         case ast.Attribute(value, name):
             pass
@@ -158,19 +159,23 @@ def changed_calls(call: ast.Call) -> Iterator[ast.AST]:
     given = {keyword.arg: keyword.value for keyword in keywords}
     if name in OPPOSITE:
         opposite = ast.Name(OPPOSITE[name]) if value is None else ast.Attribute(value, OPPOSITE[name])
-        yield ast.Call(opposite, arguments, keywords)
+        yield "choice", ast.Call(opposite, arguments, keywords)
     elif name == "where":
-        yield from arguments[1:]
+        for chosen in arguments[1:]:
+            yield "choice", chosen
     elif name in LOST:
-        yield arguments[0]
+        yield "sign", arguments[0]
     elif name == "to" and isinstance(arguments[0], ast.Attribute) and arguments[0].attr in CASTS and not keywords:
         assert value is not None
-        yield value
+        yield "cast", value
     elif name == "cast" and isinstance(arguments[1], ast.Attribute) and arguments[1].attr in CASTS:
-        yield arguments[0]
+        yield "cast", arguments[0]
     elif name in ("load", "store"):
         if "mask" in given:
-            yield ast.Call(call.func, arguments, [keyword for keyword in keywords if keyword.arg not in ("mask", "other")])
+            yield (
+                "mask",
+                ast.Call(call.func, arguments, [keyword for keyword in keywords if keyword.arg not in ("mask", "other")]),
+            )
         if "other" in given and ast.unparse(given["other"]) not in ("0", "0.0"):
             others = [keyword if keyword.arg != "other" else ast.keyword("other", ast.Constant(0)) for keyword in keywords]
-            yield ast.Call(call.func, arguments, others)
+            yield "mask", ast.Call(call.func, arguments, others)

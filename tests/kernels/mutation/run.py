@@ -1,6 +1,6 @@
 """Find out whether the tests of every kernel fail on each wrong version of it.
 
-    python -m tests.kernels.mutation.run [MODULE ...] [--sample 0.1] [--seed 0] [--jobs 2]
+    python -m tests.kernels.mutation.run [MODULE ...] [--kinds mask,loop] [--sample 0.1] [--seed 0] [--jobs 2]
 
 For every mutant (see `mutators`), a forked process imports the mutant in place of the module and runs the module's tests in
 Triton's interpreter until one fails. A mutant that passes all of them is a survivor: either a test is missing, or the mutant
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = modules()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--kinds", help="kinds of changes, separated by commas (default: all)")
     parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants to try, drawn at random (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument("--afresh", action="store_true", help="try again what was tried before")
@@ -154,7 +155,8 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
     stale = equivalent.keys() - {mutant.name for mutant in every}
     for name in sorted(stale):
         print(f"kernels/{module.name}.py: no mutant is called\n    {name}\n  any more: take it out of `equivalent`")
-    tried = [mutant for mutant in every if mutant.name not in equivalent]
+    kinds = given.kinds.split(",") if given.kinds else [mutant.kind for mutant in every]
+    tried = [mutant for mutant in every if mutant.name not in equivalent and mutant.kind in kinds]
     if given.sample < 1:
         tried = random.Random(given.seed).sample(tried, max(1, round(given.sample * len(tried))))
     new = [mutant for mutant in tried if (mutant.key, tests) not in done]
@@ -182,4 +184,7 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Without the interpreter's clean-up, which would print leaks of Triton's bindings.
+    os._exit(status)
