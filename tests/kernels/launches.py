@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from kernels import adamw, embedding, gradient_norm, rms_norm, rotary, row_log_prob, swiglu
+from kernels import TILE, adamw, embedding, gradient_norm, rms_norm, rotary, row_log_prob, swiglu
 from kernels.attention import backward as attention_backward
 from kernels.attention import decode as attention_decode
 from kernels.attention import forward as attention_forward
@@ -21,7 +21,7 @@ HEADS, KV_HEADS, SIZE = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, 
 PARTS = (HEADS, KV_HEADS, KV_HEADS)
 VOCAB = {"vocab_size": CONFIG.unpadded_vocab_size}
 EPS = 1e-5
-TILE = 128
+
 
 Launch = Callable[[torch.dtype, int], None]
 

@@ -1,6 +1,7 @@
 """The modules that have kernels, and the tests that must find out their mutants."""
 
 import ast
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,6 @@ from pathlib import Path
 from tests.kernels.mutation.mutators import Mutant, is_kernel, mutants
 
 ROOT = Path(__file__).resolve().parents[3]
-# Modules whose tests do not stand in the file of the same name.
-TESTS = {"attention/tiles": ("attention/test_forward.py", "attention/test_backward.py")}
 # Functions without @triton.jit that make what kernels read.
 FUNCTIONS = {"attention/work": ("attention_work", "_keys_of", "_queries_of", "_listed")}
 
@@ -45,12 +44,33 @@ class Module:
 def modules() -> dict[str, Module]:
     """Every module that has mutants, by name."""
     found = {}
-    for path in sorted((ROOT / "kernels").rglob("*.py")):
-        name = path.relative_to(ROOT / "kernels").with_suffix("").as_posix()
-        functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    for name, tree in trees().items():
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         if name in FUNCTIONS or any(map(is_kernel, functions)):
-            own = Path(name).parent / f"test_{Path(name).name}.py"
-            found[name] = Module(name, tuple(ROOT / "tests" / "kernels" / test for test in TESTS.get(name, (str(own),))))
-            missing = [str(test) for test in found[name].tests if not test.exists()]
-            assert not missing, f"kernels/{name}.py has kernels and no tests {missing}: name its tests in TESTS"
+            found[name] = Module(name, tests_of(name))
+            assert found[name].tests, f"kernels/{name}.py has kernels, and neither it nor what imports it has tests"
     return found
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """The syntax tree of every module of kernels, by name."""
+    folder = ROOT / "kernels"
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+def tests_of(name: str) -> tuple[Path, ...]:
+    """The tests in the file of the module's name; where there is none, the tests of the modules that import it."""
+    own = ROOT / "tests" / "kernels" / Path(name).parent / f"test_{Path(name).name}.py"
+    if own.exists():
+        return (own,)
+    imported = f"kernels.{name.replace('/', '.')}"
+    importers = [
+        other
+        for other, tree in trees().items()
+        if any(isinstance(node, ast.ImportFrom) and node.module == imported for node in tree.body)
+    ]
+    return tuple(test for other in importers for test in tests_of(other))

@@ -158,7 +158,7 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
     kinds = given.kinds.split(",") if given.kinds else [mutant.kind for mutant in every]
     tried = [mutant for mutant in every if mutant.name not in equivalent and mutant.kind in kinds]
     if given.sample < 1:
-        tried = random.Random(given.seed).sample(tried, max(1, round(given.sample * len(tried))))
+        tried = random.Random(given.seed).sample(tried, min(len(tried), max(1, round(given.sample * len(tried)))))
     new = [mutant for mutant in tried if (mutant.key, tests) not in done]
     # The module as it is comes first: its tests must pass.
     sources = [module.source, *(mutant.source for mutant in new)]
