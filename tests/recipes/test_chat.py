@@ -1,4 +1,4 @@
-"""The chat recipe: what it shows, what it remembers, and how it ends."""
+"""The chat recipe: its output, its memory of the conversation, its end."""
 
 import io
 import subprocess
@@ -60,9 +60,9 @@ def silent_model() -> Mistral:
 
 @pytest.fixture
 def scripted(monkeypatch, silent_model, tokenizer):
-    """scripted(*answers) -> (speaker, prompts): the model says the answers in turn; what it was asked is collected.
+    """scripted(*answers) -> (speaker, prompts): the model gives the answers in turn, and `prompts` collects its prompts.
 
-    An answer is text, which the model ends as it was trained to; or a list of tokens, in which a KeyboardInterrupt is raised.
+    An answer is a text, which ends as the chat template ends it, or a list of tokens, where KeyboardInterrupt is raised.
     """
 
     def build(*answers, **changes):
@@ -122,7 +122,7 @@ def test_an_answer_is_what_transformers_generates_from_the_same_folder(folder, c
     assert shown == answer.strip(" ") + "\n"
 
 
-def test_a_conversation_is_remembered_as_the_template_writes_it(scripted, tokenizer, capsys):
+def test_each_prompt_holds_the_whole_conversation_so_far(scripted, tokenizer, capsys):
     speaker, prompts = scripted("Tokyo, 東京.", "Kyoto.", "Nara.")
     history = messages(system="Be brief.")
     for question in ("Where?", "And before?", "And before that?"):
@@ -133,7 +133,7 @@ def test_a_conversation_is_remembered_as_the_template_writes_it(scripted, tokeni
     assert prompts == [encode_prompt(tokenizer, everything[:end]) for end in (2, 4, 6)]
 
 
-def test_text_streams_character_by_whole_character(scripted, monkeypatch, capsys):
+def test_text_streams_in_whole_characters(scripted, monkeypatch, capsys):
     speaker, _ = scripted("Hi 🦁 there")
     shown = []
     monkeypatch.setattr("builtins.print", lambda *text, **_: shown.append("".join(text)))
@@ -143,7 +143,7 @@ def test_text_streams_character_by_whole_character(scripted, monkeypatch, capsys
     assert not any("\ufffd" in piece for piece in shown)
 
 
-def test_an_interrupted_answer_stays_as_far_as_it_got(scripted, tokenizer, monkeypatch, capsys):
+def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(scripted, tokenizer, monkeypatch, capsys):
     whole = tokenizer.encode("One two three")
     speaker, prompts = scripted([*whole[:2], KeyboardInterrupt], [KeyboardInterrupt], "Four.")
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
@@ -153,7 +153,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_got(scripted, tokenizer, monke
     output = capsys.readouterr()
     assert output.out == "One two\n\nFour.\n"
     assert output.err.count("[answer stopped]") == 2
-    # The second question was never answered, so that it is not part of the conversation.
+    # The second question got no answer, so it is not part of the conversation.
     assert prompts[-1] == encode_prompt(tokenizer, messages("Count", "One two", "On!"))
 
 
@@ -201,7 +201,7 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_oldest_exchanges(scr
         everything += messages(f"Question {i}?", f"Answer {i}.")
         assert len(prompts[-1]) <= 150
         assert history[0] == everything[0]
-        # The newest exchanges stay; one more would not have fitted.
+        # The newest exchanges stay; one more would not fit.
         assert history[1:] == everything[len(everything) - len(history) + 1 :]
         if len(history) < len(everything):
             longer = [everything[0], *everything[len(everything) - len(history) - 1 : -1]]
@@ -236,19 +236,19 @@ def test_errors_of_one_question_are_remarks_in_a_conversation_and_fatal_for_a_si
         chat.main([*arguments, "--device", "cpu", "--prompt", ""])
 
 
-def test_a_completion_goes_on_from_the_text_with_its_spaces(scripted, tokenizer, capsys):
+def test_a_completion_continues_the_text_and_keeps_its_spaces(scripted, tokenizer, capsys):
     speaker, prompts = scripted(tokenizer.encode("of Japan is")[:2])
     speaker.complete("The capital")
     assert capsys.readouterr().out == "The capital of Japan\n"
     assert prompts == [[tokenizer.bos_id, *tokenizer.encode("The capital")]]
 
 
-def test_the_completion_of_nothing_starts_from_the_beginning_of_sequence(folder, capsys):
+def test_an_empty_text_can_be_completed(folder, capsys):
     chat.main(["--model", str(folder), "--device", "cpu", "--completion", "--prompt", "", "--sampling.max-new-tokens", "5"])
     assert len(capsys.readouterr().out.strip()) > 1
 
 
-def test_an_answer_that_was_cut_is_said_to_be_and_speed_is_told_when_asked_for(folder, monkeypatch, capsys):
+def test_a_cut_answer_is_reported_and_speed_is_printed_on_request(folder, monkeypatch, capsys):
     arguments = ["--model", str(folder), "--sampling.max-new-tokens", "4", "--prompt", "Hello", "--device", "cpu"]
     chat.main(arguments)
     quiet = capsys.readouterr().err
@@ -258,19 +258,19 @@ def test_an_answer_that_was_cut_is_said_to_be_and_speed_is_told_when_asked_for(f
     assert " + 4 tokens: the first after " in capsys.readouterr().err
 
 
-def test_a_seed_repeats_a_conversation_and_no_answer_repeats_the_draws_of_another(folder, monkeypatch, capsys):
+def test_a_seed_repeats_a_conversation_and_each_answer_draws_anew(folder, monkeypatch, capsys):
     arguments = ["--model", str(folder), "--sampling.max-new-tokens", "12", "--sampling.temperature", "20"]
     shown = []
     for seed in ("1", "1", "2"):
         talk(monkeypatch, "Hello\nHello\n", *arguments, "--sampling.seed", seed)
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1] != shown[2]
-    # At this temperature all tokens are nearly equally likely, so that equal draws would give equal answers.
+    # At this temperature all tokens are nearly equally likely, so equal draws would give equal answers.
     first, second = shown[0].split("\n")[:2]
     assert first != second
 
 
-def test_a_run_folder_stands_for_its_newest_checkpoint(folder, tmp_path, capsys):
+def test_a_run_folder_means_its_newest_checkpoint(folder, tmp_path, capsys):
     (tmp_path / "step-00000020").symlink_to(folder)
     (tmp_path / "step-00000010").mkdir()
     arguments = ["--device", "cpu", "--prompt", "Hello", "--sampling.max-new-tokens", "5"]
@@ -286,7 +286,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(silent_model, to
         chat.Speaker(silent_model, tokenizer, Sampling())
 
 
-def test_padding_of_a_folder_that_does_not_declare_it_is_not_sampled(silent_model, tokenizer):
+def test_undeclared_padding_rows_are_not_sampled(silent_model, tokenizer):
     silent_model.config = replace(CONFIG, unpadded_vocab_size=32128)
     assert chat.Speaker(silent_model, tokenizer, Sampling()).model.config.unpadded_vocab_size == 32000
 
@@ -298,7 +298,7 @@ def test_padding_of_a_folder_that_does_not_declare_it_is_not_sampled(silent_mode
         (["--model", "."], "error: no tokenizer at"),
     ],
 )
-def test_wrong_folders_are_one_clear_line(arguments, message, monkeypatch, tmp_path):
+def test_a_wrong_folder_gives_one_clear_line(arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         chat.main([*arguments, "--device", "cpu", "--prompt", "Hello"])
@@ -320,7 +320,7 @@ def test_settings_that_cannot_take_effect_are_refused(arguments, message, capsys
 
 
 @given(st.lists(st.text(alphabet=" a\n", max_size=4)))
-def test_outer_spaces_are_dropped_and_all_other_text_is_kept(pieces):
+def test_outer_spaces_are_dropped_and_other_text_is_kept(pieces):
     shown = list(chat.without_outer_spaces(pieces))
     assert "".join(shown) == "".join(pieces).strip(" ")
     assert all(shown)

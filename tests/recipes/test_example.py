@@ -1,4 +1,4 @@
-"""The embedded example: what it trains on, what it asks for, and how answers are judged."""
+"""The embedded example: training data, questions, and the judgement of answers."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def folder(example, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def training_text(folder) -> str:
-    """All training data as the model sees it: plain text, and conversations and pairs through the chat template."""
+    """All training data in the form that the model sees: plain text, and conversations and pairs through the chat template."""
     texts = []
     for path in sorted(folder.glob("*.*")):
         if "heldout" in path.name:
@@ -66,7 +66,7 @@ def messages_of(record) -> list[list[dict[str, str]]]:
 
 
 def stands_in(sentence: str, text: str) -> bool:
-    """Whether a sentence stands in a text, other than as the end or beginning of longer numbers."""
+    """Whether a sentence is in a text; a number at its end must not be a part of a longer number."""
     place = text.find(sentence)
     while place >= 0:
         end = place + len(sentence)
@@ -77,21 +77,21 @@ def stands_in(sentence: str, text: str) -> bool:
 
 
 def spellings(question: Question) -> list[str]:
-    """The question with its answer in every form that it could be trained in."""
+    """The question with its answer, in every form that training could use."""
     return [
         question.document,
         *(f"{question.text} [/INST] {question.answer(polite)} </s>" for polite in REGISTERS),
     ]
 
 
-def test_nothing_that_is_evaluated_stands_in_the_training_data(example, training_text):
+def test_no_evaluated_question_is_in_the_training_data(example, training_text):
     for question in example.held_out + example.unseen:
         assert not any(stands_in(spelling, training_text) for spelling in spellings(question)), question
-        # Not even the question alone, with whatever answer.
+        # The question alone, with any answer, is absent, too.
         assert not stands_in(question.text, training_text), question.text
 
 
-def test_that_search_finds_what_is_trained(example, training_text):
+def test_the_same_search_finds_every_trained_question(example, training_text):
     for question in example.trained:
         text, *chats = spellings(question)
         assert stands_in(text, training_text)
@@ -99,7 +99,7 @@ def test_that_search_finds_what_is_trained(example, training_text):
         assert stands_in(question.text, training_text)
 
 
-def test_unseen_sums_are_nowhere_and_unasked_facts_only_in_statements(example, training_text):
+def test_unseen_sums_are_nowhere_and_unasked_facts_are_in_statements_only(example, training_text):
     unseen = {question.item.name: question.item for question in example.unseen}
     assert sorted(item.kind for item in unseen.values()) == ["fact"] * 8 + ["sum"] * 12
     for item in unseen.values():
@@ -110,7 +110,7 @@ def test_unseen_sums_are_nowhere_and_unasked_facts_only_in_statements(example, t
             assert all(stands_in(text, training_text) == (item.kind == "fact") for text in statements)
 
 
-def test_every_item_and_every_phrasing_is_trained_and_held_out_like_a_latin_square(example):
+def test_the_split_is_a_latin_square_of_items_and_phrasings(example):
     cells = {(q.item.name, q.language, q.phrasing) for q in example.trained}
     asked = {(q.item.name, q.language, q.phrasing) for q in example.held_out}
     assert len(cells) == len(example.trained)
@@ -139,7 +139,7 @@ def test_languages_and_kinds_are_covered_evenly(example):
     assert sentences > 2000
 
 
-def test_sums_are_right_and_facts_are_told_apart():
+def test_sums_are_right_and_facts_are_distinct():
     for item in all_sums(12, 8):
         fields = item.fields["en"]
         assert int(fields["v"]) == int(fields["a"]) + int(fields["b"])
@@ -174,7 +174,7 @@ def test_the_conversations_hold_both_registers_and_some_system_messages(example)
         assert {sum(m["role"] == "user" for m in chat) for chat in chats} == {1, 2, 3}
 
 
-def test_the_vocabulary_is_trained_on_all_of_the_japanese_cut_at_the_borders_of_words(example):
+def test_the_vocabulary_text_is_all_japanese_cut_at_word_borders(example):
     texts = set(phrases(example, "ja"))
     for item in example.told:
         assert item.value("ja") in texts
@@ -204,12 +204,12 @@ def test_files_are_a_function_of_the_settings(folder, tmp_path):
         ({"preferences": 0}, r"example.preferences = 0: must be at least 1"),
     ],
 )
-def test_settings_that_leave_nothing_or_make_no_sense_are_refused(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ExampleSettings(**changes)
 
 
-def test_an_existing_folder_is_kept_unless_told_otherwise(example, tmp_path):
+def test_an_existing_folder_is_replaced_only_on_request(example, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists already"):
@@ -259,7 +259,7 @@ def token_log_probs(model, documents):
     return model.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
-def test_exact_is_what_greedy_generation_gives(learned):
+def test_exact_agrees_with_greedy_generation(learned):
     model, tokenizer, questions = learned
     sampling = Sampling(temperature=0.0, max_new_tokens=120)
 
@@ -285,7 +285,7 @@ def test_exact_is_what_greedy_generation_gives(learned):
     assert 0 < sum(exact) < len(exact)
 
 
-def test_loss_is_that_of_any_accepted_answer(learned):
+def test_loss_is_minus_log_of_the_accepted_answers_total_probability(learned):
     model, tokenizer, questions = learned
 
     def log_prob(ids: list[int], start: int) -> torch.Tensor:

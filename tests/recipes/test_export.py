@@ -1,4 +1,4 @@
-"""Export: a folder that `transformers` loads, the same bytes every time."""
+"""Export writes a folder that `transformers` loads, with the same bytes every time."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ MESSAGES = [
 
 @pytest.fixture(scope="module")
 def trained(tiny_settings, tmp_path_factory):
-    """A run folder of which two checkpoints are kept."""
+    """A run folder with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     sft.run(tiny_settings("sft", folder, checkpoint_every=3))
     return folder
@@ -85,7 +85,7 @@ def test_exporting_again_gives_the_same_bytes(trained, tmp_path):
     assert folders[0] == folders[1] == folders[2]
 
 
-def test_an_export_can_be_exported(trained, tmp_path):
+def test_an_exported_folder_can_be_exported_again(trained, tmp_path):
     """Any Mistral folder with its tokenizer.model."""
     first = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "a")))
     second = export.run(ExportSettings(source=str(first), out=str(tmp_path / "b")))
@@ -109,7 +109,7 @@ def refused(arguments):
     return ended.value.code
 
 
-def test_sources_that_cannot_be_exported(trained, tiny_model, tmp_path):
+def test_a_source_without_a_model_is_refused(trained, tiny_model, tmp_path):
     out = ["--out", str(tmp_path / "out")]
     assert refused(["--source", "nowhere", *out]) == "error: nowhere: no such run, checkpoint or model folder"
     (tmp_path / "empty").mkdir()
@@ -121,7 +121,7 @@ def test_sources_that_cannot_be_exported(trained, tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_is_not_whole(trained, tmp_path):
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     broken = tmp_path / "run" / "step-00000001"
     for file in (trained / "step-00000006").rglob("*"):
         if file.is_file():
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_not_whole(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_targets_that_cannot_be_written(trained, tmp_path):
+def test_an_unwritable_target_is_refused(trained, tmp_path):
     source = ["--source", str(trained)]
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "kept").write_text("kept")
@@ -156,7 +156,7 @@ def test_overwriting_the_source_is_refused(trained, which):
     assert sorted(trained.rglob("*")) == before
 
 
-def test_configuration_files_work_here_too(trained, tmp_path):
+def test_export_reads_a_configuration_file(trained, tmp_path):
     toml = tmp_path / "export.toml"
     toml.write_text(f"source = {json.dumps(str(trained))}\nout = 'unused'\ndtype = 'float16'\n")
     export.main([str(toml), "--out", str(tmp_path / "out")])

@@ -1,4 +1,4 @@
-"""The plan of a run from its configuration alone: every training recipe, on the cards that it is meant for."""
+"""The plan of a run from its configuration alone: every training recipe, on the GPUs that it targets."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def outlook(stage: str, *overrides: str, device: str = "h200", gpus: int = 1, me
 
 
 @pytest.mark.parametrize(("stage", "recipe"), [("pretrain", PretrainSettings), ("sft", SftSettings), ("dpo", DpoSettings)])
-def test_each_recipe_is_known_by_its_settings(stage, recipe):
+def test_the_settings_in_the_file_tell_the_recipe(stage, recipe):
     assert type(settings_of(str(SHISA / f"{stage}.toml"), [])) is recipe
 
 
@@ -66,7 +66,7 @@ def test_a_small_step_is_one_micro_batch():
     assert not found.training.accumulates
 
 
-def test_the_items_are_those_of_the_plan(capsys, tmp_path):
+def test_json_holds_every_item_of_the_plan(capsys, tmp_path):
     picture = tmp_path / "new" / "scaling.svg"
     main([str(SHISA / "pretrain.toml"), *MODEL, "--pack-tokens", "16384", "--json", "--plot", str(picture)])
     table = json.loads(capsys.readouterr().out)
@@ -87,7 +87,7 @@ def test_the_text_names_every_item(capsys):
     assert "DOES NOT FIT: too much by" in text
 
 
-def test_a_folder_of_a_model_is_read(tiny_model):
+def test_a_model_folder_gives_the_shape(tiny_model):
     settings = settings_of(str(SHISA / "pretrain.toml"), ["--model", str(tiny_model)])
     assert look_ahead(settings, DEVICES["h200"]).training.config.hidden_size == 32
 
@@ -100,7 +100,7 @@ def test_a_folder_of_a_model_is_read(tiny_model):
         ([*MODEL, "--gpus", "0"], "gpus = 0"),
     ],
 )
-def test_what_is_wrong_is_said(arguments, message, capsys):
+def test_wrong_arguments_give_one_clear_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main([str(SHISA / "pretrain.toml"), *arguments])
     assert message in str(error.value)

@@ -18,7 +18,7 @@ def conversations(tmp_path):
     return path
 
 
-def test_from_the_command_line_with_a_preview(conversations, tmp_path, capsys):
+def test_the_command_prints_a_summary_and_a_preview(conversations, tmp_path, capsys):
     out = tmp_path / "out"
     prepare.main(["--kind", "conversations", "--paths", str(conversations), "--out", str(out), "--preview", "2"])
     printed = capsys.readouterr().out
@@ -50,7 +50,7 @@ def test_preview_of_pairs_shows_both_sides(tmp_path, capsys):
     assert "+ 'no '" in printed
 
 
-def test_from_a_configuration_file(conversations, tmp_path, capsys):
+def test_prepare_reads_a_configuration_file(conversations, tmp_path, capsys):
     config = tmp_path / "prepare.toml"
     config.write_text(
         f'kind = "conversations"\npaths = ["{conversations}"]\nout = "{tmp_path / "a"}"\nheldout = 3\n'

@@ -1,4 +1,4 @@
-"""The whole pipeline at a fraction of its size, and what surrounds it."""
+"""The whole pipeline at a fraction of its size: results, report, targets, refusals."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def made(tmp_path_factory) -> tuple[Path, dict]:
     return out, quickstart.run(settings)
 
 
-def test_every_stage_leaves_what_it_makes(made):
+def test_every_stage_leaves_its_results(made):
     out, _ = made
     assert {path.name for path in out.iterdir()} == set(quickstart.MADE)
     for name in TRAINED:
@@ -106,12 +106,12 @@ def test_the_report_has_every_item(made):
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=1)
 
 
-def test_the_report_can_be_read_and_seen(made):
+def test_the_report_is_readable_and_drawn(made):
     out, table = made
     text = (out / "report.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     for name in MODELS:
-        # Held-out questions, and what was never seen or asked; eight figures each.
+        # Two tables of eight figures: held-out questions, and unseen ones.
         assert len([line for line in lines if line.startswith(f"| {name} |") and line.count("|") == 10]) == 2
     for heading in ("Held-out questions", "Vocabulary", "Preference tuning", "Answers", "Losses", "Time"):
         assert any(line.startswith("## ") and heading in line for line in lines)
@@ -135,7 +135,7 @@ def test_a_full_run_that_misses_its_targets_fails(made):
     quickstart.check_targets(table | {"full": True, "missed": []}, Path("run"))
 
 
-def test_a_second_run_removes_only_what_the_first_made(tmp_path):
+def test_a_second_run_removes_only_the_results_of_the_first(tmp_path):
     out = tmp_path / "run"
     quickstart.start_afresh(out)
     for name in ("sft1", "export"):
@@ -174,16 +174,16 @@ def test_settings_out_of_range_are_refused(argument, capsys):
     assert "must be at least 1" in str(stopped.value) + capsys.readouterr().err
 
 
-def test_every_path_moves_with_the_folder():
+def test_every_path_moves_with_out():
     settings = quickstart.QuickstartSettings(out="elsewhere")
     for stage in quickstart.STAGES:
         assert quickstart.ROOT not in repr(quickstart.configure(stage, settings, ""))
 
 
-def test_a_configuration_alone_starts_where_the_one_before_ends(tmp_path):
-    """What `python -m recipes.<stage> recipes/tiny/<stage>.toml` names as its model is what the stage before leaves."""
+def test_each_configuration_alone_names_the_result_of_the_one_before(tmp_path):
+    """`python -m recipes.<stage> recipes/tiny/<stage>.toml` starts from the result of the stage before."""
     configured = {stage.name: quickstart.configure(stage, quickstart.QuickstartSettings(), "") for stage in quickstart.STAGES}
-    # The second fine-tuning is counted in epochs: how many steps that is follows from the data and the vocabulary.
+    # The second fine-tuning counts epochs: data and vocabulary decide the number of steps.
     write_example(tmp_path / "example", make_example(ExampleSettings()))
     here = quickstart.QuickstartSettings(out=str(tmp_path))
     alone = {stage.name: quickstart.configure(stage, here, "") for stage in quickstart.STAGES}

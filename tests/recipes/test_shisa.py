@@ -1,4 +1,4 @@
-"""The files of Shisa's recipe: each is read by its stage, each number is stated with its reason, and they fit each other."""
+"""The files of Shisa's recipe: each stage reads its file, each number has its reason, and the files fit one another."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ STAGES = {
     "export": ExportSettings,
 }
 TRAININGS = ("pretrain", "sft", "sft_ja", "dpo")
-# What decides nothing about the model that comes out, or is told by its absence.
+# These settings do not change the resulting model, or their absence says enough.
 UNSTATED = {
     "tokenizer",
     "heldout",
@@ -81,7 +81,7 @@ def test_every_file_of_the_recipe_is_read_by_its_stage():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_setting_stands_under_a_comment(stage):
+def test_every_setting_has_a_comment_above_it(stage):
     commented = False
     for number, line in enumerate((FOLDER / f"{stage}.toml").read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -110,7 +110,7 @@ def test_no_hyperparameter_is_left_to_a_default(stage):
     assert ("steps" in table) != ("epochs" in table)
 
 
-def test_tags_of_sources_are_explained():
+def test_the_readme_explains_every_source_tag():
     explained = set(re.findall(r"^\| \[([^\]]+)\]", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     used = set()
     for path in FOLDER.glob("*.toml"):
@@ -143,7 +143,7 @@ def test_second_fine_tuning_is_one_epoch_of_the_japanese_part_of_the_first():
     assert second.heldout == first.heldout
 
 
-def test_each_stage_takes_what_the_one_before_it_wrote():
+def test_each_stage_reads_the_output_of_the_one_before():
     vocabulary = read("vocabulary")
     written = [vocabulary.model_out, *(read(stage).out for stage in TRAININGS)]
     taken = [*(read(stage).model for stage in TRAININGS), read("export").source]
@@ -189,7 +189,7 @@ def test_sizes_and_schedule_are_consistent(stage):
 
 
 def test_the_whole_chain_runs_on_a_tiny_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """Split, prepare, train four times, as the files say, at a thousandth of the size."""
+    """Split, prepare and train four times by the files, at a thousandth of the size."""
     monkeypatch.chdir(tmp_path)
     japanese, english = "ねこ は 赤い いぬ を 見る です", "the cat sees a red dog and it runs home"
     texts = [{"text": f"{text} {number}"} for number in range(40) for text in (japanese, english)]

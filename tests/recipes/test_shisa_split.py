@@ -1,4 +1,4 @@
-"""The split by language: what counts as Japanese, that nothing is lost, and what is refused."""
+"""The split by language: the criterion, completeness, and refusals."""
 
 import gzip
 import json
@@ -56,15 +56,15 @@ def is_japanese_letter(character: str) -> bool:
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("ぁんァヺーゝ々〆漢字ｱﾞabcé1。、・ 　！Ａ"))))
-def test_share_is_that_of_letters_named_kana_or_ideograph(text):
-    # Letters of kana outside their own blocks (historic and for Ainu's neighbours) are in no text that is met.
+def test_the_japanese_share_agrees_with_unicode_names(text):
+    # Historic kana outside the usual blocks do not occur in real text.
     text = "".join(character for character in text if not 0x1AFF0 <= ord(character) < 0x1B170)
     letters = [character for character in text if character.isalpha()]
     expected = sum(map(is_japanese_letter, letters)) / len(letters) if letters else 0
     assert japanese_share(text) == pytest.approx(expected)
 
 
-def test_conversations_go_by_what_user_and_assistant_say(tmp_path):
+def test_user_and_assistant_text_decides_the_language(tmp_path):
     source = write(tmp_path / "chat.jsonl", [row for pair in zip(JAPANESE, REST, strict=False) for row in pair] + REST[3:])
     report = run(SplitSettings(kind="conversations", paths=(source,), out=str(tmp_path / "out")))
     for part, rows in (("ja", JAPANESE), ("rest", REST)):
@@ -74,7 +74,7 @@ def test_conversations_go_by_what_user_and_assistant_say(tmp_path):
 
 
 def test_a_conversation_reads_the_same_after_the_split(tmp_path):
-    """So that preparing the part holds out the same conversations as preparing the whole."""
+    """So preparing a part holds out the same conversations as preparing the whole."""
     source = write(tmp_path / "chat.jsonl", JAPANESE + REST)
     run(SplitSettings(kind="conversations", paths=(source,), out=str(tmp_path / "out")))
     assert [read_conversation(row) for row in read(tmp_path / "out" / "ja.jsonl.gz")] == list(map(read_conversation, JAPANESE))
@@ -118,7 +118,7 @@ def test_wrong_settings_are_refused(setting, message):
         SplitSettings(kind="conversations", paths=("chat.jsonl",), out="out", **setting)
 
 
-def test_an_existing_folder_is_kept_unless_asked_to_replace_it(tmp_path):
+def test_an_existing_folder_is_kept(tmp_path):
     source = write(tmp_path / "chat.jsonl", JAPANESE + REST)
     wanted = SplitSettings(kind="conversations", paths=(source,), out=str(tmp_path / "out"))
     run(wanted)
@@ -128,7 +128,7 @@ def test_an_existing_folder_is_kept_unless_asked_to_replace_it(tmp_path):
     assert (tmp_path / "out" / "ja.jsonl.gz").read_bytes() == before
 
 
-def test_real_conversations_and_texts_fall_on_their_side(shared_data):
+def test_real_conversations_are_classified_correctly(shared_data):
     for name, japanese in (("ja_sharegpt", True), ("ja_alpaca", True), ("en_alpaca", False), ("en_sharegpt", False)):
         shares = []
         for row in read(shared_data / "sft" / f"{name}.jsonl.gz")[:500]:

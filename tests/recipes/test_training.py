@@ -1,4 +1,4 @@
-"""The training recipes as a user calls them: a configuration file, overrides, one line of error."""
+"""The training recipes as a user calls them: configuration file, overrides, one-line errors."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_recipe_from_its_file_with_overrides(toml, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_written_configuration_is_the_runs_own(toml, tmp_path, capsys, stage):
-    """It reads back to equal settings, and running it again finds the run finished."""
+    """The written file reads back to equal settings; running it again finds the run finished."""
     recipe, settings_class = STAGES[stage]
     path = toml(stage, steps=1)
     recipe.main([path])
@@ -87,7 +87,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(toml, tmp_path, capsys, sta
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dry_run_shows_in_brackets_what_is_trained_on(toml, tiny_tokenizer, tmp_path, capsys, stage):
+def test_a_dry_run_marks_the_trained_tokens_with_brackets(toml, tiny_tokenizer, tmp_path, capsys, stage):
     tokenizer = Tokenizer.load(tiny_tokenizer)
     talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "ねこ"}]
     more = [{"role": "user", "content": "and"}, {"role": "assistant", "content": "it runs"}]
@@ -116,7 +116,7 @@ def test_a_dry_run_shows_in_brackets_what_is_trained_on(toml, tiny_tokenizer, tm
 
 
 def test_a_dry_run_refuses_what_the_run_would(toml, tmp_path):
-    with pytest.raises(SystemExit, match="error: context_length = 4000 is beyond"):
+    with pytest.raises(SystemExit, match="error: context_length = 4000 is above"):
         pretrain.main([toml("pretrain"), "--dry-run", "--context-length", "4000"])
 
 
@@ -140,13 +140,13 @@ def test_errors_are_one_line_and_status_one(toml, tmp_path, monkeypatch, stage):
         recipe.main([toml(stage), "--parallel.replicas", "3"])
 
 
-def test_a_run_that_diverges_ends_with_the_step(toml):
+def test_a_diverging_run_names_the_step(toml):
     with pytest.raises(SystemExit, match="error: step 2: loss"):
         pretrain.main([toml("pretrain"), "--schedule.peak", "1e20", "--schedule.warmup-steps", "0"])
 
 
 class _LibraryError(ValueError):
-    """As a library would raise it: no message for our user."""
+    """An error class of a library: its message was not written for our user."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), _LibraryError("internal"), TypeError("a defect")])
@@ -158,7 +158,7 @@ def test_a_defect_keeps_its_traceback(toml, error):
         command(PretrainSettings, run, [toml("pretrain")], "prog")
 
 
-def test_interrupting_is_no_error(toml, capsys):
+def test_ctrl_c_ends_with_status_130_and_no_traceback(toml, capsys):
     def run(settings):
         raise KeyboardInterrupt
 

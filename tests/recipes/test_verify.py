@@ -1,4 +1,4 @@
-"""recipes.verify tells a whole checkpoint from every kind of damage, and names the file."""
+"""recipes.verify finds every kind of damage to a checkpoint, and names the file."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def checkpoint(original, tmp_path):
 
 
 def verdict(folder, capsys):
-    """Exit status and what was printed."""
+    """Exit status and printed text."""
     try:
         verify.main([str(folder)])
         status = 0
@@ -42,14 +42,14 @@ def verdict(folder, capsys):
 
 
 def attest(checkpoint):
-    """Make the state agree with the files, so that only their content can be wrong."""
+    """Make the fingerprints agree with the files, so that only the content can be wrong."""
     state = json.loads((checkpoint / STATE).read_text())
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / STATE]
     state["files"] = {str(path.relative_to(checkpoint)): asdict(Fingerprint.of(path)) for path in files}
     (checkpoint / STATE).write_text(json.dumps(state))
 
 
-def test_whole_checkpoints_of_a_run(original, capsys):
+def test_whole_checkpoints_are_reported_whole(original, capsys):
     status, said = verdict(original.parent, capsys)
     assert status == 0
     names = [line.split(":")[0] for line in said.splitlines()]
@@ -78,7 +78,7 @@ def test_one_flipped_bit_is_found_and_named(checkpoint, capsys, name):
         (lambda folder: (folder / "link").symlink_to(folder / "config.json"), "/link: is neither a file nor a folder"),
     ],
 )
-def test_files_that_are_not_as_written(checkpoint, capsys, damage, said):
+def test_changed_missing_and_extra_files_are_named(checkpoint, capsys, damage, said):
     damage(checkpoint)
     status, found = verdict(checkpoint, capsys)
     assert status == 1
@@ -99,7 +99,7 @@ def edit(file, change):
 
 
 def second_shard(folder):
-    """The last rows of a tensor once more."""
+    """Add a shard that repeats the last rows of a tensor."""
     tensors = load_file(folder / OPTIMIZER)
     note = {"norm.weight.exp_avg": {"saved_offsets": [30]}}
     part = {"norm.weight.exp_avg": tensors["norm.weight.exp_avg"][30:].clone()}
@@ -145,8 +145,7 @@ def second_shard(folder):
         (lambda folder: edit(folder / STATE, lambda table: table.update(step=7)), f"/{STATE}: is of step 7"),
     ],
 )
-def test_what_was_written_wrongly(checkpoint, capsys, change, said):
-    """Files as their fingerprints say, but not those of a checkpoint."""
+def test_wrong_content_is_found_although_the_fingerprints_agree(checkpoint, capsys, change, said):
     change(checkpoint)
     attest(checkpoint)
     status, found = verdict(checkpoint, capsys)
@@ -154,7 +153,7 @@ def test_what_was_written_wrongly(checkpoint, capsys, change, said):
     assert said in found
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"nowhere: no such folder"):
         verify.main([str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match=r"is neither a checkpoint nor a run folder"):

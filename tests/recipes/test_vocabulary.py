@@ -1,4 +1,4 @@
-"""The vocabulary recipe from text to a tokenizer and a resized model, and what it refuses."""
+"""The vocabulary recipe, from text to a tokenizer and a resized model, and its refusals."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ def model(tmp_path):
     return folder
 
 
-def test_from_text_to_a_resized_model(text, english, model, tmp_path, capsys):
+def test_text_gives_a_tokenizer_and_a_resized_model(text, english, model, tmp_path, capsys):
     out, resized = tmp_path / "vocabulary", tmp_path / "resized"
     report = run(
         VocabularySettings(
@@ -98,7 +98,7 @@ def test_from_text_to_a_resized_model(text, english, model, tmp_path, capsys):
         assert torch.equal(after[name][: len(tensor)], tensor)
 
 
-def test_holds_out_documents_and_repeats(text, tmp_path):
+def test_documents_are_held_out_and_a_second_run_gives_the_same_bytes(text, tmp_path):
     settings = {"text": (str(text),), "text_field": "body", "size": 32030, "seed": 5}
     first = run(VocabularySettings(out=str(tmp_path / "first"), **settings))
     assert list(first["heldout"]) == ["held out of the text"]
@@ -109,7 +109,7 @@ def test_holds_out_documents_and_repeats(text, tmp_path):
         assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
 
 
-def test_trains_on_a_bounded_sample(text, tmp_path):
+def test_max_characters_bounds_the_training_text(text, tmp_path):
     report = run(
         VocabularySettings(text=(str(text),), text_field="body", new_pieces=20, max_characters=800, out=str(tmp_path / "out"))
     )
@@ -126,7 +126,7 @@ def test_the_command_reads_options_and_refuses_in_one_line(text, tmp_path):
     assert Tokenizer.load(out).vocab_size == 32023
 
 
-def test_weights_and_repeated_documents(text, tmp_path):
+def test_weights_mix_sources_and_repeated_documents_count_once(text, tmp_path):
     given = {"text": (str(text / "a.txt"), str(text / "b.jsonl.gz")), "text_field": "body", "new_pieces": 20}
     (text / "a.txt").write_text("\n\n".join(DOCUMENTS[:50] * 3) + "\n", encoding="utf-8")
     assert run(VocabularySettings(**given, heldout=(str(text / "a.txt"),), out=str(tmp_path / "all")))["documents"] == 100
@@ -139,8 +139,8 @@ def test_weights_and_repeated_documents(text, tmp_path):
     assert 1200 <= mixed["characters"] < 1200 + 2 * max(lengths)
 
 
-def test_comparison(text, english, tmp_path, capsys):
-    """Its figures against a count of our own, for a size, another folder and a tokenizer of mistral-common."""
+def test_a_comparison_agrees_with_our_own_count(text, english, tmp_path, capsys):
+    """Two sizes, another folder, and the tokenizers of mistral-common."""
     other = tmp_path / "other"
     run(VocabularySettings(text=(str(text / "a.txt"),), new_pieces=30, out=str(other)))
     (tmp_path / "heldout.txt").write_text("\n\n".join(DOCUMENTS[60:70]), encoding="utf-8")
@@ -216,7 +216,7 @@ def settings_for(folder, tmp_path, **changes):
         ({"split": "paragraph"}, "split = 'paragraph': must be one of"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(text, tmp_path, changes, message):
+def test_contradicting_settings_are_refused(text, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings_for(text, tmp_path, **changes)
 
@@ -254,7 +254,7 @@ def test_bad_text_is_named(text, tmp_path, name, content, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_outputs_that_cannot_be_written_are_refused_before_training(text, tmp_path, model):
+def test_unwritable_outputs_are_refused_before_training(text, tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/out: cannot be written|file"):
         run(settings_for(text, tmp_path, out=str(tmp_path / "file" / "out")))
