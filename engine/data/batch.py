@@ -158,13 +158,13 @@ def evaluation_batches(
             f"{context_length} and left out of the evaluation",
             stacklevel=2,
         )
-    if not len(table):
-        raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
     numbers, unit = np.arange(len(table)), 2 if table.paired else 1
     document, start, places = table.locate(numbers)
     if limit is not None:
         keep = document < limit * unit
         document, start, places = document[keep], start[keep], places[keep]
+    if not len(document):
+        raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
     shared = table.shared(numbers[: len(document) // unit])
     units = Units(np.zeros_like(document), document, start, places, shared, unit)
     packs: list[list[int]] = []

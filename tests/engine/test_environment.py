@@ -1,14 +1,12 @@
-"""Which device a run takes, and what it says where the one that is there cannot be used."""
+"""The device that a run takes, and the message where a GPU is present but unusable."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine import environment
-from engine.environment import DeviceError, choose_device, nvidia_driver, report
+from engine.environment import DeviceError, choose_device, main, nvidia_driver, report
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER_TEXT = (
@@ -36,18 +34,18 @@ def machine(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cpu", "cpu")])
-def test_a_usable_gpu(machine, name, expected):
+def test_auto_takes_a_usable_gpu(machine, name, expected):
     machine(cuda=True, driver=DRIVER_TEXT)
     assert choose_device(name) == torch.device(expected)
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu"])
-def test_no_gpu(machine, name):
+def test_auto_takes_the_cpu_without_a_gpu(machine, name):
     machine()
     assert choose_device(name) == torch.device("cpu")
 
 
-def test_no_gpu_but_asked_for(machine):
+def test_cuda_without_a_gpu_is_refused(machine):
     machine()
     with pytest.raises(DeviceError, match=r"device = cuda: no NVIDIA driver is loaded .* or use device = cpu"):
         choose_device("cuda")
@@ -61,7 +59,7 @@ def test_no_gpu_but_asked_for(machine):
         (None, ["driver 580.82.07", "built for CPU only", "install the CUDA build of torch"]),
     ],
 )
-def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu_quietly(machine, name, build, parts):
+def test_a_gpu_that_torch_cannot_use_is_refused_instead_of_taking_the_cpu_quietly(machine, name, build, parts):
     machine(driver=DRIVER_TEXT, build=build)
     with pytest.raises(DeviceError) as error:
         choose_device(name)
@@ -69,7 +67,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_take_the_cpu_quietly(machin
     assert choose_device("cpu") == torch.device("cpu")
 
 
-def test_what_triton_needs_is_named(machine, monkeypatch):
+def test_a_missing_compiler_or_header_is_named(machine, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     machine(cuda=True, driver=DRIVER_TEXT, compiler=False)
     with pytest.raises(DeviceError, match=r"no C compiler, .* install gcc or clang, or set CC"):
@@ -79,7 +77,7 @@ def test_what_triton_needs_is_named(machine, monkeypatch):
         choose_device("auto")
 
 
-def test_a_named_compiler_is_the_only_one(machine, monkeypatch):
+def test_cc_overrides_the_known_compilers(machine, monkeypatch):
     machine()
     monkeypatch.setattr(environment.shutil, "which", lambda name: {"gcc": "/usr/bin/gcc"}.get(name))
     monkeypatch.delenv("CC", raising=False)
@@ -89,12 +87,12 @@ def test_a_named_compiler_is_the_only_one(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "version"), [(DRIVER_TEXT, "580.82.07"), ("something else\n", "unknown"), ("", None)])
-def test_driver_versions(machine, text, version):
+def test_the_drivers_version_is_read_from_its_file(machine, text, version):
     machine(driver=text)
     assert nvidia_driver() == version
 
 
-def test_the_report_tells_an_unusable_gpu(machine):
+def test_the_report_says_that_a_gpu_is_unusable(machine):
     machine(driver=DRIVER_TEXT, build=None)
     rows = dict(report())
     assert rows["NVIDIA driver"] == "580.82.07"
@@ -102,10 +100,10 @@ def test_the_report_tells_an_unusable_gpu(machine):
     assert "CPU only" in rows["torch"]
 
 
-def test_the_command_prints_what_is_there():
-    command = [sys.executable, "-m", "engine.environment"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"torch            {torch.__version__}" in result.stdout
-    assert str(ROOT / "kernels" / "__init__.py") in result.stdout
-    assert "device used" in result.stdout
+def test_the_command_prints_the_report(capsys):
+    main()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert f"torch            {torch.__version__}" in printed.out
+    assert str(ROOT / "kernels" / "__init__.py") in printed.out
+    assert "device used" in printed.out

@@ -1,4 +1,4 @@
-"""A run that cannot work says so before its first step, in one line that names the thing and the remedy, and writes nothing."""
+"""A run that cannot work is refused before its first step, in one line with the cause and the remedy, and writes nothing."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 
 
 def refused(recipe, settings, error=ValueError):
-    """The message of the refusal; the run folder must be as it was."""
+    """The message of the refusal. The run folder must stay unchanged."""
     out = Path(settings.out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")} if out.is_dir() else None
     with pytest.raises(error) as caught:
@@ -41,7 +41,7 @@ def refused(recipe, settings, error=ValueError):
         ("dpo", "conversations", "holds conversations, this recipe trains on preferences"),
     ],
 )
-def test_data_of_another_kind(tiny_settings, tiny_data, tmp_path, stage, kind, expected):
+def test_data_of_another_kind_is_refused(tiny_settings, tiny_data, tmp_path, stage, kind, expected):
     folder = str(getattr(tiny_data, kind))
     settings = tiny_settings(stage, tmp_path / "run", sources=[{"path": folder}], heldout=[])
     assert refused(RECIPES[stage], settings) == f"{folder}: {expected}"
@@ -51,11 +51,11 @@ def test_data_of_another_kind(tiny_settings, tiny_data, tmp_path, stage, kind, e
 
 def test_text_may_be_mixed_into_conversations(tiny_settings, tiny_data, tmp_path):
     sources = [{"path": str(tiny_data.conversations), "share": 0.8}, {"path": str(tiny_data.text), "share": 0.2}]
-    last = sft.run(tiny_settings("sft", tmp_path / "run", sources=sources))
-    assert last.name == "step-00000006"
+    last = sft.run(tiny_settings("sft", tmp_path / "run", sources=sources, steps=2))
+    assert last.name == "step-00000002"
 
 
-def test_data_of_another_tokenizer(tiny_settings, tmp_path):
+def test_data_of_another_tokenizer_is_refused(tiny_settings, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     with DatasetWriter(folder, "text", vocab_size=340, tokenizer_fingerprint="0" * 64) as writer:
@@ -80,7 +80,7 @@ def test_data_of_another_tokenizer(tiny_settings, tmp_path):
         ({"steps": 100, "epochs": 1}, ValueError, ["steps = 100", "lower steps, raise epochs"]),
     ],
 )
-def test_settings_that_do_not_fit(tiny_settings, tmp_path, changes, error, parts):
+def test_settings_that_do_not_fit_are_named(tiny_settings, tmp_path, changes, error, parts):
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", **changes), error)
     for part in parts:
         assert part in message
@@ -104,7 +104,7 @@ def test_a_preset_takes_its_vocabulary_from_the_tokenizer(tiny_settings, tiny_to
     assert (other / "model-00001-of-00001.safetensors").read_bytes() != weights[0]
 
 
-def test_a_tokenizer_larger_than_the_model(tiny_settings, tmp_path):
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny_settings, tmp_path):
     write_tokenizer_folder(tmp_path / "large", mistral_tokenizer_path().read_bytes())
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", tokenizer=str(tmp_path / "large")))
     assert "the tokenizer has 32000 pieces" in message
@@ -112,15 +112,15 @@ def test_a_tokenizer_larger_than_the_model(tiny_settings, tmp_path):
     assert "resize the model with recipes.vocabulary, or name its own tokenizer" in message
 
 
-def test_two_held_out_folders_of_one_name(tiny_settings, tiny_data, tmp_path):
+def test_two_held_out_folders_of_one_name_are_refused(tiny_settings, tiny_data, tmp_path):
     copy = shutil.copytree(tiny_data.text_heldout, tmp_path / "copy" / tiny_data.text_heldout.name)
     settings = tiny_settings("pretrain", tmp_path / "run", heldout=[str(tiny_data.text_heldout), str(copy)])
     assert "two folders share a name" in refused(pretrain, settings)
 
 
 @pytest.mark.filterwarnings("ignore:.*left out of the evaluation")
-def test_held_out_pairs_that_are_all_too_long(tiny_settings, tiny_data, tmp_path):
-    """All pairs, or all of those that the limit leaves."""
+def test_held_out_pairs_that_are_all_too_long_are_refused(tiny_settings, tiny_data, tmp_path):
+    """All pairs, or all pairs within the limit."""
     places = TokenDataset.open(tiny_data.preferences_heldout).lengths.reshape(-1, 2).max(axis=1) - 1
     assert places[0] > places.min()
     for context_length, limit in [(int(places.min()) - 1, None), (int(places[0]) - 1, 1)]:
@@ -132,20 +132,20 @@ def test_held_out_pairs_that_are_all_too_long(tiny_settings, tiny_data, tmp_path
 
 
 @pytest.mark.parametrize("below", ["file", "file/run"])
-def test_an_out_that_cannot_be_a_folder(tiny_settings, tmp_path, below):
+def test_an_out_that_cannot_be_a_folder_is_refused(tiny_settings, tmp_path, below):
     (tmp_path / "file").write_text("")
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / below), NotADirectoryError)
     assert message == f"{tmp_path / below}: cannot be written: {tmp_path / 'file'} is not a folder; choose another out"
 
 
-def test_an_out_without_permission(tiny_settings, tmp_path, monkeypatch):
-    """As `os.access` tells it, which the superuser's real permissions would not."""
+def test_an_out_without_permission_is_refused(tiny_settings, tmp_path, monkeypatch):
+    """`os.access` is replaced, as nothing denies the superuser permission."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "deep" / "run"), PermissionError)
     assert message == f"{tmp_path / 'deep' / 'run'}: cannot be written: no permission for {tmp_path}; choose another out"
 
 
-def test_replicas_that_do_not_divide_the_ranks(tiny_settings, tmp_path, monkeypatch):
+def test_replicas_that_do_not_divide_the_ranks_are_refused(tiny_settings, tmp_path, monkeypatch):
     settings = tiny_settings("pretrain", tmp_path / "run", parallel={"replicas": 2})
     for ranks in ("1", "3"):
         monkeypatch.setenv("WORLD_SIZE", ranks)
@@ -154,7 +154,7 @@ def test_replicas_that_do_not_divide_the_ranks(tiny_settings, tmp_path, monkeypa
     assert open_run(tiny_settings("pretrain", tmp_path / "run"), ("text",)).start == 0
 
 
-def test_a_port_in_use(tiny_settings, tmp_path, monkeypatch):
+def test_a_port_in_use_is_named(tiny_settings, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         named = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -167,7 +167,7 @@ def test_a_port_in_use(tiny_settings, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def begun(tiny_settings, tmp_path_factory):
-    """A run of six steps that got as far as three."""
+    """A run of six steps, stopped after three."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     sft.run(tiny_settings("sft", folder, checkpoint_every=3))
     shutil.rmtree(folder / "step-00000006")
@@ -201,15 +201,15 @@ def test_changed_sources_on_resuming_are_named(tiny_settings, tiny_data, begun):
     assert "holds a run with sources.1.path = None" in message
 
 
-def test_dtypes_are_compared_as_resolved(tiny_settings, begun, tmp_path):
-    """auto means float32 on this run's CPU: float32 asked for is the same run."""
+def test_a_dtype_equal_to_the_resolved_one_resumes(tiny_settings, begun, tmp_path):
+    """auto is float32 on a CPU, so asking for float32 continues the same run."""
     copy = Path(shutil.copytree(begun, tmp_path / "run"))
     assert open_run(tiny_settings("sft", copy, dtype="float32"), ("conversations",)).start == 3
     state = json.loads((copy / "step-00000003" / "training" / "state.json").read_text())
     assert state["settings"]["dtype"] == "float32"
 
 
-def test_changed_data_on_resuming(tiny_settings, tiny_data, begun, tmp_path, monkeypatch):
+def test_changed_data_on_resuming_is_refused(tiny_settings, tiny_data, begun, tmp_path, monkeypatch):
     data = Path(shutil.copytree(tiny_data.conversations, tmp_path / "data"))
     out = tmp_path / "run"
     changes = {"sources": [{"path": str(data)}], "checkpoint_every": 3}
@@ -221,17 +221,16 @@ def test_changed_data_on_resuming(tiny_settings, tiny_data, begun, tmp_path, mon
     assert message == f"{out}: the prepared data changed since this run began; restore it or choose another out"
 
 
-def test_resume_never(tiny_settings, begun):
+def test_resume_never_refuses_a_folder_with_a_run(tiny_settings, begun):
     message = refused(sft, tiny_settings("sft", begun, resume="never"), FileExistsError)
     assert message == f"{begun}: holds a run already (step-00000003); choose another out, or resume = auto"
 
 
-def test_another_recipes_run(tiny_settings, begun):
-    """A folder of fine-tuning is not continued by pre-training."""
+def test_pre_training_does_not_continue_a_run_of_fine_tuning(tiny_settings, begun):
     assert f"{begun}: holds a run with " in refused(pretrain, tiny_settings("pretrain", begun))
 
 
-def test_what_may_change_on_resuming_are_settings(tiny_settings, tmp_path):
+def test_only_settings_without_influence_on_the_trajectory_may_change_on_resuming(tiny_settings, tmp_path):
     known = set(vars(tiny_settings("dpo", tmp_path)))
     assert known | {"optimizer.offload"} >= FREE_ON_RESUME
     fixed = {"model", "sources", "seed", "optimizer", "schedule", "step_size", "context_length", "dtype", "share_prompts"}
@@ -239,7 +238,7 @@ def test_what_may_change_on_resuming_are_settings(tiny_settings, tmp_path):
     assert not FREE_ON_RESUME & fixed
 
 
-def test_default_micro_batch_holds_the_longest_unit(tiny_settings, tmp_path):
+def test_the_default_micro_batch_holds_the_longest_document_or_pair(tiny_settings, tmp_path):
     """One context for documents, two for pairs."""
     for stage, kinds, expected in [("pretrain", ("text",), 32), ("dpo", ("preferences",), 128)]:
         run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=0), kinds)
@@ -248,20 +247,20 @@ def test_default_micro_batch_holds_the_longest_unit(tiny_settings, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
-def test_attention_backend_that_needs_a_gpu(backend, tiny_settings, tmp_path, monkeypatch):
+def test_an_attention_backend_that_needs_a_gpu_is_refused(backend, tiny_settings, tmp_path, monkeypatch):
     monkeypatch.setattr("kernels.attention.backends.INTERPRETED", False)
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", device="cpu", backend=backend))
     assert message.startswith(f"backend = '{backend}': attention backend {backend} ")
 
 
 def overwrite(path, content):
-    """In place: a mapped file that was cut would end the process that reads it."""
+    """In place: truncating a mapped file would kill the process that reads it."""
     with path.open("r+b") as file:
         file.write(content)
 
 
-def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, tiny_data, tmp_path):
-    """Whatever dataset.json says: a token of a file is another, and no size has changed."""
+def test_changed_data_is_found_between_runs_and_during_a_run(tiny_settings, tiny_data, tmp_path):
+    """One token differs; sizes and dataset.json stay the same."""
     data = shutil.copytree(tiny_data.text, tmp_path / "text")
     settings = tiny_settings(
         "pretrain", tmp_path / "run", sources=[{"path": str(data)}], heldout=[], log={"tensorboard": False}
@@ -277,7 +276,7 @@ def test_data_that_changes_is_found_between_runs_and_within_one(tiny_settings, t
         list(stream)
     with pytest.raises(ValueError, match=r"tokens-00000.bin: its content is not what was written: prepare the dataset again"):
         pretrain.run(settings)
-    # Restored, though newer than the rest.
+    # The restored file is newer than dataset.json, and accepted.
     tokens[100] ^= 1
     overwrite(data / "tokens-00000.bin", tokens)
     assert pretrain.run(settings).name == "step-00000006"

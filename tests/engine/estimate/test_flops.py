@@ -1,4 +1,6 @@
-"""The work of a step against brute force and torch's own count of the same products."""
+"""The operations of a step against brute force and torch's own count of the same products."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,16 @@ from kernels.attention.work import attended_pairs, attention_work, pairs_of
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, initialize
 
+CONFIG = MistralConfig(
+    vocab_size=24,
+    unpadded_vocab_size=21,
+    hidden_size=12,
+    intermediate_size=20,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+)
+
 
 @given(st.lists(st.integers(0, 40), max_size=5), st.none() | st.integers(1, 50))
 def test_attended_pairs_by_brute_force(lengths, window):
@@ -22,10 +34,13 @@ def test_attended_pairs_by_brute_force(lengths, window):
 
 
 @given(
-    st.integers(0, 12), st.lists(st.integers(0, 12), max_size=3), st.integers(0, 12), st.none() | st.integers(1, 30)
-)  # fmt: skip
+    prompt=st.integers(0, 12),
+    answers=st.lists(st.integers(0, 12), max_size=3),
+    alone=st.integers(0, 12),
+    window=st.none() | st.integers(1, 30),
+)
 def test_pairs_of_shared_prompts_by_brute_force(prompt, answers, alone, window):
-    """A prompt, answers that continue it, and a document beside them."""
+    """A prompt, answers that continue it, and another document."""
     expected = attended_pairs([prompt, alone], window)
     for answer in answers:
         for query in range(prompt, prompt + answer):
@@ -39,13 +54,10 @@ def test_pairs_of_shared_prompts_by_brute_force(prompt, answers, alone, window):
 @pytest.mark.parametrize(
     ("lengths", "prefixes"), [([7, 1, 4], [-1, -1, -1]), ([4, 3, 2, 3], [-1, 0, 0, -1])], ids=["documents", "shared prompt"]
 )
-def test_training_flops_are_those_that_torch_counts(lengths, prefixes, window):
-    """A model of plain products, each query multiplied with the keys that it sees and no others: of its own document, or of the
-    prompt that it shares as well."""
-    config = MistralConfig(
-        vocab_size=24, unpadded_vocab_size=21, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=window,
-    )  # fmt: skip
+def test_training_flops_equal_torchs_count(lengths, prefixes, window):
+    """Of a model of plain products, which multiplies each query with exactly the keys that it sees: its own document's, and its
+    shared prompt's."""
+    config = replace(CONFIG, num_hidden_layers=2, sliding_window=window)
     rows = [0, 3, 4, 9, 11]
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
     seen = []
@@ -57,15 +69,14 @@ def test_training_flops_are_those_that_torch_counts(lengths, prefixes, window):
         return torch.randn(inputs, outputs, requires_grad=True)
 
     head = weight(12, 21)
-    layers = [(weight(12, 4 * 6), weight(12, 2 * 6), weight(12, 2 * 6), weight(24, 12), weight(12, 20), weight(12, 20),
-               weight(20, 12)) for _ in range(2)]  # fmt: skip
+    shapes = [(12, 24), (12, 12), (12, 12), (24, 12), (12, 20), (12, 20), (20, 12)]  # q, k, v, o, gate, up, down
+    layers = [[weight(*shape) for shape in shapes] for _ in range(2)]
     hidden = torch.randn(sum(lengths), 12, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         state = hidden
         for q, k, v, o, gate, up, down in layers:
-            query, key, value = (
-                (state @ q).unflatten(1, (4, 6)), (state @ k).unflatten(1, (2, 6)), (state @ v).unflatten(1, (2, 6)),
-            )  # fmt: skip
+            query = (state @ q).unflatten(1, (4, 6))
+            key, value = ((state @ projection).unflatten(1, (2, 6)) for projection in (k, v))
             outputs = []
             for place, keys in enumerate(seen):
                 heads = []
@@ -81,7 +92,7 @@ def test_training_flops_are_those_that_torch_counts(lengths, prefixes, window):
     assert found == counter.get_total_flops()
 
 
-def test_shisa_7b_costs_what_the_arithmetic_says():
+def test_shisa_7b_takes_the_designs_operations_a_token():
     """7.471 billion parameters in products, 6 operations each; attention at 4096 tokens: 3.22 GFLOP a token."""
     config = PRESETS["shisa-7b"]
     linear = training_flops(config, tokens=1, rows=1, pairs=0)
@@ -105,7 +116,7 @@ def test_shisa_7b_costs_what_the_arithmetic_says():
         ("NVIDIA Imaginary 9000", None),
     ],
 )
-def test_peaks_are_by_name_and_unknown_ones_are_not_guessed(monkeypatch, name, tflops):
+def test_a_devices_peak_is_found_by_its_name_and_never_guessed(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     found = peak_flops(torch.device("cuda"))
     assert found == (None if tflops is None else tflops * 1e12)
@@ -113,12 +124,9 @@ def test_peaks_are_by_name_and_unknown_ones_are_not_guessed(monkeypatch, name, t
 
 
 @pytest.mark.parametrize("mode", ["light", "ffn", "block"])
-def test_recomputed_flops_are_those_that_torch_counts(mode):
-    """In a model whose attention multiplies nothing."""
-    config = MistralConfig(
-        vocab_size=24, unpadded_vocab_size=21, hidden_size=12, intermediate_size=20, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-    )  # fmt: skip
+def test_recomputed_flops_equal_torchs_count(mode):
+    """In a model whose attention has no matrix products."""
+    config = replace(CONFIG, num_hidden_layers=3)
     model = Mistral(config)
     initialize(model, 0)
     tokens = torch.arange(11)

@@ -1,4 +1,4 @@
-"""The gradient of a step does not depend on how its tokens were split, in float64 against one document at a time."""
+"""The gradient of a step does not depend on the split of its tokens: in float64, against one document at a time."""
 
 import itertools
 from dataclasses import replace
@@ -38,17 +38,31 @@ def plan_of(tiny_data):
     def make(*kinds: str, step_size: int) -> Plan:
         datasets = [TokenDataset.open(getattr(tiny_data, kind)) for kind in kinds]
         return Plan(
-            datasets, [Source(kind) for kind in kinds], seed=SEED, context_length=CONTEXT[kinds[0]], step_size=step_size,
-            steps=3, epochs=None,
-        )  # fmt: skip
+            datasets,
+            [Source(kind) for kind in kinds],
+            seed=SEED,
+            context_length=CONTEXT[kinds[0]],
+            step_size=step_size,
+            steps=3,
+            epochs=None,
+        )
 
     return make
 
 
-# Tokens of the prompt, of both answers; places that may be shared. The prompts are none, of one token, within the window and
-# beyond it; answers are shorter and longer than the window; one prompt is trained on midway, one pair's prompts differ midway.
-PAIRS = [(0, 3, 9, 0), (1, 8, 2, 0), (2, 1, 1, 1), (4, 7, 3, 3), (5, 2, 12, 4), (6, 11, 10, 5), (17, 1, 9, 16), (23, 14, 6, 22),
-         (9, 4, 5, 3), (8, 5, 3, 5)]  # fmt: skip
+# (tokens of the prompt, of the chosen answer, of the rejected answer, places that can be shared)
+PAIRS = [
+    (0, 3, 9, 0),
+    (1, 8, 2, 0),
+    (2, 1, 1, 1),
+    (4, 7, 3, 3),
+    (5, 2, 12, 4),
+    (6, 11, 10, 5),
+    (17, 1, 9, 16),  # a prompt beyond the window
+    (23, 14, 6, 22),
+    (9, 4, 5, 3),  # a prompt with a trained token
+    (8, 5, 3, 5),  # prompts that differ midway
+]
 TRAINED_PROMPT, DIFFERENT_PROMPTS = 8, 9
 
 
@@ -63,7 +77,7 @@ def shared_plan(tmp_path_factory):
             for side, answer in enumerate(answers):
                 ids = torch.cat([common, torch.randint(340, (answer,), generator=generator)])
                 trained = torch.arange(len(ids)) >= prompt
-                # Whichever side's answer begins differs from the other's.
+                # The two answers begin differently.
                 ids[prompt] = side
                 if number == TRAINED_PROMPT:
                     trained[shared + 1] = True
@@ -78,15 +92,21 @@ def shared_plan(tmp_path_factory):
 
     def make(share: bool) -> Plan:
         return Plan(
-            [dataset], [Source("pairs")], seed=SEED, context_length=64, step_size=len(PAIRS), steps=1, epochs=None,
+            [dataset],
+            [Source("pairs")],
+            seed=SEED,
+            context_length=64,
+            step_size=len(PAIRS),
+            steps=1,
+            epochs=None,
             share_prompts=share,
-        )  # fmt: skip
+        )
 
     return make
 
 
 def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1, pad=False):
-    """Gradients and values of a global step, summed over the ranks that it was dealt to, padded as for a GPU or not."""
+    """(gradients, values, micro-batches) of a global step, summed over its ranks. pad: as for a GPU."""
     model.zero_grad()
     values: dict[str, torch.Tensor] = {}
     batches = 0
@@ -100,7 +120,7 @@ def split_gradients(model, objective, plan, step, *, pack_tokens, ranks=1, pad=F
 
 
 def segments(plan, step):
-    """(stable document id, tokens of the whole document, trained, first place, places) of each segment of a step."""
+    """(document id, tokens of the whole document, trained, first place, places) of each segment of a step."""
     units = plan.units(step)
     for source, document, start, places in zip(
         *(column.tolist() for column in (units.source, units.document, units.start, units.places)), strict=True
@@ -111,16 +131,20 @@ def segments(plan, step):
 
 
 def segment_log_probs(model, document, tokens, start, places, *, alpha, step, prompt=(0, 0, 0)):
-    """log p of the tokens after each place of one segment, alone in its row, by autograd through all logits.
+    """Log-probability of each label of one segment, alone in its row, by autograd through all logits.
 
-    prompt: places at its start whose noise is another document's, and that document's id and length.
+    prompt: number of places at the start with another document's noise, and the other document's id and length.
     """
     inside = torch.arange(places)
     common, other, length = prompt
     noise = EmbeddingNoise(
-        alpha=alpha, seed=SEED, step=step, document_T=torch.where(inside < common, other, document), position_T=start + inside,
+        alpha=alpha,
+        seed=SEED,
+        step=step,
+        document_T=torch.where(inside < common, other, document),
+        position_T=start + inside,
         length_T=torch.where(inside < common, length, len(tokens)),
-    )  # fmt: skip
+    )
     attend = packed_attention(torch.tensor([0, places], dtype=torch.int32), model.config.sliding_window)
     hidden = model(tokens[start : start + places], inside, attend, noise if alpha else None)
     logits = hidden @ model.lm_head.weight[: model.config.unpadded_vocab_size].T
@@ -158,12 +182,12 @@ def lone_dpo_gradients(model, plan, step, alpha, reference, beta):
 
 
 def difference(found, expected):
-    """Greatest difference of a parameter's gradient, relative to that parameter's greatest gradient."""
+    """Largest difference of a parameter's gradient, relative to the parameter's largest gradient."""
     return max(float((found[name] - expected[name]).abs().max() / expected[name].abs().max()) for name in expected)
 
 
 @pytest.mark.parametrize(("kinds", "alpha"), [(("text",), 0.0), (("conversations",), 5.0), (("conversations", "text"), 10.0)])
-def test_next_token_gradients_are_those_of_documents_one_at_a_time(model, plan_of, kinds, alpha):
+def test_next_token_gradients_equal_those_of_documents_one_at_a_time(model, plan_of, kinds, alpha):
     plan = plan_of(*kinds, step_size=150)
     step = 1
     expected, loss = lone_next_token_gradients(model, plan, step, alpha)
@@ -180,7 +204,7 @@ def test_next_token_gradients_are_those_of_documents_one_at_a_time(model, plan_o
 
 
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
-def test_dpo_gradients_are_those_of_documents_one_at_a_time(model, plan_of, alpha):
+def test_dpo_gradients_equal_those_of_documents_one_at_a_time(model, plan_of, alpha):
     plan = plan_of("preferences", step_size=7)
     reference = -30 - 10 * torch.rand(32, 2, generator=torch.Generator().manual_seed(0))
     expected, loss = lone_dpo_gradients(model, plan, 1, alpha, reference.double(), beta=0.3)
@@ -195,9 +219,8 @@ def test_dpo_gradients_are_those_of_documents_one_at_a_time(model, plan_of, alph
     assert len(set(counts)) >= 3
 
 
-@pytest.mark.parametrize("window", [1, 5, 9, None])
-@pytest.mark.parametrize("alpha", [0.0, 5.0])
-def test_shared_prompts_give_the_gradients_of_documents_one_at_a_time(model, shared_plan, monkeypatch, alpha, window):
+@pytest.mark.parametrize(("window", "alpha"), [(1, 0.0), (5, 5.0), (9, 5.0), (None, 0.0)])
+def test_gradients_with_shared_prompts_equal_those_of_documents_one_at_a_time(model, shared_plan, monkeypatch, window, alpha):
     monkeypatch.setattr(model, "config", replace(model.config, sliding_window=window))
     plan, apart = shared_plan(True), shared_plan(False)
     reference = -30 - 10 * torch.rand(len(PAIRS), 2, generator=torch.Generator().manual_seed(0))
@@ -230,7 +253,7 @@ def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, 
     for start, end, prefix in batch.attention.segments:
         own[start:end] = prefix >= 0 and int(batch.document_T[start]) % 2 == side
     assert 0 < int(own.sum()) < len(own)
-    # Inputs alone, so that labels stay.
+    # Change the inputs and keep the labels.
     changed = torch.where(own, (batch.tokens_T + 1) % 340, batch.tokens_T)
     with torch.no_grad():
         before, after = (token_log_probs(model, replace(batch, tokens_T=tokens)) for tokens in (batch.tokens_T, changed))
@@ -242,7 +265,7 @@ def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, 
 
 @pytest.mark.parametrize(("kind", "step_size"), [("text", 16), ("preferences", 1)])
 def test_a_rank_without_work_adds_nothing(model, plan_of, kind, step_size):
-    """Steps of one document or pair: the second rank runs a filler, whose reference is nobody's."""
+    """In a step of one document or pair, the second rank runs a filler, which has no reference."""
     plan = plan_of(kind, step_size=step_size)
     step = next(step for step in range(plan.steps) if len(plan.units(step).sizes) == 1 and plan.units(step).document[0])
     objective = NextToken()
@@ -272,7 +295,7 @@ def test_noise_changes_the_gradient_and_only_while_training(model, plan_of):
 
 
 def test_gradients_equal_transformers(model, plan_of, tmp_path):
-    """`transformers` normalises in float32 even in a float64 model: its gradients are good to float32 only."""
+    """Within float32: `transformers` normalises in float32 even in a float64 model."""
     config = replace(model.config, unpadded_vocab_size=model.config.vocab_size)
     whole = Mistral(config).double()
     whole.load_state_dict(model.state_dict())
@@ -308,8 +331,8 @@ def test_gradients_equal_transformers(model, plan_of, tmp_path):
     assert difference(found, expected) < 1e-5
 
 
-def test_places_of_all_splits_are_the_plans(plan_of):
-    """What the tests above rely on: documents longer than the context are split, and every step differs."""
+def test_the_plan_splits_long_documents_and_its_steps_differ(plan_of):
+    """The tests above rely on it."""
     plan = plan_of("text", step_size=150)
     starts = [start for step in range(plan.steps) for _, _, _, start, _ in segments(plan, step)]
     assert any(starts)

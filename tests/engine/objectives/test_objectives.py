@@ -24,7 +24,7 @@ from model.weights import load_model, save_model
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
-    """A model without padding rows, over which `transformers` would sum as well."""
+    """A model without padding rows, which `transformers` would count as pieces."""
     model = Mistral(replace(load_model(tiny_model).config, unpadded_vocab_size=384))
     initialize(model, 2)
     folder = tmp_path_factory.mktemp("whole")
@@ -55,7 +55,7 @@ def batches_of(folder, pack_tokens, **layout):
 
 
 def their_loss(theirs, folder):
-    """The mean over all labels of a folder, as `transformers` counts them when it accumulates gradients."""
+    """The mean over all labels of a folder, as `transformers` computes it with gradient accumulation."""
     items = sum(int((labels[:, 1:] != -100).sum()) for _, labels in documents(folder))
     with torch.no_grad():
         losses = [
@@ -66,7 +66,7 @@ def their_loss(theirs, folder):
 
 
 def their_answer_log_probs(theirs, folder):
-    """[pairs, 2]: sums over the answers of (chosen, rejected)."""
+    """[pairs, 2]: summed log-probabilities of (chosen, rejected) answers."""
     sums = []
     with torch.no_grad():
         for tokens, labels in documents(folder):
@@ -76,11 +76,17 @@ def their_answer_log_probs(theirs, folder):
 
 
 @pytest.mark.parametrize("kind", ["text", "conversations"])
-def test_the_loss_of_a_step_is_that_of_transformers(model, theirs, tiny_data, kind):
+def test_the_loss_of_a_step_equals_transformers(model, theirs, tiny_data, kind):
     folder = getattr(tiny_data, kind)
     plan = Plan(
-        [TokenDataset.open(folder)], [Source("x")], seed=0, context_length=64, step_size=10**6, steps=None, epochs=1
-    )  # fmt: skip
+        [TokenDataset.open(folder)],
+        [Source("x")],
+        seed=0,
+        context_length=64,
+        step_size=10**6,
+        steps=None,
+        epochs=1,
+    )
     assert plan.steps == 1
     step = make_step(plan, 0, Packing(16, 200))
     assert len(step.batches) > 3
@@ -99,7 +105,7 @@ def test_evaluation_is_the_mean_over_the_whole_set_without_noise(model, theirs, 
 def test_padding_rows_take_no_probability(tiny_model, tiny_data):
     model = load_model(tiny_model)
     with torch.no_grad():
-        # As likely as can be, were they not left out.
+        # The padding rows would be the most likely pieces.
         model.lm_head.weight[340:] = 100 * model.lm_head.weight[:44]
     (batch,) = batches_of(tiny_data.text_heldout, 1000)
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
@@ -111,7 +117,7 @@ def test_padding_rows_take_no_probability(tiny_model, tiny_data):
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_answer_log_probs_are_those_of_transformers(model, theirs, tiny_data, share_prompts):
+def test_answer_log_probs_equal_transformers(model, theirs, tiny_data, share_prompts):
     batches = batches_of(tiny_data.preferences, 100, share_prompts=share_prompts)
     assert any(batch.tokens_saved for batch in batches) == share_prompts
     table = reference_log_probs(model, batches, 32)
@@ -119,7 +125,7 @@ def test_answer_log_probs_are_those_of_transformers(model, theirs, tiny_data, sh
     torch.testing.assert_close(table, their_answer_log_probs(theirs, tiny_data.preferences), rtol=1e-5, atol=1e-4)
 
 
-def test_pairs_that_are_not_scored_are_nan(model, tiny_data):
+def test_pairs_without_a_score_are_nan(model, tiny_data):
     pairs = TokenDataset.open(tiny_data.preferences)
     batches = evaluation_batches(pairs, Packing(16, 100), 64, limit=3)
     table = reference_log_probs(model, batches, 32)
@@ -137,7 +143,7 @@ MARGINS = [-30.0, -3.0, -0.2, 0.0, 0.7, 5.0, 12.0]
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 @pytest.mark.parametrize("margin", MARGINS)
 def test_losses_are_the_papers_formulas(margin, beta):
-    """margin: log(policy / reference) of the chosen answer less that of the rejected one."""
+    """margin: the chosen answer's log(policy / reference), minus the rejected answer's."""
 
     def loss(kind, smoothing=0.0):
         settings = PreferenceSettings(loss=kind, beta=beta, label_smoothing=smoothing)
@@ -154,8 +160,8 @@ def test_losses_are_the_papers_formulas(margin, beta):
 
 @given(st.floats(-50, 50), st.floats(0.01, 2), st.floats(0, 0.49))
 @settings(max_examples=50, deadline=None)
-def test_conservative_dpo_is_least_where_the_policy_believes_the_labels_as_far_as_they_are_true(margin, beta, smoothing):
-    """At sigmoid(beta * margin) = 1 - smoothing (Mitchell 2023); DPO's is least at infinity."""
+def test_conservative_dpo_has_its_minimum_where_the_policys_belief_is_the_share_of_true_labels(margin, beta, smoothing):
+    """At sigmoid(beta * margin) = 1 - smoothing (Mitchell 2023). DPO has its minimum at infinity."""
     chosen = PreferenceSettings(beta=beta, label_smoothing=smoothing)
     value = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
     preference_loss(value, chosen).sum().backward()
@@ -164,7 +170,7 @@ def test_conservative_dpo_is_least_where_the_policy_believes_the_labels_as_far_a
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo-mean", "hinge"])
 def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
-    """From the log-probabilities of `transformers` and a table of a reference, in plain numbers."""
+    """Against plain arithmetic on the log-probabilities of `transformers` and a reference table."""
     beta = 0.2
     scores = their_answer_log_probs(theirs, tiny_data.preferences).double()
     reference = (scores + 8 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) - 4).float()
@@ -199,9 +205,10 @@ def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
 
 @pytest.mark.parametrize(("kind", "loss"), [("sigmoid", math.log(2)), ("ipo", 25.0), ("ipo-mean", 25.0), ("hinge", 1.0)])
 def test_before_the_first_step_the_margin_is_zero(model, tiny_data, kind, loss):
-    """Whatever the packing: the reference's and the policy's batches differ. 25 = (1 / (2 * 0.1))^2.
+    """Although the reference and the policy run in different packs. 25 = (1 / (2 * 0.1))^2.
 
-    NEFTune's noise is for training only."""
+    Evaluation adds no NEFTune noise.
+    """
     reference = reference_log_probs(model, batches_of(tiny_data.preferences, 300), 32)
     objective = Preference(PreferenceSettings(loss=kind), [reference], neftune_alpha=15.0)
     found = evaluate(model, [Evaluation("p", objective, whole_step(batches_of(tiny_data.preferences, 60)))])

@@ -1,7 +1,9 @@
-"""The frozen reference's log-probabilities: computed once, kept, and never taken for another model's or data's."""
+"""The frozen reference's log-probabilities: computed once, kept, and never used for another model or other data."""
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from engine.objectives.preference import reference_log_probs
 from model.weights import load_model, save_model
 from recipes import dpo
 
+BOTH = ["source 0", "heldout preferences-heldout"]
+
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The names of the sets whose log-probabilities were computed since."""
+    """The names of the sets whose log-probabilities the test computed."""
     names = []
     compute = engine.objectives.reference._compute
 
@@ -32,7 +36,7 @@ def computed(monkeypatch):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """How often a run's initial model was loaded since."""
+    """The initial models that the test loaded."""
     calls = []
     load = engine.run.Run.load_initial_model
 
@@ -44,15 +48,52 @@ def loaded(monkeypatch):
     return calls
 
 
-def cut_back(out, step):
-    """Leave the run as a kill after `step` would have: without its later checkpoints."""
-    for folder in out.glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            folder.rename(folder.with_name("removed" + folder.name))
+@pytest.fixture(scope="module")
+def model_copy(tiny_model, tmp_path_factory):
+    return Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "model"))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_settings, model_copy, tmp_path_factory):
+    """The folder of a run of six steps with checkpoints after three and six."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    dpo.run(tiny_settings("dpo", out, model=str(model_copy), checkpoint_every=3))
+    return out
+
+
+@pytest.fixture
+def cache(finished, tmp_path):
+    """A copy of the finished run's log-probabilities."""
+    return Path(shutil.copytree(finished / "reference", tmp_path / "cache"))
+
+
+@pytest.fixture
+def one_step(tiny_settings, model_copy, tmp_path, cache):
+    """one_step(**changes): another run, of one step, with the finished run's log-probabilities at hand."""
+
+    def run(**changes):
+        given = {"model": str(model_copy), "reference_cache": str(cache), "steps": 1} | changes
+        dpo.run(tiny_settings("dpo", tmp_path / "run", **given))
+
+    return run
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+    """A copy of the finished run as a kill after step 3 would have left it."""
+    out = Path(shutil.copytree(finished, tmp_path / "killed"))
+    shutil.rmtree(out / "step-00000006")
+    return out
+
+
+@pytest.fixture
+def resume(tiny_settings, model_copy, killed):
+    """resume(**changes): continue the killed run."""
+    return lambda **changes: dpo.run(tiny_settings("dpo", killed, model=str(model_copy), checkpoint_every=3, **changes))
 
 
 def exchanged(folder, out):
-    """A copy of a prepared folder whose rejected answers are the chosen ones."""
+    """A copy of a prepared folder with chosen and rejected answers exchanged."""
     pairs = TokenDataset.open(folder)
     out.mkdir()
     with DatasetWriter(out, "preferences", vocab_size=340, tokenizer_fingerprint=pairs.tokenizer_fingerprint) as writer:
@@ -62,113 +103,83 @@ def exchanged(folder, out):
     return out
 
 
-BOTH = ["source 0", "heldout preferences-heldout"]
+@torch.no_grad()
+def change_weights(folder, out):
+    model = load_model(folder)
+    model.norm.weight[3] += 1e-3
+    save_model(model, out)
 
 
-def test_computed_once_for_the_same_weights_and_data(tiny_settings, tiny_model, tiny_data, tmp_path, computed):
-    cache = str(tmp_path / "cache")
-    dpo.run(tiny_settings("dpo", tmp_path / "a", reference_cache=cache))
-    assert computed == BOTH
-    tables = [load_file(file)["log_probs"] for file in (tmp_path / "cache").iterdir()]
+def test_computed_once_for_the_same_weights_and_data(finished, cache, one_step, tiny_model, tiny_data, tmp_path, computed):
+    tables = [load_file(file)["log_probs"] for file in (finished / "reference").iterdir()]
+    assert sorted(map(len, tables)) == [6, 32]
     pairs = TokenDataset.open(tiny_data.preferences)
-    batches = evaluation_batches(pairs, Packing(16, 300), 64)
-    expected = reference_log_probs(load_model(tiny_model), batches, 32)
-    torch.testing.assert_close(next(table for table in tables if len(table) == 32), expected, rtol=1e-5, atol=1e-4)
+    expected = reference_log_probs(load_model(tiny_model), evaluation_batches(pairs, Packing(16, 300), 64), 32)
+    torch.testing.assert_close(max(tables, key=len), expected, rtol=1e-5, atol=1e-4)
     # Another seed, another loss, another micro-batch size, another layout: the same reference.
-    changes = {"seed": 1, "preference": {"loss": "hinge"}, "pack_tokens": 200, "share_prompts": False}
-    dpo.run(tiny_settings("dpo", tmp_path / "b", reference_cache=cache, **changes))
-    assert computed == BOTH
-    assert not (tmp_path / "a" / "reference").exists()
-
-
-def test_kept_in_the_run_folder_by_default(tiny_settings, tmp_path, computed):
-    dpo.run(tiny_settings("dpo", tmp_path / "run", dtype="bfloat16"))
-    assert computed == BOTH
-    assert len(list((tmp_path / "run" / "reference").iterdir())) == 2
+    one_step(seed=1, preference={"loss": "hinge"}, pack_tokens=200, share_prompts=False)
+    assert computed == []
+    assert not (tmp_path / "run" / "reference").exists()
+    assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize("change", ["weight", "dtype", "dataset", "context"])
-def test_computed_again_when_something_changed(tiny_settings, tiny_model, tiny_data, tmp_path, computed, change):
-    cache = str(tmp_path / "cache")
-    dpo.run(tiny_settings("dpo", tmp_path / "a", reference_cache=cache))
-    changes, expected = {}, BOTH
+def test_computed_again_after_a_change(one_step, cache, tiny_model, tiny_data, tmp_path, computed, change):
     if change == "weight":
-        model = load_model(tiny_model)
-        with torch.no_grad():
-            model.norm.weight[3] += 1e-3
         (tmp_path / "other").mkdir()
-        save_model(model, tmp_path / "other")
-        changes = {"model": str(tmp_path / "other"), "tokenizer": str(tiny_model)}
+        change_weights(tiny_model, tmp_path / "other")
+        one_step(model=str(tmp_path / "other"), tokenizer=str(tiny_model))
     elif change == "dtype":
-        changes = {"dtype": "bfloat16"}
+        one_step(dtype="bfloat16")
     elif change == "dataset":
-        # As many pairs, chosen and rejected exchanged.
-        changes = {"sources": [{"path": str(exchanged(tiny_data.preferences, tmp_path / "exchanged"))}]}
-        expected = ["source 0"]
+        one_step(sources=[{"path": str(exchanged(tiny_data.preferences, tmp_path / "exchanged"))}])
     else:
-        changes = {"context_length": 60}
-    dpo.run(tiny_settings("dpo", tmp_path / "b", reference_cache=cache, **changes))
-    assert computed == BOTH + expected
+        one_step(context_length=60)
+    assert computed == (BOTH[:1] if change == "dataset" else BOTH)
+    assert len(list(cache.iterdir())) == 2 + len(computed)
 
 
-def test_a_damaged_file_is_computed_again(tiny_settings, tmp_path, computed):
-    cache = tmp_path / "cache"
-    dpo.run(tiny_settings("dpo", tmp_path / "a", reference_cache=str(cache)))
+def test_a_damaged_file_is_computed_again(one_step, cache, computed):
     whole = {file.name: file.read_bytes() for file in cache.iterdir()}
     first, second = sorted(cache.iterdir())
     os.truncate(first, first.stat().st_size // 2)
     save_file({"log_probs": torch.zeros(3, 2)}, second)
-    dpo.run(tiny_settings("dpo", tmp_path / "b", reference_cache=str(cache)))
-    assert sorted(computed) == sorted(BOTH * 2)
+    one_step()
+    assert computed == BOTH
     assert {file.name: file.read_bytes() for file in cache.iterdir()} == whole
 
 
-def test_a_resumed_run_does_not_load_the_reference(tiny_settings, tmp_path, computed, loaded):
-    dpo.run(tiny_settings("dpo", tmp_path / "run", checkpoint_every=3))
-    cut_back(tmp_path / "run", 3)
-    del computed[:], loaded[:]
-    dpo.run(tiny_settings("dpo", tmp_path / "run", checkpoint_every=3))
-    assert computed == loaded == []
+@pytest.mark.parametrize("lost", ["nothing", "manifest", "tables"])
+def test_a_resumed_run_computes_only_what_was_lost(finished, killed, resume, metric_lines, computed, loaded, lost):
+    if lost == "manifest":
+        (killed / "reference.json").unlink()
+    if lost == "tables":
+        shutil.rmtree(killed / "reference")
+    resume()
+    assert computed == (BOTH if lost == "tables" else [])
+    assert len(loaded) == (lost != "nothing")
+    assert metric_lines(killed) == metric_lines(finished)
 
 
-@pytest.mark.parametrize("lost", ["manifest", "tables"])
-def test_a_resumed_run_computes_what_was_lost(tiny_settings, tmp_path, metric_lines, computed, lost):
-    out = tmp_path / "run"
-    dpo.run(tiny_settings("dpo", out, checkpoint_every=3))
-    lines = metric_lines(out)
-    cut_back(out, 3)
-    for file in [out / "reference.json"] if lost == "manifest" else (out / "reference").iterdir():
-        file.unlink()
-    del computed[:]
-    dpo.run(tiny_settings("dpo", out, checkpoint_every=3))
-    assert computed == ([] if lost == "manifest" else BOTH)
-    assert metric_lines(out) == lines
-
-
-def test_a_resumed_run_scores_a_changed_held_out_set(tiny_settings, tiny_data, tmp_path, metric_lines, computed):
-    """Held-out sets may change on resuming: one of the same name and size is not taken for the old one."""
-    out = tmp_path / "run"
-    dpo.run(tiny_settings("dpo", out, checkpoint_every=3, heldout_limit=2))
-    cut_back(out, 3)
-    del computed[:]
-    dpo.run(tiny_settings("dpo", out, checkpoint_every=3))
+def test_a_resumed_run_scores_a_changed_held_out_set(killed, resume, tiny_data, tmp_path, metric_lines, computed):
+    """Held-out sets may change on resuming: a set of the same name and size is not taken for the old set."""
+    changed = exchanged(tiny_data.preferences_heldout, tmp_path / "preferences-heldout")
+    resume(heldout=[str(changed)])
     assert computed == BOTH[1:]
-    assert all(torch.tensor(list(line.values())).isfinite().all() for line in metric_lines(out))
+    del computed[:]
+    shutil.rmtree(killed / "step-00000006")
+    resume(heldout_limit=2)
+    assert computed == BOTH[1:]
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in metric_lines(killed))
 
 
-def test_a_changed_reference_is_refused_on_resuming(tiny_settings, tiny_model, tmp_path):
-    folder = tmp_path / "model"
-    model = load_model(tiny_model)
-    folder.mkdir()
-    save_model(model, folder)
-    settings = tiny_settings("dpo", tmp_path / "run", checkpoint_every=3, model=str(folder), tokenizer=str(tiny_model))
-    dpo.run(settings)
-    cut_back(tmp_path / "run", 3)
-    for file in (tmp_path / "run" / "reference").iterdir():
-        file.unlink()
-    with torch.no_grad():
-        model.norm.weight[3] += 1e-3
-    save_model(model, folder)
-    with pytest.raises(ValueError, match=r"its weights have changed since the run in .* began"):
-        dpo.run(settings)
-    assert json.loads((tmp_path / "run" / "reference.json").read_text()).keys() == {"weights"}
+def test_a_changed_reference_is_refused_on_resuming(killed, resume, model_copy, tmp_path):
+    shutil.rmtree(killed / "reference")
+    whole = shutil.copytree(model_copy, tmp_path / "whole")
+    change_weights(whole, model_copy)
+    try:
+        with pytest.raises(ValueError, match=r"its weights have changed since the run in .* began"):
+            resume()
+    finally:
+        shutil.copytree(whole, model_copy, dirs_exist_ok=True)
+    assert json.loads((killed / "reference.json").read_text()).keys() == {"weights"}

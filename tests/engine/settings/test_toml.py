@@ -1,4 +1,4 @@
-"""Settings: from TOML and back, overridden, and refused with the file and the key."""
+"""Settings: read from TOML, overridden, written back, and refused with the file and the key."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.settings.sections import LogSettings, OptimizerSettings, PreferenceSettings, ScheduleSettings, Source
 from engine.settings.toml import from_table, parse, read_toml, to_toml
+from engine.settings.training import TrainSettings
 from recipes.chat import ChatSettings
 from recipes.dpo import DpoSettings
 from recipes.export import ExportSettings
@@ -22,9 +23,24 @@ TRAIN = {"model": "preset:tiny", "out": "runs/日本語", "sources": SOURCES, "s
 EVERY = [
     PretrainSettings(**TRAIN),
     PretrainSettings(
-        **TRAIN, tokenizer="t", heldout=("a", "b"), heldout_limit=3, context_length=64, pack_tokens=128, steps=7, epochs=1.5,
-        seed=-3, device="cpu", dtype="bfloat16", evaluate_every=2, checkpoint_every=3, keep_checkpoints=1, resume="never",
-        dry_run=True, optimizer=OptimizerSettings(0.8, 0.9, 1e-20, 0.0, 1e300), log=LogSettings(1, False, "project"),
+        **TRAIN,
+        tokenizer="t",
+        heldout=("a", "b"),
+        heldout_limit=3,
+        context_length=64,
+        pack_tokens=128,
+        steps=7,
+        epochs=1.5,
+        seed=-3,
+        device="cpu",
+        dtype="bfloat16",
+        evaluate_every=2,
+        checkpoint_every=3,
+        keep_checkpoints=1,
+        resume="never",
+        dry_run=True,
+        optimizer=OptimizerSettings(0.8, 0.9, 1e-20, 0.0, 1e300),
+        log=LogSettings(1, False, "project"),
         schedule=ScheduleSettings("linear", 1e-05, 4, 0.1),
     ),
     SftSettings(**TRAIN, neftune_alpha=15.0),
@@ -33,7 +49,7 @@ EVERY = [
     VocabularySettings(text=("a.txt", "b.txt"), out="t", new_pieces=100),
     PrepareSettings(kind="conversations", paths=("a.jsonl",), out="d"),
     ChatSettings(model="m"),
-]  # fmt: skip
+]
 
 
 def written(tmp_path, text):
@@ -43,7 +59,7 @@ def written(tmp_path, text):
 
 
 @pytest.mark.parametrize("value", EVERY, ids=lambda value: type(value).__name__)
-def test_every_recipes_settings_read_back_as_they_were(tmp_path, value):
+def test_every_recipes_settings_read_back_equal(tmp_path, value):
     path = written(tmp_path, to_toml(value))
     assert read_toml(type(value), path) == value
     assert parse(type(value), [str(path)]) == value
@@ -70,7 +86,7 @@ sources = st.builds(Source, path=texts, share=st.none() | st.floats(0, exclude_m
     )
 )
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_settings_read_back_as_they_were(tmp_path, value):
+def test_any_settings_read_back_equal(tmp_path, value):
     assert read_toml(DpoSettings, written(tmp_path, to_toml(value))) == value
 
 
@@ -103,7 +119,7 @@ SOURCE = '[[sources]]\npath = "p"\n'
         (BASE + "sources = []\n", "sources: name at least one prepared folder"),
         (BASE + "x = \n", "not valid TOML"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_file_and_the_key(tmp_path, text, message):
     path = written(tmp_path, text)
     with pytest.raises(ValueError) as error:
@@ -116,7 +132,7 @@ def test_errors_name_the_file_and_the_key(tmp_path, text, message):
     assert ended.value.code == f"error: {error.value}"
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path):
+def test_a_missing_or_binary_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.toml: no such configuration file"):
         read_toml(PretrainSettings, tmp_path / "nowhere.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
@@ -135,15 +151,21 @@ def test_overrides_win_over_the_file(tmp_path):
     expected = from_table(
         SftSettings,
         {
-            "model": "m", "out": "o", "step_size": 8, "steps": 9, "sources": [{"path": "q"}], "neftune_alpha": 0,
-            "dry_run": True, "schedule": {"peak": 2e-4, "warmup_steps": 7},
+            "model": "m",
+            "out": "o",
+            "step_size": 8,
+            "steps": 9,
+            "sources": [{"path": "q"}],
+            "neftune_alpha": 0,
+            "dry_run": True,
+            "schedule": {"peak": 2e-4, "warmup_steps": 7},
         },
-    )  # fmt: skip
+    )
     assert found == expected
 
 
 def test_overrides_complete_the_file(tmp_path):
-    """Neither a missing key nor a setting that needs another is an error before the overrides are known."""
+    """Missing keys, and settings that need another setting, are errors only after the overrides."""
     path = written(tmp_path, 'model = "m"\nstep_size = 8\nevaluate_every = 3\n' + SOURCE)
     found = parse(PretrainSettings, [str(path), "--out", "o", "--heldout", "h1", "h2"])
     assert (found.out, found.heldout, found.evaluate_every) == ("o", ("h1", "h2"), 3)
@@ -158,7 +180,7 @@ def test_overrides_complete_the_file(tmp_path):
         (["--steps", "1"], "--out"),
     ],
 )
-def test_wrong_overrides_end_with_the_option_named(tmp_path, capsys, argv, message):
+def test_a_wrong_override_is_named(tmp_path, capsys, argv, message):
     path = written(tmp_path, 'model = "m"\nstep_size = 8\n' + SOURCE)
     with pytest.raises(SystemExit) as ended:
         parse(PretrainSettings, [str(path), *argv])
@@ -166,13 +188,13 @@ def test_wrong_overrides_end_with_the_option_named(tmp_path, capsys, argv, messa
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_file_is_named_with_overrides_too(tmp_path):
+def test_a_wrong_file_with_overrides_is_named(tmp_path):
     path = written(tmp_path, BASE + "step_siz = 3\n" + SOURCE)
     with pytest.raises(SystemExit, match=r"config.toml: unknown key 'step_siz'"):
         parse(PretrainSettings, [str(path), "--steps", "1"])
 
 
-def test_settings_without_a_file(capsys):
+def test_a_command_line_alone_is_enough_without_lists_of_tables(capsys):
     assert parse(ExportSettings, ["--source", "a", "--out", "b"]) == ExportSettings(source="a", out="b")
     with pytest.raises(SystemExit) as ended:
         parse(PretrainSettings, ["--model", "m", "--out", "o", "--step-size", "3"])
@@ -181,11 +203,16 @@ def test_settings_without_a_file(capsys):
 
 
 @pytest.mark.parametrize("settings_class", sorted({type(value) for value in EVERY}, key=lambda c: c.__name__))
-def test_help_is_shown_without_a_file(capsys, settings_class):
+def test_help_needs_no_file_and_explains_the_options(capsys, settings_class):
     with pytest.raises(SystemExit) as ended:
         parse(settings_class, ["--help"])
     assert ended.value.code == 0
-    assert "--out" in capsys.readouterr().out or settings_class is ChatSettings
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "--out" in shown or settings_class is ChatSettings
+    if issubclass(settings_class, TrainSettings):
+        for words in ("Batch size:", "Micro-batch size:", "Gradient accumulation", "Activation checkpointing:", "Validation:"):
+            assert words in shown
+        assert "Learning rate at the end of the warm-up." in shown
 
 
 @dataclass(frozen=True)
@@ -194,7 +221,7 @@ class _Shapes:
     kind: Literal["a", "b"] | None = None
 
 
-def test_lists_of_a_fixed_length(tmp_path):
+def test_lists_of_fixed_length_are_checked_by_element(tmp_path):
     value = _Shapes((3, "x"), "b")
     assert read_toml(_Shapes, written(tmp_path, to_toml(value))) == value
     with pytest.raises(ValueError, match="pair: needs 2 values, has 1"):

@@ -1,3 +1,5 @@
+"""Steps cut into micro-batches: packing, ranks, shared prompts, padding, prefetching, evaluation."""
+
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +17,7 @@ from engine.data.stream import step_stream
 from engine.settings.sections import Source
 
 WINDOW = 5
-# What a batch has for each place.
+# Fields of a batch with a value for each place.
 PLACED = ("tokens", "labels", "weight", "positions", "document")
 
 
@@ -25,8 +27,8 @@ def make_plan(datasets, **changes):
 
 
 def examples(batches):
-    """Every place of real documents as (document id, place, token, label, weight, position), counted; a shared prompt's for
-    each side."""
+    """Counts of (document id, place, token, label, weight, position) over the places of real documents. A shared prompt counts
+    for each side."""
     found = Counter()
     for batch in batches:
         segments = batch.attention.segments
@@ -45,7 +47,7 @@ def examples(batches):
 
 
 def with_common_beginnings(documents, rng):
-    """Pairs of these documents whose sides begin alike, and lengths of prompts: shorter, as long, or longer than that."""
+    """Pairs of the documents with equal beginnings, and prompts that are shorter, longer or as long as the equal part."""
     made, prompts = [], []
     for chosen, rejected in zip(documents[::2], documents[1::2], strict=True):
         shorter = min(len(chosen), len(rejected))
@@ -60,7 +62,7 @@ def check_form(batch, capacity):
     assert segments[0][0] == 0
     assert segments[-1][1] == len(batch.tokens_T) <= capacity
     assert all(a[1] == b[0] for a, b in pairwise(segments))
-    # A document's places are in one segment, but for the prompt that it continues; positions count both.
+    # A document is one segment, plus the prompt that it continues; its positions count both.
     places = len(batch.tokens_T)
     for start, end, prefix in segments:
         of = set(batch.document_T[start:end].tolist())
@@ -150,7 +152,7 @@ def test_labels_continue_over_a_split_and_first_tokens_are_never_predicted(write
         assert start % 16 == 0
 
 
-def test_weights_are_those_of_the_predicted_token(write_dataset):
+def test_a_places_weight_is_its_labels_weight(write_dataset):
     mask = [False, False, True, True, False, True]
     dataset = write_dataset([[10, 11, 12, 13, 14, 15]], "conversations", [mask])
     batch = make_step(make_plan([dataset]), 0, Packing(WINDOW, 16)).batches[0]
@@ -230,7 +232,7 @@ def equal(a: Batch, b: Batch) -> bool:
     return tensors and a.attention.segments == b.attention.segments
 
 
-def test_the_stream_gives_make_step_from_any_start(write_dataset, random_documents):
+def test_the_stream_gives_the_steps_of_make_step_from_any_start(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(60, 40))])
     assert plan.steps > 6
     for start, prefetch in ((0, 1), (3, 2), (plan.steps - 1, 10), (plan.steps, 2)):
@@ -290,7 +292,7 @@ def test_evaluation_sees_every_document_once_in_order(write_dataset, random_docu
     assert {key[0] for key in examples(first)} == {0, 1, 2, 3}
 
 
-def test_evaluation_of_pairs(write_dataset):
+def test_evaluation_sees_every_pair_that_fits_once_in_order(write_dataset):
     dataset = write_dataset([[1] * n for n in (4, 5, 30, 3, 6, 6)], "preferences", prompts=[1] * 6)
     with pytest.warns(UserWarning, match="1 of 3 pairs are longer than context_length = 16"):
         batches = evaluation_batches(dataset, Packing(WINDOW, 16), 16)
@@ -309,19 +311,32 @@ def test_evaluation_of_pairs(write_dataset):
         evaluation_batches(dataset, Packing(WINDOW, 60), 40, limit=0)
     with pytest.warns(UserWarning, match="3 of 3"), pytest.raises(ValueError, match="nothing to evaluate on"):
         evaluation_batches(dataset, Packing(WINDOW, 60), 2)
+    first_too_long = write_dataset([[1] * n for n in (30, 5, 3, 4)], "preferences", prompts=[1] * 4)
+    with pytest.warns(UserWarning, match="1 of 2"), pytest.raises(ValueError, match="nothing to evaluate on"):
+        evaluation_batches(first_too_long, Packing(WINDOW, 60), 16, limit=1)
 
 
 @pytest.mark.parametrize(
     ("places", "pack_tokens", "padded"),
-    [(1, 8192, 128), (128, 8192, 128), (129, 8192, 256), (7552, 8192, 7552), (7553, 8192, 8192), (8192, 8192, 8192),
-     (100, 100, 128), (5, 100, 128), (1000, 1010, 1024), (900, 1010, 1024)],
-)  # fmt: skip
-def test_padding_ends_at_a_tile_or_where_a_pack_does(places, pack_tokens, padded):
-    """128 rows are a tile of a product; a pack that lacks less than a sixteenth of its room is filled."""
+    [
+        (1, 8192, 128),
+        (128, 8192, 128),
+        (129, 8192, 256),
+        (7552, 8192, 7552),
+        (7553, 8192, 8192),
+        (8192, 8192, 8192),
+        (100, 100, 128),
+        (5, 100, 128),
+        (1000, 1010, 1024),
+        (900, 1010, 1024),
+    ],
+)
+def test_padding_fills_a_tile_or_a_nearly_full_pack(places, pack_tokens, padded):
+    """A tile has 128 rows. A pack with less than a sixteenth of its tokens free is filled."""
     assert padded_places(places, pack_tokens) == padded
 
 
-def test_padding_is_no_part_of_any_document(write_dataset, random_documents):
+def test_padding_belongs_to_no_document(write_dataset, random_documents):
     plan = make_plan([write_dataset(random_documents(40, 60, 3))], step_size=300)
     for step in range(plan.steps):
         plain, padded = (make_step(plan, step, Packing(WINDOW, 280, pad=pad)) for pad in (False, True))
@@ -334,7 +349,7 @@ def test_padding_is_no_part_of_any_document(write_dataset, random_documents):
             assert not batch.weight_T[places:].any()
             cut = {f"{name}_T": getattr(batch, f"{name}_T")[:places] for name in PLACED}
             assert equal(replace(batch, **cut, attention=without.attention), without)
-            # Nothing is visited behind the documents.
+            # Attention visits nothing behind the documents.
             assert max(end for _, end, _ in batch.attention.queries()) == len(batch.tokens_T)
             assert all(stop <= places for _, _, ranges in batch.attention.queries() for _, stop, _ in ranges)
 
