@@ -43,7 +43,7 @@ def test_any_split_into_chunks_gives_the_hidden_states_of_the_whole_text(small_m
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 50])
-def test_memory_is_that_of_one_window_whatever_the_length(small_model, chunk):
+def test_memory_is_one_window_at_any_length(small_model, chunk):
     model = small_model(sliding_window=10)
     cache = KeyValueCache(model.config)
     through_cache(model, cache, torch.zeros(150, dtype=torch.int64), [chunk] * (150 // chunk))
@@ -51,14 +51,14 @@ def test_memory_is_that_of_one_window_whatever_the_length(small_model, chunk):
     assert cache.nbytes == layers * key_and_value * places * heads * head_dim * float32
 
 
-def test_memory_grows_with_a_short_text_only_as_far_as_it_must():
-    config = MistralConfig(num_hidden_layers=1, sliding_window=4096, num_key_value_heads=8, head_dim=128)
+def test_memory_of_a_short_text_is_at_most_twice_what_it_needs():
+    config = MistralConfig(num_hidden_layers=1, sliding_window=4096, num_key_value_heads=2, head_dim=8)
     cache = KeyValueCache(config, dtype=torch.bfloat16)
-    place = torch.zeros(1, 8, 128, dtype=torch.bfloat16)
+    token = torch.zeros(1, 2, 8, dtype=torch.bfloat16)
     for _ in range(600):
-        cache.attend(0, place, place, place)
-    of_a_place = 2 * 8 * 128 * 2
-    assert 600 * of_a_place <= cache.nbytes <= 2 * 600 * of_a_place
+        cache.attend(0, token, token, token)
+    bytes_of_a_token = 2 * 2 * 8 * 2
+    assert 600 * bytes_of_a_token <= cache.nbytes <= 2 * 600 * bytes_of_a_token
 
 
 def test_without_a_window_the_longest_text_fits_and_one_token_more_is_refused(small_model):
@@ -71,7 +71,7 @@ def test_without_a_window_the_longest_text_fits_and_one_token_more_is_refused(sm
 
 
 @pytest.mark.parametrize("chunks", [[1] * 20, [20], [3, 1, 1, 9, 1, 5]])
-def test_a_key_reaches_the_window_after_it_and_nothing_else_by_a_bit(chunks):
+def test_a_key_changes_the_outputs_of_its_window_and_no_other_bit(chunks):
     config = MistralConfig(num_hidden_layers=1, sliding_window=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(20, heads, 8, generator=generator) for heads in (4, 2, 2))
@@ -94,8 +94,8 @@ def test_a_key_reaches_the_window_after_it_and_nothing_else_by_a_bit(chunks):
     ("window", "first", "kept", "left"),
     [(10, 9, 4, 4), (10, 10, 10, 10), (10, 30, 30, 30), (10, 30, 29, 0), (300, 290, 7, 7), (None, 60, 0, 0)],
 )
-def test_what_is_left_of_a_text_is_continued_as_if_there_had_been_no_more(small_model, window, first, kept, left):
-    """What was overwritten cannot be kept, and then nothing is."""
+def test_a_kept_beginning_continues_like_a_fresh_text(small_model, window, first, kept, left):
+    """Where some of the beginning is overwritten, nothing is kept."""
     model = small_model(sliding_window=window, max_position_embeddings=700).to(torch.float64)
     tokens = torch.randint(64, (first + 40,), generator=torch.Generator().manual_seed(0))
     cache = KeyValueCache(model.config, dtype=torch.float64)

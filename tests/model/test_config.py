@@ -1,4 +1,4 @@
-"""The configuration in and out of config.json, against `transformers`, and what it refuses."""
+"""The configuration in and out of config.json, against `transformers`, and its refusals."""
 
 import json
 from dataclasses import fields, replace
@@ -11,10 +11,22 @@ from transformers import MistralConfig as ReferenceConfig
 from model.config import PRESETS, MistralConfig, generation_table, preset, read_config, write_config
 
 SMALL = MistralConfig(
-    vocab_size=128, unpadded_vocab_size=100, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-4, rope_theta=500.0, sliding_window=7, max_position_embeddings=99,
-    initializer_range=0.3, bos_token_id=3, eos_token_id=4,
-)  # fmt: skip
+    vocab_size=128,
+    unpadded_vocab_size=100,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-4,
+    rope_theta=500.0,
+    sliding_window=7,
+    max_position_embeddings=99,
+    initializer_range=0.3,
+    bos_token_id=3,
+    eos_token_id=4,
+)
 
 
 def write(folder, **changes) -> None:
@@ -60,9 +72,19 @@ def test_a_configuration_of_transformers_is_read(tmp_path, settings):
 
 @pytest.mark.parametrize(
     "absent",
-    ["head_dim", "num_key_value_heads", "rms_norm_eps", "sliding_window", "max_position_embeddings", "initializer_range",
-     "bos_token_id", "eos_token_id", "hidden_act", "tie_word_embeddings"],
-)  # fmt: skip
+    [
+        "head_dim",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "sliding_window",
+        "max_position_embeddings",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "hidden_act",
+        "tie_word_embeddings",
+    ],
+)
 def test_an_absent_key_means_what_it_means_to_transformers(tmp_path, absent):
     write(tmp_path, num_attention_heads=16, hidden_size=64, **{absent: ...})
     ours, theirs = read_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
@@ -121,7 +143,7 @@ def test_padding_rows_are_suppressed_for_transformers():
         ({"rope_parameters": "default"}, "rope_parameters = 'default'"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_file_and_key(tmp_path, changes, message):
+def test_an_unsupported_configuration_is_refused_by_file_and_key(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
         read_config(tmp_path)

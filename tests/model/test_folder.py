@@ -48,7 +48,7 @@ def test_an_error_leaves_the_old_folder_as_it_was(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_what_a_killed_attempt_left_is_not_mixed_in(tmp_path):
+def test_the_remains_of_a_killed_attempt_are_removed(tmp_path):
     stale = tmp_path / ".out.partial"
     stale.mkdir()
     (stale / "stale").write_text("")
@@ -58,7 +58,7 @@ def test_what_a_killed_attempt_left_is_not_mixed_in(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_an_existing_folder_is_kept_unless_it_is_to_be_replaced(tmp_path):
+def test_an_existing_folder_is_replaced_only_on_request(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
     with pytest.raises(FileExistsError, match=r"out: exists already; .* ask to overwrite"), complete_folder(tmp_path / "out"):
@@ -70,7 +70,7 @@ def test_an_existing_folder_is_kept_unless_it_is_to_be_replaced(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_a_place_below_a_file_is_refused_by_name(tmp_path):
+def test_a_path_below_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
     target = tmp_path / "file" / "out"
     with pytest.raises(OSError, match=rf"{target}: cannot be written: .*; choose a writable folder"), complete_folder(target):
@@ -78,7 +78,7 @@ def test_a_place_below_a_file_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_place_is_refused_by_name(tmp_path):
+def test_a_read_only_folder_is_refused_by_name(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(PermissionError, match="out: cannot be written"), complete_folder(tmp_path / "out"):
@@ -98,7 +98,7 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path):
     assert (tmp_path / "out").read_text() == "precious"
 
 
-def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
     for content in ("first", "second", "third"):
@@ -109,7 +109,7 @@ def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
         assert names(tmp_path) == ["disk", "out"]
 
 
-def test_one_of_the_two_always_exists_while_a_folder_is_replaced(tmp_path, monkeypatch):
+def test_the_old_or_the_new_folder_exists_at_every_moment(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "target"
     for folder, text in ((source, "new"), (target, "old")):
         folder.mkdir()

@@ -20,7 +20,7 @@ from model.generate import (
 
 
 def random_logits():
-    """Plain ones, coarsely rounded ones (ties), all equal, one certain, some dropped already; [name, scores] pairs."""
+    """Scores by name: plain, rounded coarsely (ties), all equal, one certain, some dropped already."""
     generator = torch.Generator().manual_seed(0)
     plain = 4 * torch.randn(500, generator=generator)
     certain = plain.clone()
@@ -88,7 +88,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
 def test_sampling_is_that_of_transformers_generate(small_model, reference_of, options):
-    """Its own pipeline says which filters it applies in which order; with its seed even the draws are the same."""
+    """Its own pipeline chooses the filters and their order; with the same seed even the draws are equal."""
     model = small_model(initializer_range=0.15)
     prompt = [1, 5, 9, 5, 30, 2, 11, 44]
     torch.manual_seed(7)
@@ -113,7 +113,7 @@ def test_sampling_is_that_of_transformers_generate(small_model, reference_of, op
 
 
 def reference_greedy(reference, prompt: list[int], **options) -> list[int]:
-    # Said outright, or it would take token 0 in a prompt for padding.
+    # Without a mask it would take token 0 in a prompt for padding.
     mask = torch.ones(1, len(prompt), dtype=torch.int64)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask, **options}
     return reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
@@ -135,10 +135,10 @@ def test_greedy_equals_transformers_generate(small_model, reference_of, window, 
     for length in (1, 4, 40):
         ours = greedy(model, random_prompt(length), 20)
         assert ours == reference_greedy(reference, random_prompt(length), max_new_tokens=20)
-        assert len(set(ours)) > 3, "a text that repeats itself would show little"
+        assert len(set(ours)) > 3, "a text that repeats itself proves little"
 
 
-def test_greedy_equals_transformers_without_its_cache_when_a_place_sees_only_itself(small_model, reference_of):
+def test_a_window_of_one_equals_transformers_without_its_cache(small_model, reference_of):
     model = small_model(sliding_window=1)
     theirs = reference_greedy(reference_of(model), [3, 4, 5], max_new_tokens=12, use_cache=False)
     assert greedy(model, [3, 4, 5], 12) == theirs
@@ -192,7 +192,7 @@ def test_answers_stream_and_do_not_disturb_each_other(small_model):
     assert torch.is_grad_enabled()
 
 
-def test_a_stop_token_is_the_last_one(small_model):
+def test_an_answer_ends_with_its_stop_token(small_model):
     model = small_model()
     unstopped = greedy(model, [1], 20)
     stop = unstopped[10]
@@ -211,7 +211,7 @@ def test_an_answer_ends_at_the_last_position_and_a_longer_prompt_is_refused(smal
             generate(model, [1] * length, sampling)
 
 
-def test_wrong_prompts_are_refused_before_anything_is_computed(small_model):
+def test_wrong_prompts_are_refused_before_any_computation(small_model):
     model = small_model(vocab_size=128, unpadded_vocab_size=100)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(model, [], Sampling())
@@ -281,13 +281,13 @@ def test_the_host_waits_for_a_gpu_once_a_token(small_model, options):
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
-    # The first compiles.
+    # The first call compiles.
     waits(2)
     assert waits(12) - waits(4) == 8
 
 
-def test_a_past_changes_nothing_but_the_tokens_that_are_read(small_model, monkeypatch):
-    """Texts that continue, leave and forget what came before, and an answer that was stopped midway."""
+def test_a_past_changes_only_the_number_of_tokens_read(small_model, monkeypatch):
+    """Texts that continue, leave and forget the text before, and an answer that was stopped midway."""
     model = small_model(sliding_window=12, max_position_embeddings=120).to(torch.float64)
     past, read = Past(model), []
     forward = type(model).forward
@@ -301,7 +301,7 @@ def test_a_past_changes_nothing_but_the_tokens_that_are_read(small_model, monkey
         expected = list(generate(model, text, greedy))
         read.clear()
         assert list(generate(model, text, greedy, past=past)) == expected
-        # The last token of an answer was chosen, but not read.
+        # The last token of an answer was chosen but not read.
         assert read == [unread, 1, 1, 1]
         text += expected
     other = [1, 5, 9, 3, 4, 60]

@@ -1,4 +1,4 @@
-"""The model against `transformers`' MistralForCausalLM, and what must not reach a logit."""
+"""The model against `transformers`' MistralForCausalLM, and which tokens may change which logits."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LENGTHS = [3, 23]
 
 
 def logits_of(model: Mistral, *documents: torch.Tensor) -> torch.Tensor:
-    """Logits of every place of the documents, packed into one row."""
+    """Logits of every token of the documents, packed into one row."""
     lengths = torch.tensor([0] + [len(document) for document in documents])
     attend = packed_attention(lengths.cumsum(0).int(), model.config.sliding_window)
     positions = torch.cat([torch.arange(len(document)) for document in documents])
@@ -53,7 +53,7 @@ def test_logits_equal_transformers_on_a_folder_that_we_saved(small_model, refere
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_logits_equal_transformers_on_a_folder_that_it_saved(tmp_path, window, heads, kv_heads):
     torch.manual_seed(0)
-    # Its head size follows from the width here, and the rotary base is another one.
+    # Here the head size follows from the width, and the rotary base differs.
     reference = MistralForCausalLM(
         ReferenceConfig(
             vocab_size=61,
@@ -89,7 +89,7 @@ def test_bfloat16_is_as_near_to_the_exact_logits_as_transformers_is(small_model,
     tokens = random_tokens(23)
     ours, theirs = logits_of(model, tokens), reference_logits(reference, tokens).float()
     exact = logits_of(load_model(tmp_path, dtype=torch.float64), tokens)
-    # Both round at different places; ours must be as near to the exact logits as theirs.
+    # The two round at different steps; ours must be as near to the exact logits as theirs.
     assert (ours - exact).square().mean() <= 1.5 * (theirs - exact).square().mean()
 
 
@@ -102,7 +102,7 @@ def test_padding_rows_have_no_logit(small_model, reference_of):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_packed_documents_give_the_logits_of_one_at_a_time(small_model, window):
+def test_packed_documents_have_the_logits_of_each_document_alone(small_model, window):
     model = small_model(sliding_window=window).to(torch.float64)
     documents = [random_tokens(length, seed=length) for length in (7, 1, 19, 2, 300)]
     packed = logits_of(model, *documents)
@@ -117,8 +117,8 @@ def changed(tokens: torch.Tensor, place: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_exactly_the_places_inside_the_window_reach_a_logit(small_model, window):
-    """With one layer a place reaches the logits of itself and of the window - 1 places after it, and no other by a bit."""
+def test_a_token_changes_the_logits_of_its_window_and_no_other_bit(small_model, window):
+    """In a model of one layer, a token changes its own logits and those of the next window - 1 tokens."""
     model = small_model(sliding_window=window, num_hidden_layers=1)
     tokens, place = random_tokens(20), 6
     before, after = logits_of(model, tokens), logits_of(model, changed(tokens, place))
@@ -142,7 +142,7 @@ def test_other_documents_and_the_future_cannot_change_a_logit(small_model, windo
     assert not torch.equal(before[13], after[13])
 
 
-def test_log_probs_are_those_of_transformers_logits(small_model, reference_of):
+def test_log_probs_equal_those_of_transformers(small_model, reference_of):
     model = small_model(vocab_size=128, unpadded_vocab_size=100)
     tokens = random_tokens(12)
     targets = random_tokens(12, seed=5)
@@ -165,7 +165,7 @@ def test_initialisation_is_a_function_of_the_seed(small_model):
     assert all(torch.equal(first[name], other[name]) == (first[name].ndim == 1) for name in first)
 
 
-def test_initialisation_has_the_stated_spread():
+def test_initialisation_has_the_documented_spread():
     config = MistralConfig(
         vocab_size=512,
         hidden_size=128,
@@ -189,7 +189,7 @@ def test_initialisation_has_the_stated_spread():
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS.keys())
-def test_the_parameter_count_is_that_of_the_modules(config):
+def test_the_parameter_count_equals_that_of_the_modules(config):
     with torch.device("meta"):
         model = Mistral(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == config.parameters

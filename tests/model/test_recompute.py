@@ -1,4 +1,4 @@
-"""What the backward pass makes again: the same results to the bit, and no more kept than each mode says."""
+"""Activation checkpointing: all modes give the same bits, and each keeps only its own tensors."""
 
 from dataclasses import replace
 from typing import get_args
@@ -13,9 +13,17 @@ from model.config import MistralConfig
 from model.mistral import Mistral, initialize, packed_attention
 
 CONFIG = MistralConfig(
-    vocab_size=64, unpadded_vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, sliding_window=3, initializer_range=0.3,
-)  # fmt: skip
+    vocab_size=64,
+    unpadded_vocab_size=50,
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    sliding_window=3,
+    initializer_range=0.3,
+)
 MODES = get_args(Recompute)
 # The interpreter rounds bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
@@ -47,7 +55,7 @@ def loss_of(model, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_and_gradients_are_equal_to_the_bit(dtype, device):
+def test_loss_and_gradients_are_bit_identical_in_all_modes(dtype, device):
     model = made(CONFIG, dtype, device)
     runs = {}
     for mode in MODES:
@@ -60,7 +68,7 @@ def test_loss_and_gradients_are_equal_to_the_bit(dtype, device):
 
 
 def kept_elements(layers, mode, device):
-    """Elements that the blocks of a model keep for their backward pass, where attention itself keeps nothing."""
+    """Elements that a model's blocks keep for their backward pass; attention is replaced and keeps nothing."""
     model = made(replace(CONFIG, num_hidden_layers=layers), torch.float32, device)
     model.recompute = mode
     tokens, positions, *_ = batch(device)
@@ -75,7 +83,7 @@ def kept_elements(layers, mode, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_layer_keeps_what_its_mode_says(mode, device):
+def test_a_layer_keeps_the_tensors_of_its_mode(mode, device):
     width, attended, wide = CONFIG.hidden_size, CONFIG.num_attention_heads * CONFIG.head_dim, CONFIG.intermediate_size
     # The stream before attention and before the feed-forward network, two scales of norms, attention's output.
     least = 2 * width + 2 + attended
@@ -83,8 +91,8 @@ def test_a_layer_keeps_what_its_mode_says(mode, device):
     assert kept_elements(3, mode, device) - kept_elements(2, mode, device) == TOKENS * expected
 
 
-def test_a_step_in_the_kernels_is_that_of_the_references(triton_device):
-    """A whole model, forward and backward, in float32: the operators fit together as their references do."""
+def test_a_step_through_the_kernels_equals_the_references(triton_device):
+    """A whole model, forward and backward, in float32 against the references in float64."""
     model = made(CONFIG, torch.float32, triton_device)
     loss = loss_of(model, triton_device)
     found = torch.autograd.grad(loss, list(model.parameters()))

@@ -39,7 +39,7 @@ def test_renders_the_form_of_the_model_card():
     assert render(conversation("Q1", "A1", "Q2")) == "<s>[INST] Q1 [/INST] A1 </s><s>[INST] Q2 [/INST]"
 
 
-def test_equals_the_published_template_with_a_system_message_but_for_the_first_token():
+def test_equals_the_published_template_after_the_first_token():
     published = (
         "{% for message in messages %}{% if message['role'] == 'system' %}"
         "{{ '[INST] <<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' }}"
@@ -133,7 +133,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("messages", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_the_template_cannot_express_is_refused_by_both(mistral, messages, message):
+def test_inexpressible_conversations_are_refused_here_and_by_the_template(mistral, messages, message):
     for refuse in (check_messages, render, lambda messages: encode_chat(mistral, messages)):
         with pytest.raises(ValueError, match=message):
             refuse(messages)

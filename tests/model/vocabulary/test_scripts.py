@@ -27,7 +27,7 @@ def test_letters_are_those_of_unicode(name):
     "piece",
     ["の", "です", "\u2581日本", "、", "」。", "です。", "ー", "々", "ｶﾞ", "〇", "！」", "です😀", "Ａ", "１", "　", "カ\u3099"],
 )
-def test_pieces_of_japanese(piece):
+def test_pieces_of_japanese_are_allowed(piece):
     assert Scripts().allow(piece)
     assert Scripts().occur_in(piece)
 
@@ -36,7 +36,7 @@ def test_pieces_of_japanese(piece):
     "piece",
     ["a", "1", "\u2581", "(", "日a", "第1", "です\n", "日é", "한", "日한", "Ａの", "１２", "！？", "日①", "😀", "―", "\x1f日"],
 )
-def test_pieces_of_anything_else(piece):
+def test_other_pieces_are_not_allowed(piece):
     assert not Scripts().allow(piece)
 
 
@@ -53,7 +53,7 @@ def test_pieces_stand_in_text_of_their_scripts_only(text):
 
 @settings(deadline=None, derandomize=True)
 @given(text=st.text(st.one_of(st.sampled_from("日本語、。 aé1１Ａ\n한ไ①"), st.characters(exclude_categories=["Cs"]))))
-def test_runs_hold_all_that_makes_a_piece_and_nothing_foreign(text):
+def test_runs_hold_every_possible_piece_and_nothing_foreign(text):
     scripts = Scripts()
     runs = list(scripts.runs(text))
     assert "".join(map(re.escape, runs)) == "" or re.search(".*?".join(map(re.escape, runs)), text, re.DOTALL)
@@ -72,7 +72,7 @@ def test_runs_hold_all_that_makes_a_piece_and_nothing_foreign(text):
         (JAPANESE, "日本 한 12　ＡＢ、x", ["日本 ", "　", "Ａ", "Ｂ", "、"]),
     ],
 )
-def test_other_languages(names, text, runs):
+def test_runs_of_other_languages(names, text, runs):
     assert list(Scripts(names).runs(text)) == runs
 
 

@@ -27,7 +27,7 @@ def test_the_end_of_a_long_document_does_not_count(mistral):
     assert pieces_of(mistral, ["土日", "火水"], 1, texts) == ["火水"]
 
 
-def test_a_piece_stays_with_what_it_is_built_from(mistral):
+def test_the_parts_of_a_piece_stay_with_it(mistral):
     # 日月 alone stands nowhere, but 日月火 is joined from it.
     candidates, texts = ["日月", "日月火", "土木", "水金"], ["日月火"] * 3 + ["土木"] * 2 + ["水金"]
     documents = [f"{text}{number}" for number, text in enumerate(texts)]
@@ -35,7 +35,7 @@ def test_a_piece_stays_with_what_it_is_built_from(mistral):
     assert pieces_of(mistral, candidates, 3, documents) == ["日月", "日月火", "土木"]
 
 
-def test_characters_stay(mistral):
+def test_characters_always_stay(mistral):
     rare = "鱟"
     texts = ["日月", "日月1", "土日", "土日1", "土日2"]
     assert pieces_of(mistral, [rare, "日月", "土日"], 2, texts) == [rare, "土日"]
@@ -54,7 +54,7 @@ def test_every_piece_is_reachable_and_of_the_candidates_in_order(mistral, writte
     assert sum(merged.dropped.values()) == len(candidates) - new_pieces
 
 
-def test_the_least_worth_goes_as_a_plain_search_finds_it():
+def test_selection_equals_a_plain_search():
     """Against a search that counts everything anew after each piece that goes, where no piece is built from another."""
     draw = random.Random(0)
     letters = "日月火水木金土山川"
@@ -73,7 +73,7 @@ def test_the_least_worth_goes_as_a_plain_search_finds_it():
     assert select(pairs, 7, documents, encode, ids, scores) == expected
 
 
-def test_unseen_text_of_another_kind_gains(mistral, shared_data):
+def test_selection_shortens_unseen_text_of_another_kind(mistral, shared_data):
     """Selected on conversations and documentation of one kind, measured on all other kinds of text."""
     dialogue, documentation, *unseen = (
         gzip.decompress((shared_data / "text" / "heldout" / f"ja_{name}.txt.gz").read_bytes()).decode().strip().split("\n\n")

@@ -14,7 +14,17 @@ ALPHABET = st.one_of(st.sampled_from("  \n\taThe1日本語のカガ゙麤、。�
 TEXT = st.text(ALPHABET)
 
 
-def test_loads_a_folder_and_a_file(mistral, tmp_path):
+@pytest.fixture(scope="module")
+def reference():
+    return sentencepiece.SentencePieceProcessor(model_file=str(mistral_tokenizer_path()))
+
+
+@pytest.fixture(scope="module")
+def pieces(mistral):
+    return mistral.pieces()
+
+
+def test_a_folder_and_a_file_load(mistral, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(mistral.model_bytes)
     assert Tokenizer.load(tmp_path).encode("今日は") == mistral.encode("今日は")
     assert (mistral.vocab_size, mistral.unk_id, mistral.bos_id, mistral.eos_id) == (32000, 0, 1, 2)
@@ -34,8 +44,7 @@ def test_missing_empty_and_damaged_files_are_named(mistral, tmp_path):
 
 @settings(deadline=None, derandomize=True)
 @given(text=TEXT)
-def test_encodes_as_sentencepiece_and_decodes_to_the_text(mistral, text):
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_tokenizer_path()))
+def test_encodes_as_sentencepiece_and_decodes_to_the_text(mistral, reference, text):
     ids = mistral.encode(text)
     assert ids == reference.encode(text, out_type=int)
     assert mistral.encode_batch([text, "", text]) == [ids, [], ids]
@@ -57,12 +66,11 @@ def test_decode_leaves_specials_out(mistral):
 
 @settings(deadline=None, derandomize=True)
 @given(text=TEXT)
-def test_offsets_tile_the_text_and_belong_to_their_pieces(mistral, text):
+def test_offsets_tile_the_text_and_belong_to_their_pieces(mistral, pieces, text):
     ids, offsets = mistral.encode_with_offsets(text)
     assert ids == mistral.encode(text)
     assert [begin for begin, _ in offsets[1:]] == [end for _, end in offsets[:-1]]
     assert not text or (offsets[0][0], offsets[-1][1]) == (0, len(text))
-    pieces = mistral.pieces()
     run = ""
     for place, (id, (begin, end)) in enumerate(zip(ids, offsets, strict=True)):
         piece = pieces[id]

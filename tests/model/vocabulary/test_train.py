@@ -20,7 +20,7 @@ def test_fewer_pieces_are_the_beginning_of_more(written_texts):
     assert many[: len(few)] == few
 
 
-def test_gives_what_was_asked_for_until_the_text_is_exhausted(written_texts):
+def test_gives_the_number_of_pieces_until_the_text_is_exhausted(written_texts):
     trained = train(written_texts, 150)
     assert sum(len(piece) > 1 for piece in trained.pieces) == 150
     assert not trained.exhausted
@@ -29,7 +29,7 @@ def test_gives_what_was_asked_for_until_the_text_is_exhausted(written_texts):
     assert 20 < len(everything.pieces) < 100_000
 
 
-def test_every_piece_is_wanted_and_occurs(written_texts):
+def test_every_piece_is_allowed_and_occurs_in_the_text(written_texts):
     text = "\n".join(written_texts).replace(" ", "\u2581")
     for piece in train(written_texts, 200).pieces:
         assert Scripts().allow(piece)
@@ -62,7 +62,7 @@ def test_text_without_the_scripts_is_refused(texts):
 
 
 @pytest.mark.parametrize("options", [{"pieces": 0}, {"pieces": 5, "coverage": 0.0}, {"pieces": 5, "coverage": 1.1}])
-def test_arguments_out_of_range(options):
+def test_arguments_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         train(["日本"], **options)
 
