@@ -112,7 +112,7 @@ def test_code_and_other_scripts_keep_their_ids(extended, unrelated):
 def test_english_keeps_its_ids(extended, mistral, shared_data):
     for path in sorted((shared_data / "text").glob("en_*.txt.gz")):
         lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-        plain = [line for line in lines[:: len(lines) // 2000] if not JAPANESE.occur_in(line)]
+        plain = [line for line in lines[:: len(lines) // 800] if not JAPANESE.occur_in(line)]
         assert extended.tokenizer.encode_batch(plain) == mistral.encode_batch(plain)
 
 
