@@ -1,4 +1,4 @@
-"""The whole path on a CUDA device: the same losses as on the CPU, exact resume with split masters, generation."""
+"""Training and generation on a CUDA device: losses as on the CPU, exact resume with split masters, no host syncs."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_float32_training_follows_the_cpu(tiny_settings, tmp_path, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_resumes_exactly(tiny_settings, tmp_path, stage):
     whole = STAGES[stage].run(tiny_settings(stage, tmp_path / "whole", device="cuda", checkpoint_every=3, keep_checkpoints=9))
-    # The run as a kill after its third step would have left it.
+    # Without its last checkpoint the run is as a kill after the third step would leave it.
     STAGES[stage].run(tiny_settings(stage, tmp_path / "resumed", device="cuda", checkpoint_every=3, keep_checkpoints=9))
     (tmp_path / "resumed" / "step-00000006").rename(tmp_path / "lost")
     resumed = STAGES[stage].run(tiny_settings(stage, tmp_path / "resumed", device="cuda", checkpoint_every=3))
@@ -78,7 +78,7 @@ def test_greedy_generation_equals_the_cpus(tiny_model):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatch, stage):
-    """One rank with a mesh: FSDP2, NCCL, and checkpoints of sharded tensors, as far as a single GPU goes."""
+    """One rank with a mesh: FSDP2, NCCL and checkpoints of sharded tensors, as far as one GPU allows."""
 
     def join(device, settings):
         dist.init_process_group(
@@ -91,7 +91,7 @@ def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             if name == "sharded":
                 patch.setattr(engine.run, "join", join)
-                # A mesh without others has nobody to wait for.
+                # A mesh of one rank has no other rank to compare with.
                 patch.setattr(engine.observe.metrics, "slowest", lambda waits: (0, 0.0))
             finished[name] = STAGES[stage].run(
                 tiny_settings(stage, tmp_path / name, device="cuda", dtype="float32", step_size=8 if stage == "dpo" else 512)
@@ -106,11 +106,11 @@ def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_step_waits_for_the_device(tiny_settings, tmp_path, monkeypatch, stage):
-    """Between log lines the host launches everything without one synchronisation, NEFTune and shared prompts included."""
+    """Between log lines the host launches everything without a synchronisation, NEFTune and shared prompts included."""
     step, done = AdamW.step, []
 
     def watched(optimizer, *arguments):
-        # From the second step's update on: what is made once, at the first, may wait.
+        # Watch from the second step's update on: the first step may wait while it sets things up.
         updated = step(optimizer, *arguments)
         done.append(torch.cuda.get_sync_debug_mode())
         torch.cuda.set_sync_debug_mode("error" if len(done) < 5 else "default")
@@ -120,7 +120,7 @@ def test_no_step_waits_for_the_device(tiny_settings, tmp_path, monkeypatch, stag
     changes = {} if stage == "pretrain" else {"neftune_alpha": 5.0}
     settings = tiny_settings(
         stage, tmp_path / "run", device="cuda", heldout=[], log={"every": 6, "tensorboard": False}, **changes
-    )  # fmt: skip
+    )
     try:
         STAGES[stage].run(settings)
     finally:
@@ -129,7 +129,7 @@ def test_no_step_waits_for_the_device(tiny_settings, tmp_path, monkeypatch, stag
 
 
 def test_steps_arrive_on_the_device_while_it_computes(tiny_settings, tmp_path):
-    """What is copied ahead equals what is copied on the spot, also when the device is far behind the host."""
+    """Batches copied ahead equal batches made on the spot, even when the device is far behind the host."""
     run = open_run(tiny_settings("dpo", tmp_path / "run", device="cuda"), ("preferences",), share_prompts=True)
     stream = step_stream(run.plan, 0, run.packing, device=run.device)
     for step in stream:
