@@ -80,6 +80,7 @@ def test_every_file_of_the_recipe_is_read_by_its_stage():
         assert isinstance(read(stage), settings_class)
 
 
+@pytest.mark.lint
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_has_a_comment_above_it(stage):
     commented = False
@@ -110,6 +111,7 @@ def test_no_hyperparameter_is_left_to_a_default(stage):
     assert ("steps" in table) != ("epochs" in table)
 
 
+@pytest.mark.lint
 def test_the_readme_explains_every_source_tag():
     explained = set(re.findall(r"^\| \[([^\]]+)\]", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     used = set()
