@@ -96,6 +96,15 @@ class SegmentTable:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def counted(self, units: np.ndarray) -> np.ndarray:
+        """The part of a step that each given unit takes: 1 for a pair, its places for a segment; int64 [units]."""
+        return np.ones(len(units), dtype=np.int64) if self.paired else self.sizes[units]
+
+    @property
+    def total(self) -> int:
+        """Pairs of the dataset, or places of all its segments."""
+        return len(self) if self.paired else int(self.sizes.sum())
+
     def locate(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(document, start, places) of each segment of the given units (indices into `sizes`): int64 [segments]."""
         numbers = units.astype(np.int64) if self._used is None else self._used[units]
@@ -153,37 +162,21 @@ class Plan:
         self.share_prompts = share_prompts and self.paired
         self.tables = [SegmentTable(dataset, context_length, self.share_prompts) for dataset in datasets]
         self.skipped = [table.skipped for table in self.tables]
-        for source, table in zip(self.sources, self.tables, strict=True):
-            if not len(table):
-                raise ValueError(
-                    f"source '{source.path}': nothing to train on within context_length = {context_length} "
-                    f"({table.skipped} {'pairs too long' if self.paired else 'segments untrained'}): raise it"
-                )
-        self.longest_unit = max(int(table.sizes.max()) for table in self.tables)
-        if not self.paired and self.longest_unit > step_size:
-            raise ValueError(
-                f"step_size = {step_size} is below the longest segment ({self.longest_unit} places): "
-                f"raise step_size or lower context_length = {context_length}"
-            )
-        offsets = np.cumsum([0] + [len(dataset) for dataset in datasets])
-        self.document_offsets: list[int] = offsets[:-1].tolist()
+        self.longest_unit = self._longest_unit()
+        self.document_offsets = np.cumsum([0] + [len(dataset) for dataset in datasets])[:-1].tolist()
 
-        totals = [len(table) if self.paired else int(table.sizes.sum()) for table in self.tables]
-        shares = any(source.share is not None for source in self.sources)
+        passes = [1.0 if source.passes is None else source.passes for source in self.sources]
         rates = [
-            source.share if source.share is not None else (1.0 if source.passes is None else source.passes) * total
-            for source, total in zip(self.sources, totals, strict=True)
+            part * table.total if source.share is None else source.share
+            for source, table, part in zip(self.sources, self.tables, passes, strict=True)
         ]
         self._rates = [rate / sum(rates) for rate in rates]
-        if shares or epochs is None:
+        if epochs is None:
             assert steps is not None
             targets = [math.ceil(rate * steps * step_size) for rate in self._rates]
         else:
-            targets = [
-                max(1, round((1.0 if source.passes is None else source.passes) * epochs * total))
-                for source, total in zip(self.sources, totals, strict=True)
-            ]
-        self.passes = [target / total for target, total in zip(targets, totals, strict=True)]
+            targets = [max(1, round(part * epochs * table.total)) for table, part in zip(self.tables, passes, strict=True)]
+        self.passes = [target / table.total for target, table in zip(targets, self.tables, strict=True)]
         self._sequences = [self._sequence(source, target) for source, target in enumerate(targets)]
         counts = self._merge()
         planned = len(counts)
@@ -205,6 +198,22 @@ class Plan:
             "step_size": step_size,
         }
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def _longest_unit(self) -> int:
+        """Places to compute of the longest unit. Raises: ValueError for a source without units, or a step below a segment."""
+        for source, table in zip(self.sources, self.tables, strict=True):
+            if not len(table):
+                raise ValueError(
+                    f"source '{source.path}': nothing to train on within context_length = {self.context_length} "
+                    f"({table.skipped} {'pairs too long' if self.paired else 'segments untrained'}): raise it"
+                )
+        longest = max(int(table.sizes.max()) for table in self.tables)
+        if not self.paired and longest > self.step_size:
+            raise ValueError(
+                f"step_size = {self.step_size} is below the longest segment ({longest} places): "
+                f"raise step_size or lower context_length = {self.context_length}"
+            )
+        return longest
 
     def units(self, step: int) -> Units:
         """The segments of global step `step`, source by source, each in the source's order."""
@@ -229,7 +238,6 @@ class Plan:
         totals = [int(table.sizes[sequence].sum()) for table, sequence in zip(self.tables, self._sequences, strict=True)]
         measures = [len(sequence) for sequence in self._sequences] if self.paired else totals
         for index, (source, table) in enumerate(zip(self.sources, self.tables, strict=True)):
-            available = len(table) if self.paired else int(table.sizes.sum())
             sources.append(
                 {
                     **asdict(source),
@@ -238,7 +246,7 @@ class Plan:
                     "skipped": table.skipped,
                     "tokens": totals[index],
                     "fraction": measures[index] / sum(measures),
-                    "seen": measures[index] / available,
+                    "seen": measures[index] / table.total,
                 }
             )
         saved = sum(int(table.shared(units).sum()) for table, units in zip(self.tables, self._sequences, strict=True))
@@ -286,22 +294,12 @@ class Plan:
         """The units of a source in its own order, epoch after epoch, that begin before `target` places (pairs)."""
         table = self.tables[source]
         dtype = np.uint32 if len(table) <= 2**32 else np.uint64
-        total = len(table) if self.paired else int(table.sizes.sum())
-        whole, rest = divmod(target, total)
+        whole, rest = divmod(target, table.total)
         parts = [_shuffle(len(table), self.seed, source, epoch).astype(dtype) for epoch in range(whole)]
         if rest:
             order = _shuffle(len(table), self.seed, source, whole).astype(dtype)
-            starts = self._starts(table, order)
-            parts.append(order[: int(np.searchsorted(starts, rest, side="left"))])
+            parts.append(order[: int(np.searchsorted(_starts(table, order), rest, side="left"))])
         return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
-
-    def _starts(self, table: SegmentTable, order: np.ndarray) -> np.ndarray:
-        """Places (pairs) before each unit of `order`: int64 [units]."""
-        if self.paired:
-            return np.arange(len(order), dtype=np.int64)
-        starts = np.zeros(len(order), dtype=np.int64)
-        np.cumsum(table.sizes[order[:-1]], out=starts[1:])
-        return starts
 
     def _merge(self) -> np.ndarray:
         """Number of units of each source in each step: int64 [steps, sources].
@@ -310,8 +308,8 @@ class Plan:
         """
         times, total = [], 0
         for table, sequence, rate in zip(self.tables, self._sequences, self._rates, strict=True):
-            starts = self._starts(table, sequence)
-            total += int(starts[-1]) + int(1 if self.paired else table.sizes[sequence[-1]])
+            starts = _starts(table, sequence)
+            total += int(starts[-1] + table.counted(sequence[-1:])[0])
             times.append(starts / rate)
         counts = np.zeros((total // self.step_size + 1, len(times)), dtype=np.int64)
         slices = max(1, sum(map(len, times)) // MERGE_UNITS)
@@ -324,12 +322,8 @@ class Plan:
             if not len(owner):
                 continue
             order = np.argsort(np.concatenate([t[a:b] for t, (a, b) in zip(times, bounds, strict=True)]), kind="stable")
-            size = np.concatenate(
-                [
-                    np.ones(b - a, dtype=np.int64) if self.paired else table.sizes[sequence[a:b]]
-                    for table, sequence, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)
-                ]
-            )[order]
+            sizes = [table.counted(s[a:b]) for table, s, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)]
+            size = np.concatenate(sizes)[order]
             step = (before + np.cumsum(size) - size) // self.step_size
             before += int(size.sum())
             first, last = int(step[0]), int(step[-1])
@@ -338,6 +332,12 @@ class Plan:
                     step[owner[order] == source] - first, minlength=last + 1 - first
                 )
         return counts[: last + 1]
+
+
+def _starts(table: SegmentTable, order: np.ndarray) -> np.ndarray:
+    """Places (pairs) before each unit of `order`: int64 [units]."""
+    counted = table.counted(order)
+    return np.cumsum(counted) - counted
 
 
 def _shuffle(count: int, seed: int, source: int, epoch: int) -> np.ndarray:

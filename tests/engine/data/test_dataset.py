@@ -1,3 +1,5 @@
+"""Prepared datasets: written, opened, and refused where a file is missing or changed."""
+
 import json
 
 import numpy as np
@@ -59,7 +61,9 @@ def test_text_is_trained_everywhere_and_preferences_keep_prompt_lengths(write_da
         ([1, 5], [1, 5, 6, 8, 2], 3, 3, 1),
     ],
 )
-def test_places_that_the_sides_of_a_pair_share(write_dataset, chosen, rejected, prompt, trained, expected):
+def test_the_sides_of_a_pair_share_the_start_of_their_prompt(
+    write_dataset, chosen, rejected, prompt, trained, expected
+):
     masks = [[place >= trained for place in range(len(side))] for side in (chosen, rejected)]
     other = [[1, 2, 3], [1, 2, 3]]
     for sides, order in (([chosen, rejected], masks), ([rejected, chosen], masks[::-1])):
@@ -70,12 +74,12 @@ def test_places_that_the_sides_of_a_pair_share(write_dataset, chosen, rejected, 
             assert dataset.shared_places.tolist() == [1, expected]
 
 
-def test_the_mask_of_a_first_token_means_nothing(write_dataset):
+def test_the_mask_of_a_first_token_is_ignored(write_dataset):
     dataset = write_dataset([[1, 5, 6, 7]] * 2, "preferences", [[True, False, False, True]] * 2, prompts=[3, 3])
     assert dataset.shared_places.tolist() == [2]
 
 
-def test_fingerprint_depends_on_content_masks_and_tokenizer(write_dataset):
+def test_the_fingerprint_depends_on_content_masks_and_tokenizer(write_dataset):
     base = write_dataset([[1, 5, 2]], "conversations")
     assert write_dataset([[1, 5, 2]], "conversations").fingerprint == base.fingerprint
     assert write_dataset([[1, 6, 2]], "conversations").fingerprint != base.fingerprint
@@ -84,7 +88,7 @@ def test_fingerprint_depends_on_content_masks_and_tokenizer(write_dataset):
     assert write_dataset([[1, 5], [2, 4]]).fingerprint != write_dataset([[1, 5, 2, 4]]).fingerprint
 
 
-def test_a_folder_that_is_not_whole_is_refused_by_name(write_dataset):
+def test_an_incomplete_folder_is_refused_and_its_file_named(write_dataset):
     def damaged(name, change):
         folder = write_dataset([[1, 5, 2]], "conversations").folder
         change(folder / name)
@@ -116,7 +120,7 @@ def _edit(path, change):
     path.write_text(json.dumps(report))
 
 
-def test_an_unfinished_folder_is_no_dataset(tmp_path):
+def test_an_unfinished_folder_is_not_a_dataset(tmp_path):
     with DatasetWriter(tmp_path, "text", vocab_size=9, tokenizer_fingerprint="t") as writer:
         writer.add([1, 2, 3])
     with pytest.raises(FileNotFoundError, match=r"recipes\.prepare"):

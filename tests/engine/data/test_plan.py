@@ -1,3 +1,5 @@
+"""The plan of a run: every place once an epoch, shares and passes, and an order that depends on nothing but its inputs."""
+
 from collections import Counter
 
 import numpy as np
@@ -11,7 +13,7 @@ from engine.settings.sections import Source
 
 
 def places_of(plan, step):
-    """Every (source, document, place) of a step, with repetition."""
+    """Every (source, document, place) of a step, repetitions included."""
     units = plan.units(step)
     columns = (units.source, units.document, units.start, units.places)
     return [
@@ -51,13 +53,13 @@ def test_steps_follow_the_token_budget(write_dataset, random_documents):
     sizes = [plan.units(step).sizes.tolist() for step in range(plan.steps)]
     before = 0
     for step, step_sizes in enumerate(sizes):
-        # A step begins at its first unit at or after step * 100, and that unit began less than one unit later.
+        # A step begins with the first unit at or after step * 100, at most one unit later.
         assert step * 100 <= before < step * 100 + 16
         before += sum(step_sizes)
     assert plan.steps == -(-before // 100) or before % 100 < 16
 
 
-def test_order_depends_on_seed_source_and_epoch(write_dataset, random_documents):
+def test_the_order_depends_on_seed_source_and_epoch(write_dataset, random_documents):
     documents = random_documents(50, 15)
     pair = [write_dataset(documents), write_dataset(documents)]
 
@@ -74,10 +76,10 @@ def test_order_depends_on_seed_source_and_epoch(write_dataset, random_documents)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
 
 
-def test_shuffle_is_a_uniform_looking_permutation():
+def test_a_shuffle_is_a_permutation_without_a_bias_by_position():
     first = [plan_module._shuffle(1000, seed, 0, 0) for seed in range(200)]
     assert all(sorted(p.tolist()) == list(range(1000)) for p in first)
-    # Each position's mean over 200 seeds: 499.5 +- 5 standard errors of a uniform variable.
+    # The mean of each position over 200 seeds is 499.5 +- 5 standard errors of a uniform variable.
     means = np.mean(first, axis=0)
     assert np.abs(means - 499.5).max() < 5 * (1000 / np.sqrt(12)) / np.sqrt(200)
 
@@ -157,7 +159,7 @@ def test_preferences_count_pairs_and_leave_out_long_ones(write_dataset):
         make_plan([write_dataset(documents[:2], "preferences", prompts=[1] * 2)], context_length=1)
 
 
-def test_sources_of_equal_virtual_time_take_turns_in_their_order(write_dataset):
+def test_sources_of_equal_virtual_time_take_turns(write_dataset):
     datasets = [write_dataset([[1] * 9] * 100), write_dataset([[2] * 9] * 100)]
     plan = make_plan(datasets, step_size=8, context_length=8)
     assert [plan.units(step).source.tolist() for step in range(plan.steps)] == [[0], [1]] * 100
@@ -207,7 +209,7 @@ def test_steps_end_the_epochs_early(write_dataset, random_documents):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_merging_in_slices_equals_one_sort(write_dataset, random_documents, monkeypatch, data):
+def test_merging_in_slices_equals_a_single_sort(write_dataset, random_documents, monkeypatch, data):
     datasets = [write_dataset(random_documents(data.draw(st.integers(1, 40)), 30, seed=i)) for i in range(3)]
     sources = [Source("x", passes=data.draw(st.sampled_from([0.3, 1.0, 2.5]))) for _ in datasets]
     epochs = data.draw(st.sampled_from([0.5, 1.0, 2.0]))
@@ -217,7 +219,7 @@ def test_merging_in_slices_equals_one_sort(write_dataset, random_documents, monk
         sliced = make_plan(datasets, sources, epochs=epochs)
     assert sliced.steps == whole.steps
     assert all(places_of(sliced, step) == places_of(whole, step) for step in range(whole.steps))
-    # Against the definition: sort all units by virtual time, cut by their exclusive cumulative places.
+    # The definition: sort all units by virtual time, and cut by the places before each unit.
     events = []
     for source, table in enumerate(whole.tables):
         units = plan_module.Plan._sequence(whole, source, round(sources[source].passes * epochs * int(table.sizes.sum())))
@@ -237,7 +239,7 @@ def test_merging_in_slices_equals_one_sort(write_dataset, random_documents, monk
     assert found == expected
 
 
-def test_summary_counts_what_the_steps_hold(write_dataset, random_documents):
+def test_the_summary_counts_the_places_of_the_steps(write_dataset, random_documents):
     datasets = [write_dataset(random_documents(80, 40)), write_dataset(random_documents(20, 15, seed=3))]
     plan = make_plan(datasets, [Source("a"), Source("b", passes=2)], steps=5)
     summary = plan.summary(64)

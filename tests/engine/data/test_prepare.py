@@ -1,3 +1,5 @@
+"""Preparation: documents and masks, skipped records, held-out parts, kills and damage."""
+
 import fcntl
 import gzip
 import json
@@ -50,7 +52,7 @@ def pair(prompt, chosen, rejected):
 TEXTS = ["こんにちは、世界。", "Two lines\nof text </s> here", "x"]
 
 
-def test_text_documents_are_bos_pieces_eos(make, tmp_path):
+def test_a_text_document_is_bos_pieces_eos(make, tmp_path):
     report = make("\n\n".join(TEXTS))
     dataset = TokenDataset.open(tmp_path / "out")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral_tokenizer_path()))
@@ -83,7 +85,7 @@ def test_conversations_keep_the_mask_of_the_chat_template(make, tmp_path, tokeni
     assert report["trained_tokens"] == sum(dataset.trained(i).sum() for i in range(3))
 
 
-def test_preferences_train_on_the_last_answer_alone(make, tmp_path, tokenizer):
+def test_preferences_train_on_the_last_answer_only(make, tmp_path, tokenizer):
     prompt = [*chat("hello", "earlier answer", "問い")["messages"]]
     make([pair(prompt, "良い答え", "bad"), pair("p", "q", "r")], kind="preferences")
     dataset = TokenDataset.open(tmp_path / "out")
@@ -99,7 +101,7 @@ def test_preferences_train_on_the_last_answer_alone(make, tmp_path, tokenizer):
         assert tokenizer.decode([i for i, t in zip(ids, trained, strict=True) if t]).strip() == answer
 
 
-def test_unusable_records_are_skipped_counted_and_placed(make, tmp_path):
+def test_unusable_records_are_skipped_counted_and_located(make, tmp_path):
     records = [chat("a"), chat("a", "b"), chat("c", ""), {"messages": [{"role": "bot", "content": "x"}]}, chat("d", " ")]
     report = make(records, kind="conversations")
     path = tmp_path / "in.jsonl"
@@ -115,7 +117,7 @@ def test_unusable_records_are_skipped_counted_and_placed(make, tmp_path):
         make(records, kind="conversations", out="strict", strict=True)
 
 
-def test_pairs_that_cannot_be_used(make, tmp_path):
+def test_unusable_pairs_are_skipped_with_their_reason(make, tmp_path):
     long = "word " * 50
     records = [pair("p", "same", "same "), pair(long, "a", "b"), pair("p", "a", long), pair("p", "", "b"), pair("p", "a", "b")]
     report = make(records, kind="preferences", max_length=40)
@@ -166,7 +168,7 @@ def texts(folder, tokenizer):
 
 
 @pytest.mark.parametrize("heldout", [0.1, 20])
-def test_holding_out_depends_on_content_and_seed_alone(make, tmp_path, tokenizer, heldout):
+def test_the_held_out_part_depends_on_content_and_seed_only(make, tmp_path, tokenizer, heldout):
     report = make(numbered(200), heldout=heldout)
     main, aside = (texts(tmp_path / name, tokenizer) for name in ("out", "out-heldout"))
     assert main | aside == {f"document number {i}" for i in range(200)}
@@ -187,7 +189,7 @@ def test_equal_documents_and_prompts_are_held_out_together(make, tmp_path, token
     datasets = [TokenDataset.open(tmp_path / name) for name in ("pairs", "pairs-heldout")]
     prompts = [{tuple(d.tokens(i)[: d.prompt_lengths[i]].tolist()) for i in range(len(d))} for d in datasets]
     assert not prompts[0] & prompts[1]
-    # Ten pairs, and the rest of the prompt that the tenth has.
+    # Ten pairs, and the other pairs with the tenth's prompt.
     assert [len(dataset) // 2 for dataset in datasets] == [28, 12]
 
 
@@ -199,7 +201,7 @@ def test_holding_out_everything_or_nothing_is_an_error(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-def test_equal_inputs_are_kept_and_others_refused(make, tmp_path, tokenizer, capsys):
+def test_a_dataset_of_equal_inputs_is_kept_and_any_other_refused(make, tmp_path, tokenizer, capsys):
     first = make(numbered(9), heldout=2)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*/*")}
     assert make(numbered(9), name="moved.txt", heldout=2) == first
@@ -226,7 +228,7 @@ def test_a_damaged_dataset_is_named_and_replaced_when_asked(make, tmp_path):
     TokenDataset.open(tmp_path / "out").verify()
 
 
-def test_what_is_no_dataset_is_never_replaced(make, tmp_path):
+def test_a_folder_that_is_not_a_dataset_is_never_replaced(make, tmp_path):
     (tmp_path / "out").mkdir()
     make("fine", out="out")
     (tmp_path / "mine").mkdir()
@@ -238,7 +240,7 @@ def test_what_is_no_dataset_is_never_replaced(make, tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
-def test_errors_leave_nothing_and_stale_parts_are_cleared(make, tmp_path):
+def test_errors_leave_no_files_and_stale_parts_are_cleared(make, tmp_path):
     with pytest.raises(ValueError, match=r"in\.jsonl:2: broken JSON"):
         make('{"text": "a"}\n{"text": ', name="in.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
@@ -286,7 +288,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_completes(make, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out"]
 
 
-def test_shards_and_batches_bound_what_is_held(make, tmp_path, monkeypatch, tokenizer):
+def test_small_shards_and_batches_give_the_same_documents(make, tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr("engine.data.prepare.BATCH_RECORDS", 3)
     make(numbered(50), shard_tokens=40)
     dataset = TokenDataset.open(tmp_path / "out")

@@ -1,3 +1,5 @@
+"""Records of every format, and the reasons why records are skipped."""
+
 import pytest
 
 from engine.data.records import Unusable, read_conversation, read_pair, read_text
@@ -15,7 +17,7 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-def test_text_records():
+def test_the_text_of_a_record():
     assert read_text("文", "text") == "文"
     assert read_text({"body": " a\n"}, "body") == " a\n"
 
@@ -30,7 +32,7 @@ def test_text_records():
         {"messages": [{**system("S"), "name": None}, user("U"), assistant("A")], "source": "x"},
     ],
 )
-def test_forms_of_one_conversation(record):
+def test_every_format_gives_the_same_conversation(record):
     assert read_conversation(record) == [system("S"), user("U"), assistant("A")]
 
 
@@ -42,7 +44,7 @@ def test_alpaca_and_prompt_completion():
     assert read_conversation({"prompt": [user("P")], "completion": [assistant("C")]}) == [user("P"), assistant("C")]
 
 
-def test_an_empty_system_message_counts_as_none():
+def test_an_empty_system_message_is_dropped():
     assert read_conversation({"messages": [system(" "), user("U"), assistant("A")]}) == [user("U"), assistant("A")]
 
 
@@ -74,7 +76,7 @@ def test_an_empty_system_message_counts_as_none():
         ({"prompt": "P", "completion": ""}, "empty answer"),
     ],
 )
-def test_unusable_conversations(record, reason):
+def test_unusable_conversations_have_a_reason(record, reason):
     with pytest.raises(Unusable) as caught:
         read_conversation(record)
     assert caught.value.reason == reason
@@ -92,12 +94,12 @@ def test_unusable_conversations(record, reason):
         {"chosen": [user("U"), assistant("A")], "rejected": [user("U"), assistant("B")]},
     ],
 )
-def test_forms_of_one_pair(record):
+def test_every_format_gives_the_same_pair(record):
     pair = read_pair(record)
     assert (pair.prompt, pair.chosen, pair.rejected) == ([user("U")], "A", "B")
 
 
-def test_longer_prompts_and_a_system_message_beside_a_text_prompt():
+def test_a_conversation_may_hold_more_turns_than_its_text_prompt():
     turns = [system("S"), user("U"), assistant("V"), user("W")]
     assert read_pair({"prompt": turns, "chosen": "A", "rejected": "B"}).prompt == turns
     sides = {"chosen": [*turns, assistant("A")], "rejected": [*turns, assistant("B")]}
@@ -131,7 +133,7 @@ def test_longer_prompts_and_a_system_message_beside_a_text_prompt():
         ({"prompt": [{"role": "bot", "content": "U"}], "chosen": "A", "rejected": "B"}, "unknown role"),
     ],
 )
-def test_unusable_pairs(record, reason):
+def test_unusable_pairs_have_a_reason(record, reason):
     with pytest.raises(Unusable) as caught:
         read_pair(record)
     assert caught.value.reason == reason
@@ -148,7 +150,7 @@ def test_unusable_pairs(record, reason):
         ({"text": "\udc00"}, "not valid Unicode"),
     ],
 )
-def test_unusable_texts(record, reason):
+def test_unusable_texts_have_a_reason(record, reason):
     with pytest.raises(Unusable) as caught:
         read_text(record, "text")
     assert caught.value.reason == reason

@@ -1,3 +1,5 @@
+"""Files of every format as records, and refusals that name file and line."""
+
 import gzip
 import json
 import sys
@@ -17,7 +19,7 @@ def read(path, split="blank"):
 TEXT = "一行目\r\n二行目\n\n \nB one\nB two\n\n\nlast"
 
 
-def test_text_files_split_at_blank_lines_lines_or_nowhere(tmp_path):
+def test_text_files_are_split_at_blank_lines_at_every_line_or_nowhere(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
     assert read(path) == [(":1", "一行目\n二行目"), (":5", "B one\nB two"), (":9", "last")]
@@ -32,7 +34,7 @@ def test_gzip_and_byte_order_mark_change_nothing(tmp_path):
     assert read(plain) == read(packed)
 
 
-def test_jsonl_and_json_arrays(tmp_path):
+def test_jsonl_and_json_arrays_give_their_values(tmp_path):
     values = [{"text": "い\n"}, {"text": "ろ", "n": 1}, [3]]
     lines, array = tmp_path / "a.jsonl", tmp_path / "b.json"
     lines.write_text("\n".join(map(json.dumps, values[:2])) + "\n\n" + json.dumps(values[2]) + "\n")
@@ -64,7 +66,7 @@ def test_broken_files_are_named_with_the_line(tmp_path, name, content, message):
         read(tmp_path / name)
 
 
-def test_folders_patterns_and_files_in_a_fixed_order(tmp_path):
+def test_folders_patterns_and_files_give_a_fixed_order(tmp_path):
     for name in ("b.txt", "a/z.jsonl", "a/y.txt.gz", "a/.hidden.txt", "a/notes.md", ".git/x.txt", "done/x.txt"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -119,7 +121,7 @@ def test_parquet_is_read_by_pyarrow_alone(tmp_path, monkeypatch):
         read(tmp_path / "c.parquet")
 
 
-def test_hub_datasets_come_through_the_datasets_package(monkeypatch):
+def test_hub_datasets_are_read_by_the_package_datasets(monkeypatch):
     datasets = pytest.importorskip("datasets")
     import huggingface_hub
 
@@ -149,7 +151,7 @@ def test_hub_datasets_come_through_the_datasets_package(monkeypatch):
         find_sources(["hub:owner/missing"], TEXT_SUFFIXES)
 
 
-def test_without_the_optional_packages_the_remedy_is_named(tmp_path, monkeypatch):
+def test_missing_optional_packages_are_named_with_the_remedy(tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"hub:owner/name: .*pip install 'komainu\[data\]'.* EXTRAS=data"):

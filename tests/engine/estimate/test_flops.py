@@ -55,8 +55,7 @@ def test_pairs_of_shared_prompts_by_brute_force(prompt, answers, alone, window):
     ("lengths", "prefixes"), [([7, 1, 4], [-1, -1, -1]), ([4, 3, 2, 3], [-1, 0, 0, -1])], ids=["documents", "shared prompt"]
 )
 def test_training_flops_equal_torchs_count(lengths, prefixes, window):
-    """Of a model of plain products, which multiplies each query with exactly the keys that it sees: its own document's, and its
-    shared prompt's."""
+    """The counted model multiplies each query with the keys that it sees: of its own document and its shared prompt."""
     config = replace(CONFIG, num_hidden_layers=2, sliding_window=window)
     rows = [0, 3, 4, 9, 11]
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()

@@ -240,6 +240,6 @@ def test_each_source_reads_its_own_reference(model, tiny_data):
         ({"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing has no effect with the ipo loss"),
     ],
 )
-def test_settings_out_of_range(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         PreferenceSettings(**changes)

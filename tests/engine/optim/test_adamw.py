@@ -23,7 +23,7 @@ def parameters(dtype=torch.float32):
 
 
 def gradients(step, named):
-    """Of very different sizes over the steps, so that some are clipped and some are not."""
+    """Gradients of very different sizes over the steps: some are clipped, others not."""
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in named.values():
         gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 10.0 ** (step % 4 - 3)
@@ -42,8 +42,8 @@ def rate(step):
         (OptimizerSettings(weight_decay=0.0, clip_norm=0.01), {True}),
     ],
 )
-def test_equals_torchs_in_float64(settings, clipped):
-    """Weight decay on matrices alone, and the gradient clipped as a whole."""
+def test_updates_equal_torchs_in_float64(settings, clipped):
+    """Weight decay acts on matrices only; clipping acts on the whole gradient."""
     ours, theirs = parameters(), parameters(torch.float64)
     optimizer = AdamW(ours.items(), settings)
     reference = torch.optim.AdamW(
@@ -73,8 +73,8 @@ def test_equals_torchs_in_float64(settings, clipped):
     assert seen == clipped
 
 
-def test_bfloat16_parameters_follow_float32_ones_exactly():
-    """The parameter is the rounded master; the master with its low bits is the float32 run's parameter."""
+def test_bfloat16_parameters_with_masters_follow_float32_parameters_exactly():
+    """Parameter and remainder together are the float32 run's parameter."""
     small, wide = parameters(torch.bfloat16), parameters(torch.bfloat16)
     wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in wide.items()}
     optimizers = AdamW(small.items(), OptimizerSettings()), AdamW(wide.items(), OptimizerSettings())
@@ -88,12 +88,12 @@ def test_bfloat16_parameters_follow_float32_ones_exactly():
         low = optimizers[0].state[f"{name}.remainder"].int() & 0xFFFF
         high = parameter.detach().view(torch.int16).int() - (low >> 15)
         assert torch.equal(((high << 16) | low).view(torch.float32), wide[name].detach())
-        # bfloat16 alone would not have moved: the updates are below half a step of most values.
+        # bfloat16 without masters would not have moved: most updates are below half a rounding step.
         assert not torch.equal(wide[name].detach(), parameters(torch.bfloat16)[name].detach().float())
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_state_moves_to_another_optimizer(moments):
+def test_another_optimizer_continues_from_the_state(moments):
     settings = OptimizerSettings(moments=moments)
     runs = []
     for split in (STEPS, 9):
@@ -112,7 +112,7 @@ def test_state_moves_to_another_optimizer(moments):
     assert {tensor.dtype for name, tensor in runs[0][1].items() if "exp_avg" in name} == {getattr(torch, moments)}
 
 
-def test_bfloat16_moments_are_rounded_by_seed_parameter_and_step():
+def test_the_rounding_of_bfloat16_moments_depends_on_seed_parameter_and_step():
     def moments(seed, updates=0):
         named = {name: nn.Parameter(torch.ones(500)) for name in ("one", "other")}
         optimizer = AdamW(named.items(), OptimizerSettings(moments="bfloat16"), seed)
@@ -127,7 +127,7 @@ def test_bfloat16_moments_are_rounded_by_seed_parameter_and_step():
     assert len({tuple(tensor.tolist()) for tensor in found}) == len(found)
 
 
-def test_bfloat16_moments_train_as_float32_ones():
+def test_bfloat16_moments_train_like_float32_moments():
     runs = []
     for moments in ("float32", "bfloat16"):
         named = parameters()
@@ -137,7 +137,7 @@ def test_bfloat16_moments_train_as_float32_ones():
             optimizer.step(rate(step))
         runs.append(named["large"].detach())
     moved = (runs[0] - parameters()["large"].detach()).norm()
-    # A moment's relative error.
+    # The relative error of a bfloat16 moment.
     assert 0 < (runs[1] - runs[0]).norm() < 2**-7 * moved
 
 
@@ -149,7 +149,7 @@ def test_gradients_of_micro_batches_add_up_in_float32():
         for value in (1.0, *[2.0**-9] * 8):
             (named["weight"] * value).sum().backward()
         sums[dtype] = named["weight"].grad
-    # bfloat16 has 8 bits: each small gradient is lost beside 1.
+    # bfloat16 has 8 bits: adding a small gradient to 1 changes nothing.
     assert torch.equal(sums["parameter"], torch.ones(4, dtype=torch.bfloat16))
     assert torch.equal(sums["float32"], torch.full((4,), 1 + 2.0**-6))
 
@@ -164,7 +164,7 @@ def test_steps_take_float32_gradients_of_bfloat16_parameters():
     assert all(not torch.equal(named[name], start) for name, start in parameters(torch.bfloat16).items() if name != "scale")
 
 
-def test_torch_without_float32_gradients_is_named(monkeypatch):
+def test_a_torch_without_float32_gradients_is_refused(monkeypatch):
     monkeypatch.setattr(engine.optim.adamw, "hasattr", lambda *_: False, raising=False)
     AdamW(parameters().items(), OptimizerSettings(gradients="float32"))
     with pytest.raises(ValueError, match=r"optimizer.gradients = float32 of bfloat16 parameters needs torch 2.10, this is 2"):
@@ -181,7 +181,7 @@ def test_torch_without_float32_gradients_is_named(monkeypatch):
         (torch.float32, {"moments": "bfloat16"}, 12),
     ],
 )
-def test_planned_bytes_are_those_of_the_state(dtype, changes, size):
+def test_the_planned_bytes_a_parameter_equal_the_states(dtype, changes, size):
     settings = OptimizerSettings(**changes)
     named = parameters(dtype)
     optimizer = AdamW(named.items(), settings)
@@ -196,7 +196,7 @@ def test_planned_bytes_are_those_of_the_state(dtype, changes, size):
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_moments_in_the_hosts_memory_give_the_same_bits(moments, device):
+def test_offloaded_moments_give_the_same_bits(moments, device):
     ends = []
     for offload in ("none", "moments"):
         named = {name: nn.Parameter(parameter.detach().to(device)) for name, parameter in parameters(torch.bfloat16).items()}
@@ -236,6 +236,6 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize(
     ("name", "value"), [("beta1", 1.0), ("beta2", -0.1), ("eps", 0.0), ("weight_decay", -0.1), ("clip_norm", -1.0)]
 )
-def test_settings_out_of_range(name, value):
+def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"optimizer.{name} = {value}"):
         OptimizerSettings(**{name: value})

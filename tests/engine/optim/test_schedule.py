@@ -1,4 +1,4 @@
-"""Learning-rate schedules against `transformers`' where the definitions agree, and by their properties."""
+"""Learning-rate schedules against `transformers`, where the definitions agree, and their properties."""
 
 import itertools
 
@@ -15,7 +15,7 @@ PEAK = 2e-4
 
 
 def theirs(kind, warmup, steps, final_share=0.0):
-    """The learning rates that `transformers` sets for steps 0, 1, ..., steps."""
+    """The learning rates of `transformers` for steps 0, 1, ..., steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     if kind == "linear":
         schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps)
@@ -35,8 +35,8 @@ def theirs(kind, warmup, steps, final_share=0.0):
 
 @pytest.mark.parametrize(("kind", "final_share"), [("cosine", 0.0), ("cosine", 0.1), ("linear", 0.0), ("constant", 0.0)])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (1, 5), (10, 100), (6, 7)])
-def test_equals_transformers_but_for_a_warm_up_one_step_ahead(kind, final_share, warmup, steps):
-    """Theirs gives the first step of the warm-up a rate of 0, which moves nothing; ours begins one step further."""
+def test_rates_equal_transformers_except_for_a_warm_up_one_step_ahead(kind, final_share, warmup, steps):
+    """Their warm-up begins with a rate of 0, which wastes a step; ours begins with the next rate."""
     expected = theirs(kind, warmup, steps, final_share)
     chosen = ScheduleSettings(kind=kind, peak=PEAK, warmup_steps=warmup, final_share=final_share)
     found = [learning_rate(chosen, step, steps) for step in range(steps)]
@@ -81,6 +81,6 @@ def test_rises_to_the_peak_then_never_rises_and_never_stops(kind, warmup, steps,
         ({"kind": "constant", "final_share": 0.5}, "final_share has no effect with a constant schedule"),
     ],
 )
-def test_settings_out_of_range(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ScheduleSettings(**changes)
