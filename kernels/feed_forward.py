@@ -6,7 +6,7 @@ Besides the residual stream, which its neighbours keep anyway, it keeps for the 
     light         gate and up
     ffn           nothing
 
-Shapes: T tokens, D width, F feed-forward size, G = 2F.
+Shapes: T tokens, D width, F feed-forward size, F2 = 2F.
 """
 
 import torch
@@ -21,7 +21,7 @@ def feed_forward(
     residual_TD: Tensor,
     delta_TD: Tensor,
     norm_weight_D: Tensor,
-    gate_up_weight_GD: Tensor,
+    gate_up_weight_F2D: Tensor,
     down_weight_DF: Tensor,
     eps: float,
     *,
@@ -31,42 +31,42 @@ def feed_forward(
 
     Args:
         residual_TD: the residual stream. delta_TD: the output of attention, to be added to it.
-        gate_up_weight_GD: rows of the gate, then of the up projection.
+        gate_up_weight_F2D: rows of the gate, then of the up projection.
         recompute: what the backward pass computes again. "block" keeps as much as "none": the caller checkpoints the block.
     Returns: (residual + delta, output of the network), both [T, D]. The caller adds the output to the stream.
     Raises: RuntimeError in a second backward pass, because the first overwrites gate and up by their gradient.
     """
-    return _FeedForward.apply(residual_TD, delta_TD, norm_weight_D, gate_up_weight_GD, down_weight_DF, eps, recompute)
+    return _FeedForward.apply(residual_TD, delta_TD, norm_weight_D, gate_up_weight_F2D, down_weight_DF, eps, recompute)
 
 
 def feed_forward_reference(
     residual_TD: Tensor,
     delta_TD: Tensor,
     norm_weight_D: Tensor,
-    gate_up_weight_GD: Tensor,
+    gate_up_weight_F2D: Tensor,
     down_weight_DF: Tensor,
     eps: float,
     *,
     recompute: Recompute = "none",
 ) -> tuple[Tensor, Tensor]:
     total_TD, normed_TD = add_rms_norm_reference(residual_TD, delta_TD, norm_weight_D, eps)
-    return total_TD, swiglu_reference(normed_TD @ gate_up_weight_GD.T) @ down_weight_DF.T
+    return total_TD, swiglu_reference(normed_TD @ gate_up_weight_F2D.T) @ down_weight_DF.T
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual_TD, delta_TD, norm_weight_D, gate_up_weight_GD, down_weight_DF, eps, recompute):
+    def forward(ctx, residual_TD, delta_TD, norm_weight_D, gate_up_weight_F2D, down_weight_DF, eps, recompute):
         total_TD, normed_TD, scale_T = add_norm_forward(residual_TD, delta_TD, norm_weight_D, eps)
-        gate_up_TG = normed_TD @ gate_up_weight_GD.T
-        product_TF = swiglu(gate_up_TG)
+        gate_up_TF2 = normed_TD @ gate_up_weight_F2D.T
+        product_TF = swiglu(gate_up_TF2)
         everything = recompute in ("none", "block")
         ctx.save_for_backward(
             total_TD,
             scale_T,
             norm_weight_D,
-            gate_up_weight_GD,
+            gate_up_weight_F2D,
             down_weight_DF,
-            None if recompute == "ffn" else gate_up_TG,
+            None if recompute == "ffn" else gate_up_TF2,
             normed_TD if everything else None,
             product_TF if everything else None,
         )
@@ -75,16 +75,16 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total_TD, grad_out_TD):
-        total_TD, scale_T, norm_weight_D, gate_up_weight_GD, down_weight_DF, *kept = ctx.saved_tensors
-        gate_up_TG, normed_TD, product_TF = kept
+        total_TD, scale_T, norm_weight_D, gate_up_weight_F2D, down_weight_DF, *kept = ctx.saved_tensors
+        gate_up_TF2, normed_TD, product_TF = kept
         if normed_TD is None:
             normed_TD, _ = norm_forward(total_TD, norm_weight_D, ctx.eps)
-        if gate_up_TG is None:
-            gate_up_TG = normed_TD @ gate_up_weight_GD.T
+        if gate_up_TF2 is None:
+            gate_up_TF2 = normed_TD @ gate_up_weight_F2D.T
         # From here on this buffer, which has no other reader, holds the gradients of gate and up.
-        emitted_TF = swiglu_backward_(gate_up_TG, grad_out_TD @ down_weight_DF, emit=product_TF is None)
+        emitted_TF = swiglu_backward_(gate_up_TF2, grad_out_TD @ down_weight_DF, emit=product_TF is None)
         grad_down_DF = grad_out_TD.T @ (emitted_TF if product_TF is None else product_TF)
-        grad_gate_up_weight_GD = gate_up_TG.T @ normed_TD
-        grad_normed_TD = gate_up_TG @ gate_up_weight_GD
+        grad_gate_up_weight_F2D = gate_up_TF2.T @ normed_TD
+        grad_normed_TD = gate_up_TF2 @ gate_up_weight_F2D
         grad_input_TD, grad_norm_weight_D = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, scale_T)
-        return grad_input_TD, grad_input_TD, grad_norm_weight_D, grad_gate_up_weight_GD, grad_down_DF, None, None
+        return grad_input_TD, grad_input_TD, grad_norm_weight_D, grad_gate_up_weight_F2D, grad_down_DF, None, None

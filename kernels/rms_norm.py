@@ -6,7 +6,7 @@ With s = (mean(x^2) + eps)^(-1/2), out = x s w. For a gradient g of out:
 
 dw is summed in two stages of fixed order: each program sums its rows, then a second kernel adds up the programs' sums.
 
-Shapes: T tokens, D width, P programs.
+Shapes: T tokens, D width, P partial sums.
 """
 
 import torch

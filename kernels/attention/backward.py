@@ -18,18 +18,14 @@ from torch import Tensor
 from kernels.attention.tiles import (
     LOG2_E,
     columns,
-    heads_side_by_side,
+    launch_tiles,
     load_rows,
     own_range,
     own_tile,
     sections,
-    sources,
     store_rows,
-    tile_rows,
     within,
 )
-from kernels.configurations import configuration
-from kernels.launch import launch
 
 
 def attention_backward(
@@ -46,125 +42,59 @@ def attention_backward(
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the query [T, H, E], the key and the value [T, K, E], each contiguous and in the dtype of the query."""
-    grad_THE, query_THE, key_TKE, value_TKE, out_THE = map(
-        heads_side_by_side, (grad_THE, query_THE, key_TKE, value_TKE, out_THE)
-    )
     tokens, heads, size = query_THE.shape
     kv_heads, device = key_TKE.shape[1], query_THE.device
     grad_query_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=device)
     grad_key_TKE, grad_value_TKE = (torch.empty((tokens, kv_heads, size), dtype=query_THE.dtype, device=device) for _ in "kv")
     delta_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
-    scale = size**-0.5
-    ranges = query_tiles + key_tiles
-    config = configuration("attention_queries", device)
-    rows, parts = tile_rows(tile, config)
-    descriptors, (query, key, value, grad, out) = sources(
-        config,
-        (query_THE, rows),
-        (key_TKE, config.block),
-        (value_TKE, config.block),
-        (grad_THE, rows),
-        (out_THE, rows),
-    )
-    launch(
+    launch_tiles(
         _query_kernel,
-        (query_tiles * parts * heads,),
-        query,
-        key,
-        value,
-        grad,
-        out,
-        log_sum_exp_HT,
-        delta_HT,
-        grad_query_THE,
-        work,
-        ranges,
-        tokens,
-        window,
-        scale,
-        scale * LOG2_E.value,
-        query_THE.stride(0),
-        key_TKE.stride(0),
-        value_TKE.stride(0),
-        grad_THE.stride(0),
-        out_THE.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        SIZE=size,
-        TILE=rows,
-        PARTS=parts,
-        BLOCK=config.block,
-        DESCRIPTORS=descriptors,
-        device=device,
-        warps=config.warps,
-        stages=config.stages,
-    )
-    config = configuration("attention_keys", device)
-    rows, parts = tile_rows(tile, config)
-    descriptors, (query, key, value, grad) = sources(
-        config,
-        (query_THE, config.block),
-        (key_TKE, rows),
-        (value_TKE, rows),
-        (grad_THE, config.block),
-    )
-    launch(
-        _key_kernel,
-        (key_tiles * parts * kv_heads,),
-        query,
-        key,
-        value,
-        grad,
-        log_sum_exp_HT,
-        delta_HT,
-        grad_key_TKE,
-        grad_value_TKE,
-        work,
+        "attention_queries",
         query_tiles,
-        ranges,
-        tokens,
+        work,
+        query_tiles + key_tiles,
         window,
-        scale,
-        scale * LOG2_E.value,
-        query_THE.stride(0),
-        key_TKE.stride(0),
-        value_TKE.stride(0),
-        grad_THE.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        SIZE=size,
-        TILE=rows,
-        PARTS=parts,
-        BLOCK=config.block,
-        DESCRIPTORS=descriptors,
-        device=device,
-        warps=config.warps,
-        stages=config.stages,
+        tile,
+        by_tile=(query_THE, grad_THE, out_THE),
+        by_block=(key_TKE, value_TKE),
+        rest=(size**-0.5, log_sum_exp_HT, delta_HT, grad_query_THE),
+    )
+    launch_tiles(
+        _key_kernel,
+        "attention_keys",
+        key_tiles,
+        work,
+        query_tiles + key_tiles,
+        window,
+        tile,
+        by_tile=(key_TKE, value_TKE),
+        by_block=(query_THE, grad_THE),
+        rest=(size**-0.5, query_tiles, log_sum_exp_HT, delta_HT, grad_key_TKE, grad_value_TKE),
     )
     return grad_query_THE, grad_key_TKE, grad_value_TKE
 
 
 @triton.jit(do_not_specialize=["ranges", "tokens", "window"])
 def _query_kernel(
-    query,  # [tokens, HEADS, SIZE]: a pointer, or a descriptor
-    key,  # [tokens, HEADS / GROUP, SIZE], likewise
-    value,  # [tokens, HEADS / GROUP, SIZE], likewise
+    query,  # [tokens, HEADS, SIZE]: a descriptor, or a pointer
     grad,  # [tokens, HEADS, SIZE], likewise: gradient of the output
     out,  # [tokens, HEADS, SIZE], likewise
-    log_sum_exp,  # [HEADS, tokens] float32
-    delta,  # [HEADS, tokens] float32: D, written here for the other pass
-    grad_query,  # [tokens, HEADS, SIZE]
+    key,  # [tokens, HEADS / GROUP, SIZE], likewise
+    value,  # [tokens, HEADS / GROUP, SIZE], likewise
+    query_stride,  # elements from token to token
+    grad_stride,
+    out_stride,
+    key_stride,
+    value_stride,
     work,  # [rows, 4] int32: the work lists
     ranges,  # row of `work` where ranges begin
     tokens,
     window,
-    scale,  # SIZE^(-1/2)
     scale_log2,  # scale log2(e)
-    query_stride,  # elements from token to token
-    key_stride,
-    value_stride,
-    grad_stride,
-    out_stride,
+    scale,  # SIZE^(-1/2)
+    log_sum_exp,  # [HEADS, tokens] float32
+    delta,  # [HEADS, tokens] float32: D, written here for the other pass
+    grad_query,  # [tokens, HEADS, SIZE]
     HEADS: tl.constexpr,  # query heads
     GROUP: tl.constexpr,  # query heads for each key/value head
     SIZE: tl.constexpr,  # elements of a head
@@ -210,26 +140,26 @@ def _query_kernel(
 
 @triton.jit(do_not_specialize=["first_tile", "ranges", "tokens", "window"])
 def _key_kernel(
-    query,  # [tokens, HEADS, SIZE]: a pointer, or a descriptor
-    key,  # [tokens, HEADS / GROUP, SIZE], likewise
-    value,  # [tokens, HEADS / GROUP, SIZE], likewise
-    grad,  # [tokens, HEADS, SIZE], likewise: gradient of the output
-    log_sum_exp,  # [HEADS, tokens] float32
-    delta,  # [HEADS, tokens] float32: D, from the other pass
-    grad_key,  # [tokens, HEADS / GROUP, SIZE]
-    grad_value,  # [tokens, HEADS / GROUP, SIZE]
+    key,  # [tokens, HEADS, SIZE]: a descriptor, or a pointer
+    value,  # [tokens, HEADS, SIZE], likewise
+    query,  # [tokens, HEADS * GROUP, SIZE], likewise
+    grad,  # [tokens, HEADS * GROUP, SIZE], likewise: gradient of the output
+    key_stride,  # elements from token to token
+    value_stride,
+    query_stride,
+    grad_stride,
     work,  # [rows, 4] int32: the work lists
-    first_tile,  # row of `work` where tiles of keys begin
     ranges,  # row of `work` where ranges begin
     tokens,
     window,
-    scale,  # SIZE^(-1/2)
     scale_log2,  # scale log2(e)
-    query_stride,  # elements from token to token
-    key_stride,
-    value_stride,
-    grad_stride,
-    HEADS: tl.constexpr,  # query heads
+    scale,  # SIZE^(-1/2)
+    first_tile,  # row of `work` where tiles of keys begin
+    log_sum_exp,  # [HEADS * GROUP, tokens] float32
+    delta,  # [HEADS * GROUP, tokens] float32: D, from the other pass
+    grad_key,  # [tokens, HEADS, SIZE]
+    grad_value,  # [tokens, HEADS, SIZE]
+    HEADS: tl.constexpr,  # key/value heads
     GROUP: tl.constexpr,  # query heads for each key/value head
     SIZE: tl.constexpr,  # elements of a head
     TILE: tl.constexpr,  # keys of a program
@@ -238,8 +168,7 @@ def _key_kernel(
     DESCRIPTORS: tl.constexpr,  # whether the four sources are descriptors
 ):
     """Gradients of a tile of keys and values, over all query heads that read them."""
-    KV_HEADS: tl.constexpr = HEADS // GROUP
-    kv_head, start, end, first_range, last_range = own_tile(work, first_tile, KV_HEADS, TILE, PARTS)
+    kv_head, start, end, first_range, last_range = own_tile(work, first_tile, HEADS, TILE, PARTS)
     if start >= end:
         return
     place = start + tl.arange(0, TILE)
@@ -271,5 +200,5 @@ def _key_kernel(
                 dv = tl.dot(weights.to(g.dtype), g, dv, input_precision="ieee")
                 grad_scores = weights * (tl.dot(v, tl.trans(g), input_precision="ieee") - d[None, :])
                 dk = tl.dot(grad_scores.to(q.dtype), q, dk, input_precision="ieee")
-    store_rows(grad_key, dk * scale, place, end, kv_head, KV_HEADS, SIZE)
-    store_rows(grad_value, dv, place, end, kv_head, KV_HEADS, SIZE)
+    store_rows(grad_key, dk * scale, place, end, kv_head, HEADS, SIZE)
+    store_rows(grad_value, dv, place, end, kv_head, HEADS, SIZE)

@@ -5,7 +5,7 @@ Where these tiles are too few for a chip, programs split the tokens of each tile
 https://pytorch.org/blog/flash-decoding), and a second kernel adds up the splits by their log-sum-exps, in a fixed order.
 
 Shapes: T new tokens, C rows of the ring, H query heads, K key/value heads, G = H / K, E head size, Q queries of a piece, J keys
-of a piece, S splits.
+of a piece, P partial results (splits).
 """
 
 import itertools
@@ -95,14 +95,14 @@ def _decode(
     tiles = triton.cdiv(tokens * group, tile) * kv_heads
     wanted = config.programs * multiprocessors(device) // max(1, tiles)
     splits = max(1, min(wanted, triton.cdiv(min(seen + tokens, window), config.block)))
-    part_STHE = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=device)
-    log2_sum_STH = torch.empty((splits, tokens, heads), dtype=torch.float32, device=device)
+    part_PTHE = torch.empty((splits, tokens, heads, size), dtype=torch.float32, device=device)
+    log2_sum_PTH = torch.empty((splits, tokens, heads), dtype=torch.float32, device=device)
     launch(
         _split_kernel,
         (tiles, splits),
         *tensors,
-        part_STHE,
-        log2_sum_STH,
+        part_PTHE,
+        log2_sum_PTH,
         tokens,
         seen,
         max(1, room),
@@ -121,8 +121,8 @@ def _decode(
     launch(
         _combine_kernel,
         (triton.cdiv(tokens * heads, combine.rows),),
-        part_STHE,
-        log2_sum_STH,
+        part_PTHE,
+        log2_sum_PTH,
         out_THE,
         tokens * heads,
         splits,

@@ -15,19 +15,15 @@ from kernels.attention.tiles import (
     LOG2_E,
     NO_PEAK,
     columns,
-    heads_side_by_side,
+    launch_tiles,
     load_rows,
     own_range,
     own_tile,
     sections,
     softmax_step,
-    sources,
     store_rows,
-    tile_rows,
     within,
 )
-from kernels.configurations import configuration
-from kernels.launch import launch
 
 
 def attention_forward(
@@ -45,59 +41,39 @@ def attention_forward(
     Args: query_THE, key_TKE, value_TKE: of any strides. The rest: fields of `kernels.attention.work.AttentionWork`.
     Returns: (output [T, H, E]; natural log-sum-exp of the scaled scores [H, T] in float32, -inf for a query that sees nothing).
     """
-    query_THE, key_TKE, value_TKE = map(heads_side_by_side, (query_THE, key_TKE, value_TKE))
     tokens, heads, size = query_THE.shape
-    device = query_THE.device
-    out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=device)
-    log_sum_exp_HT = torch.empty((heads, tokens), dtype=torch.float32, device=device)
-    config = configuration("attention_forward", device)
-    rows, parts = tile_rows(tile, config)
-    descriptors, (query, key, value) = sources(config, (query_THE, rows), (key_TKE, config.block), (value_TKE, config.block))
-    launch(
+    out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=query_THE.device)
+    log_sum_exp_HT = torch.empty((heads, tokens), dtype=torch.float32, device=query_THE.device)
+    launch_tiles(
         _forward_kernel,
-        (query_tiles * parts * heads,),
-        query,
-        key,
-        value,
-        out_THE,
-        log_sum_exp_HT,
+        "attention_forward",
+        query_tiles,
         work,
         query_tiles + key_tiles,
-        tokens,
         window,
-        size**-0.5 * LOG2_E.value,
-        query_THE.stride(0),
-        key_TKE.stride(0),
-        value_TKE.stride(0),
-        HEADS=heads,
-        GROUP=heads // key_TKE.shape[1],
-        SIZE=size,
-        TILE=rows,
-        PARTS=parts,
-        BLOCK=config.block,
-        DESCRIPTORS=descriptors,
-        device=device,
-        warps=config.warps,
-        stages=config.stages,
+        tile,
+        by_tile=(query_THE,),
+        by_block=(key_TKE, value_TKE),
+        rest=(out_THE, log_sum_exp_HT),
     )
     return out_THE, log_sum_exp_HT
 
 
 @triton.jit(do_not_specialize=["ranges", "tokens", "window"])
 def _forward_kernel(
-    query,  # [tokens, HEADS, SIZE]: a pointer, or a descriptor
+    query,  # [tokens, HEADS, SIZE]: a descriptor, or a pointer
     key,  # [tokens, HEADS / GROUP, SIZE], likewise
     value,  # [tokens, HEADS / GROUP, SIZE], likewise
-    out,  # [tokens, HEADS, SIZE]
-    log_sum_exp,  # [HEADS, tokens] float32
+    query_stride,  # elements from token to token
+    key_stride,
+    value_stride,
     work,  # [rows, 4] int32: the work lists
     ranges,  # row of `work` where ranges begin
     tokens,
     window,
-    scale,  # SIZE^(-1/2) log2(e)
-    query_stride,  # elements from token to token
-    key_stride,
-    value_stride,
+    scale_log2,  # SIZE^(-1/2) log2(e)
+    out,  # [tokens, HEADS, SIZE]
+    log_sum_exp,  # [HEADS, tokens] float32
     HEADS: tl.constexpr,  # query heads
     GROUP: tl.constexpr,  # query heads for each key/value head
     SIZE: tl.constexpr,  # elements of a head
@@ -127,12 +103,12 @@ def _forward_kernel(
                     place = first + tl.arange(0, BLOCK)
                     visible = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
                     scores = tl.where(visible, scores, float("-inf"))
-                peak, weights, kept = softmax_step(peak, scores, scale)
+                peak, weights, kept = softmax_step(peak, scores, scale_log2)
                 v = load_rows(value, value_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
                 acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
                 total = total * kept + tl.sum(weights, axis=1)
     seen = total > 0
     divisor = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, (peak * scale + tl.log2(divisor)) / LOG2_E, float("-inf"))
+    lse = tl.where(seen, (peak * scale_log2 + tl.log2(divisor)) / LOG2_E, float("-inf"))
     tl.store(log_sum_exp + head.to(tl.int64) * tokens + row, lse, mask=row < end)
     store_rows(out, tl.where(seen[:, None], acc / divisor[:, None], 0.0), row, end, head, HEADS, SIZE)

@@ -6,12 +6,16 @@ keys at a time. Kernels read rows by descriptors (TMA) where the chip and the me
 Shapes: T tokens, E head size.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.configurations import Configuration
+from kernels.configurations import Configuration, configuration
+from kernels.launch import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The peak before the first score. It is finite, so that a block in which a row sees nothing leaves this row unchanged.
@@ -24,28 +28,65 @@ def columns(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def tile_rows(tile: int, config: Configuration) -> tuple[int, int]:
-    """(rows of a program, programs for a tile of the work lists). Rows are a power of two of at least 16."""
-    whole = max(16, triton.next_power_of_2(tile))
-    rows = min(whole, config.rows)
-    return rows, whole // rows
-
-
 def heads_side_by_side(tensor: Tensor) -> Tensor:
     """[T, heads, E] as kernels take it: any stride between tokens, contiguous inside a token. Copied only where it is not."""
     contiguous = tensor.stride(2) == 1 and (tensor.shape[1] == 1 or tensor.stride(1) == tensor.shape[2])
     return tensor if contiguous else tensor.contiguous()
 
 
-def sources(config: Configuration, *parts: tuple[Tensor, int]) -> tuple[bool, list[Tensor | TensorDescriptor]]:
-    """(whether kernels read by descriptors, the descriptors or the tensors themselves).
+def launch_tiles(
+    kernel: Any,
+    name: str,  # of the kernel's configuration
+    tiles: int,  # tiles of the lists that `by_tile` is cut into
+    work: Tensor,  # the work lists
+    ranges: int,  # row of the lists where ranges begin
+    window: int,
+    tile: int,  # rows of a tile of the lists
+    *,
+    by_tile: Sequence[Tensor],  # [T, heads, E]: a program reads its own tile of each
+    by_block: Sequence[Tensor],  # [T, heads, E]: a program walks through these in blocks
+    rest: Sequence[Tensor | int | float],
+) -> None:
+    """Start a kernel with one program for each head of `by_tile` and tile, or part of a tile.
 
-    All tensors are described, or none is.
-
-    Args: parts: (tensor [T, heads, E] with its heads side by side, rows that a kernel loads at once).
+    The kernel's arguments are: `by_tile` and `by_block` (all as descriptors, or all as pointers), their strides from token to
+    token, work, ranges, tokens, window, scale_log2, `rest`, and the constants below.
     """
-    described = config.descriptors and all(_describable(tensor) for tensor, _ in parts)
-    return described, [_described(tensor, rows) if described else tensor for tensor, rows in parts]
+    config = configuration(name, work.device)
+    rows, parts = _rows_and_parts(tile, config)
+    loads = [(heads_side_by_side(tensor), rows) for tensor in by_tile]
+    loads += [(heads_side_by_side(tensor), config.block) for tensor in by_block]
+    described = config.descriptors and all(_describable(tensor) for tensor, _ in loads)
+    (tokens, heads, size), others = loads[0][0].shape, loads[-1][0].shape[1]
+    launch(
+        kernel,
+        (tiles * parts * heads,),
+        *(_described(*load) if described else load[0] for load in loads),
+        *(tensor.stride(0) for tensor, _ in loads),
+        work,
+        ranges,
+        tokens,
+        window,
+        size**-0.5 * LOG2_E.value,
+        *rest,
+        HEADS=heads,
+        GROUP=max(heads, others) // min(heads, others),
+        SIZE=size,
+        TILE=rows,
+        PARTS=parts,
+        BLOCK=config.block,
+        DESCRIPTORS=described,
+        device=work.device,
+        warps=config.warps,
+        stages=config.stages,
+    )
+
+
+def _rows_and_parts(tile: int, config: Configuration) -> tuple[int, int]:
+    """(rows of a program, programs for a tile of the work lists). Rows are a power of two of at least 16."""
+    whole = max(16, triton.next_power_of_2(tile))
+    rows = min(whole, config.rows)
+    return rows, whole // rows
 
 
 def _describable(tensor: Tensor) -> bool:
