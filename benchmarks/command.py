@@ -1,4 +1,4 @@
-"""How a benchmark is called from a shell: as a recipe is, but its result keeps the command, and a stop ends what it started."""
+"""A benchmark as a command: settings in, one clear line out when they are wrong."""
 
 import shlex
 import signal
@@ -12,12 +12,30 @@ Settings = TypeVar("Settings")
 
 
 def benchmark(
-    settings_class: type[Settings], run: Callable[[Settings, str], Any], argv: Sequence[str] | None, name: str
+    settings_class: type[Settings],
+    run: Callable[[Settings, str], Any],  # (settings, the command that makes the result again)
+    name: str,  # of the benchmark's module
+    argv: Sequence[str] | None = None,
 ) -> None:
-    """Parse settings and call run(settings, the command that makes the result again). name: the benchmark's module."""
+    """Parse settings and run the benchmark."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = f"python -m benchmarks.{name}"
     text = shlex.join([*program.split(), *arguments])
-    # A command that is stopped ends its candidates, too.
+    # SIGTERM unwinds the stack, so that the processes that were started end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command(settings_class, lambda settings: run(settings, text), arguments, program)
+
+
+def check_least(settings: Any, **least: float) -> None:
+    """Check numbers, or each number of a tuple. Raises: ValueError naming a setting that is below its least value."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if any(number < bound for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} = {value}: must be at least {bound}")
+
+
+def check_names(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Check names. Raises: ValueError naming one that is unknown, and those that are known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{setting}: unknown {name!r}; choose from {', '.join(known)}")

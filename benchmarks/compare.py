@@ -1,8 +1,8 @@
 """Two results of one benchmark, row by row: python -m benchmarks.compare OLD NEW [--other-machine]
 
-Every measurement that both have, as new / old. Behind the ratio stands how far it may be off: the ratio of the one's 20th
-percentile to the other's 80th, and the other way round. Where the ranges overlap the difference is within the noise, and the
-line says so. Memory and other values measured once have no range. Rows that only one of them has are named.
+Prints every measurement that both have as new / old. "from" and "to" bound the ratio: one's 20th percentile over the other's
+80th. Where the ranges overlap, the difference is "within noise". Values that were measured once (memory) have no range. Rows
+that only one result has are named.
 """
 
 import argparse
@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import rows as of
+from benchmarks import results as of
 
 _NOT_COMPARED = ("memory_gib", "python", "driver")
+Key = tuple[tuple[str, Any], ...]
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = False) -> str:
     """The comparison as text.
 
-    Raises: ValueError for results of different benchmarks, of rows that cannot be told apart, or, unless `other_machine`, of
-        different machines.
+    Raises: ValueError for results of different benchmarks, for rows that cannot be told apart, and for results of different
+        machines unless `other_machine`.
     """
     benchmark = old["benchmark"]
     if benchmark != new["benchmark"]:
@@ -27,8 +28,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = F
     unlike = _unlike(old["machine"], new["machine"])
     places = [name for name in ("device", "kind", "cores", "threads") if name in unlike]
     if places and not other_machine:
-        said = "; ".join(f"{name} {unlike[name]}" for name in places)
-        raise ValueError(f"measured on different machines: {said}; --other-machine compares them all the same")
+        differences = "; ".join(f"{name} {unlike[name]}" for name in places)
+        raise ValueError(f"measured on different machines: {differences}; --other-machine compares them all the same")
     lines = [f"{benchmark}, new / old"]
     lines += [f"{side}: {result['when']}, commit {result['commit'][:12]}" for side, result in (("old", old), ("new", new))]
     lines += [f"{name}: {values}" for name, values in unlike.items() if name not in _NOT_COMPARED]
@@ -36,18 +37,16 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = F
     lines += [f"setting {name}: {values}" for name, values in settings.items() if name != "out"]
 
     before, after = _by_key(old), _by_key(new)
-    table = []
-    for key, row in before.items():
-        for name, value in row.items():
-            if key in after and _is_measured(value) and _is_measured(after[key].get(name)):
-                table.append((of.label(dict(key)), *_ratio(name, value, after[key][name])))
-    head = ("row", "measured", "old", "new", "new / old", "from", "to", "")
-    widths = [max(len(line[i]) for line in (head, *table)) for i in range(len(head))]
-    if table:
-        lines += ["", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in (head, *table))]
+    ratios = [
+        {"row": of.label(dict(key)), **_ratio(name, value, after[key][name])}
+        for key, row in before.items()
+        for name, value in row.items()
+        if key in after and _is_measured(value) and _is_measured(after[key].get(name))
+    ]
+    if ratios:
+        lines += ["", of.table(ratios, ["row", "measured", "old", "new", "new / old", "from", "to", "remark"])]
     for side, some, others in (("old", before, after), ("new", after, before)):
         lines += [f"only in {side}: {of.label(dict(key))}" for key in some if key not in others]
-    for side, some, others in (("old", before, after), ("new", after, before)):
         for key, row in some.items():
             if key in others and row.get("missing") and not others[key].get("missing"):
                 lines.append(f"missing in {side}: {of.label(dict(key))}: {row['missing']}")
@@ -55,12 +54,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], *, other_machine: bool = F
 
 
 def _unlike(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What two mappings differ in, as text."""
+    """The differences of two mappings, as text."""
     names = dict.fromkeys((*old, *new))
     return {name: f"{old.get(name)} and {new.get(name)}" for name in names if old.get(name) != new.get(name)}
 
 
-def _by_key(result: dict[str, Any]) -> dict[tuple[tuple[str, Any], ...], dict[str, Any]]:
+def _by_key(result: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     rows = [of.flat(row) for row in result["rows"]]
     keys = [tuple(of.identity(result["benchmark"], row).items()) for row in rows]
     twice = [key for key, count in Counter(keys).items() if count > 1]
@@ -73,34 +72,30 @@ def _is_measured(value: Any) -> bool:
     return isinstance(value, float) or of.is_spread(value)
 
 
-def _ratio(name: str, old: Any, new: Any) -> tuple[str, ...]:
-    """(what, old, new, ratio, from, to, remark) of one measurement."""
-    (old_low, old_median, old_high), (new_low, new_median, new_high) = (_range(value) for value in (old, new))
-    cells = (of.words(name), of.number(old), of.number(new))
-    if not old_median:
-        return (*cells, "-", "", "", "")
-    ratio = f"{new_median / old_median:.3f}"
-    if not all(of.is_spread(value) and value.get("samples") != 1 for value in (old, new)) or not old_low:
-        return (*cells, ratio, "", "", "")
-    within = "within noise" if new_low <= old_high and old_low <= new_high else ""
-    return (*cells, ratio, f"{new_low / old_high:.3f}", f"{new_high / old_low:.3f}", within)
-
-
-def _range(value: Any) -> tuple[float, float, float]:
-    return (value["low"], value["median"], value["high"]) if of.is_spread(value) else (value, value, value)
+def _ratio(name: str, old: Any, new: Any) -> dict[str, Any]:
+    """The cells of one measurement."""
+    cells = {"measured": name.replace("_", " "), "old": of.number(old), "new": of.number(new)}
+    if not of.middle(old):
+        return cells
+    cells["new / old"] = f"{of.middle(new) / of.middle(old):.3f}"
+    if not all(of.is_spread(value) and value.get("samples") != 1 for value in (old, new)) or not old["low"]:
+        return cells
+    cells |= {"from": f"{new['low'] / old['high']:.3f}", "to": f"{new['high'] / old['low']:.3f}"}
+    if new["low"] <= old["high"] and old["low"] <= new["high"]:
+        cells["remark"] = "within noise"
+    return cells
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Two results of one benchmark.")
     parser.add_argument("old", help="result file")
     parser.add_argument("new", help="result file")
-    parser.add_argument("--other-machine", action="store_true", help="compare results of different machines, too")
+    parser.add_argument("--other-machine", action="store_true", help="compare results of different machines too")
     parsed = parser.parse_args(argv)
     try:
-        text = compare(of.read_result(parsed.old), of.read_result(parsed.new), other_machine=parsed.other_machine)
+        print(compare(of.read_result(parsed.old), of.read_result(parsed.new), other_machine=parsed.other_machine))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""One table of all operators of `kernels`, ours beside torch, torch.compile and the peers that are installed.
+"""One table of all operators of `kernels`, ours beside torch, torch.compile and the installed peers.
 
     python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small ones on a CPU
     python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
 
-A row is one operator, direction, shape, dtype and provider. "backward" is the backward pass alone (its memory is that of
-forward and backward together), "both" is timed in one piece. Data is random and copied anew for each call, caches are flushed,
-and on CUDA calls are queued behind a busy device (`measure.kernel_seconds`); providers take turns.
+A row is one operator, direction, shape, dtype and provider. "backward" is the backward pass alone (its memory is that of both
+passes), "both" is timed in one piece. Data is random and copied anew for each call, caches are flushed, providers take turns,
+and on CUDA calls are queued behind a busy device (`measure.kernel_seconds`).
 
-The floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate; what is counted is
-with each operator in `benchmarks.operators`. The error is the largest difference to float64 over the largest exact value; what
-is off by more than twice the error of plain torch in the same dtype and a rounding is marked "wrong", and is no peer to beat.
-On a CPU, caches absorb what is written, so that small shapes can be faster than their floor.
+The floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate; the tables in
+`benchmarks.operators` count both. The error is the largest difference to float64 over the largest exact value. A result whose
+error exceeds twice the error of plain torch in the same dtype plus a rounding is marked "wrong" and is no peer to beat. On a
+CPU the caches absorb writes, so that small shapes can be faster than their floor.
 """
 
-import difflib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,24 +24,21 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import measure
-from benchmarks.command import benchmark
+from benchmarks.command import benchmark, check_least, check_names
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes, Tensors, gradient_of
+from benchmarks.results import Result, table
+from benchmarks.shapes import dtype_of, name_of, shape
 from engine.environment import choose_device
-from engine.settings.toml import to_table
-from model.config import MistralConfig, preset
 
-SMALL = MistralConfig(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
-    sliding_window=128,
-)  # fmt: skip
-# Seconds that one provider's timed calls of one direction should take at most, what prepares them included. Times of a GPU
-# differ little from call to call.
+# Seconds that the timed calls of one provider and direction may take, with their preparation. A GPU's times vary little.
 _BUDGET = {"cpu": 2.0, "cuda": 0.4}
+# A window that binds in a row of 256 tokens.
+_SMALL_WINDOW = 128
 COLUMNS = (
-    "operator", "direction", "shape", "provider", "seconds", "floor_seconds", "floor_fraction", "speed_over_best_peer",
-    "best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing",
-)  # fmt: skip
+    "operator direction shape provider seconds floor_seconds floor_fraction speed_over_best_peer best_peer peak_mib error "
+    "error_allowed wrong missing"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,74 +50,49 @@ class KernelSettings:
     providers: tuple[str, ...] = ()
     """Names as in the table; default all."""
     preset: str = ""
-    """Model whose shapes are taken; default shisa-7b (Mistral 7B's with 120,064 rows of vocabulary) on CUDA, small on a CPU."""
+    """Model whose shapes are taken; default: shisa-7b (Mistral 7B's, 120,064 rows of vocabulary) on CUDA, small on a CPU."""
     tokens: tuple[int, ...] = ()
-    """Tokens of the packed row; default 8192 on CUDA, 256 on a CPU."""
+    """Tokens of the packed row; default: 8192 on CUDA, 256 on a CPU."""
     document: int = 0
-    """Tokens of each document of the row; 0: all one document."""
+    """Tokens of each document of the row; 0: one document."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on a CPU."""
     rounds: int = 3
     """Turns that each provider takes."""
     repeats: int = 0
-    """Timed calls of a turn; default 10 on CUDA, 5 on a CPU."""
+    """Timed calls of a turn; default: 10 on CUDA, 5 on a CPU."""
     out: str = ""
-    """File of the result; default: print only."""
+    """Result file; default: print only."""
 
     def __post_init__(self) -> None:
-        for name, least in (("document", 0), ("rounds", 1), ("repeats", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        if any(tokens < 1 for tokens in self.tokens):
-            raise ValueError(f"tokens = {list(self.tokens)}: must be at least 1 each")
-        _check_names("operators", self.operators, [operator.name for operator in OPERATORS])
-        known = {provider.name: 0 for operator in OPERATORS for provider in operator.providers()}
-        _check_names("providers", self.providers, list(known))
+        check_least(self, document=0, rounds=1, repeats=0, tokens=1)
+        check_names("operators", self.operators, list(OPERATORS))
+        known = dict.fromkeys(provider.name for operator in OPERATORS.values() for provider in operator.providers())
+        check_names("providers", self.providers, list(known))
 
 
-def _check_names(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{setting}: unknown {name!r}; the nearest known one is {nearest!r}")
-
-
-def run(settings: KernelSettings, command: str = "benchmarks.kernels") -> dict[str, Any]:
-    """Measure, print a table, write the result after each operator; returns it."""
+def run(settings: KernelSettings, command: str = "benchmarks.kernels.run") -> dict[str, Any]:
+    """Measure, print a table of each operator; returns the result, whose file is written after each."""
     device = choose_device(settings.device)
-    cuda = device.type == "cuda"
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else (torch.bfloat16 if cuda else torch.float32)
-    name = settings.preset or ("shisa-7b" if cuda else "small")
-    config = SMALL if name == "small" else preset(name)
-    tokens = settings.tokens or ((8192,) if cuda else (256,))
-    resolved = to_table(settings) | {"preset": name, "tokens": list(tokens), "dtype": str(dtype).removeprefix("torch.")}
+    cuda, dtype = device.type == "cuda", dtype_of(settings.dtype, device)
+    name, tokens = settings.preset or ("shisa-7b" if cuda else "small"), settings.tokens or ((8192,) if cuda else (256,))
+    config = shape(name) if name != "small" else dataclasses.replace(shape(name), sliding_window=_SMALL_WINDOW)
     timing = Timing(device, settings.rounds, settings.repeats or (10 if cuda else 5), measure.ceilings(device, dtype))
-    rows: list[dict[str, Any]] = []
-
-    def content(complete: bool) -> dict[str, Any]:
-        return measure.result("kernels", command, device, resolved, rows, complete=complete) | {"ceilings": timing.ceilings}
-
-    for operator in OPERATORS:
-        if settings.operators and operator.name not in settings.operators:
-            continue
+    resolved = {"preset": name, "tokens": list(tokens), "dtype": name_of(dtype)}
+    result = Result("kernels", command, device, settings, settings=resolved, ceilings=timing.ceilings)
+    for operator in (OPERATORS[name] for name in OPERATORS if name in (settings.operators or OPERATORS)):
         for count in tokens if operator.per_tokens else tokens[:1]:
-            # Each case compiles its few functions anew; torch gives up on one that it compiled for too many shapes.
+            # Each case compiles its functions anew; torch gives up on a function that it compiled for too many shapes.
             torch._dynamo.reset()
             case = operator.case(Sizes.of(config, count, settings.document), dtype, device)
-            new = measure_operator(operator, case, settings.providers, timing)
-            rows += new
-            print(measure.table(new, [column for column in COLUMNS if any(column in row for row in new)]), flush=True)
+            rows = measure_operator(operator, case, settings.providers, timing)
+            print(table(rows, COLUMNS), flush=True)
             del case
             if cuda:
                 torch.cuda.empty_cache()
-            if settings.out:
-                measure.write_result(settings.out, content(complete=False))
-    result = content(complete=True)
-    if settings.out:
-        measure.write_result(settings.out, result)
-    return result
+            result.add(*rows)
+    return result.finish()
 
 
 @dataclass(frozen=True)
@@ -133,7 +105,7 @@ class Timing:
     ceilings: dict[str, float]
 
     def samples(self, works: dict[str, tuple[Callable[..., Any], Callable[[], Any]]]) -> dict[str, list[float]]:
-        """Seconds of each name's (work, its preparation), in turns: fewer of what takes long."""
+        """Seconds of each name's (work, preparation of its argument), in turns; slow work gets fewer calls."""
         repeats: dict[str, int] = {}
 
         def turn(name: str) -> list[float]:
@@ -151,7 +123,7 @@ class Timing:
 
 
 class Trial:
-    """One provider on one case, its inputs fresh for each call."""
+    """One provider on one case, with fresh inputs for each call."""
 
     def __init__(self, operator: Operator, provider: Provider, case: Case) -> None:
         self.case = case
@@ -170,7 +142,7 @@ class Trial:
         return self.call.upstream({name: tensor.clone() for name, tensor in self.case.upstream.items()})
 
     def timed(self, direction: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
-        """(what is timed, what makes its argument) of a direction."""
+        """(the timed function, the preparation of its argument) of a direction."""
         if direction == "backward":
 
             def before() -> tuple[Tensors, Tensors, Tensors]:
@@ -189,7 +161,7 @@ class Trial:
         return measure.allocated_peak(lambda: self.call.run(leaves), self.case.device)
 
     def results(self, *, backward: bool) -> Tensors:
-        """What comes out, under the names of the exact results."""
+        """The results, named like the exact ones."""
         leaves = self.leaves()
         outputs = self.call.run(leaves)
         gradients = gradient_of(outputs, self.upstream(), leaves) if backward else {}
@@ -202,8 +174,13 @@ class Trial:
         return gradient_of(self.call.run(leaves), upstream, leaves)
 
 
-def measure_operator(operator: Operator, case: Case, names: Sequence[str], timing: Timing) -> list[dict[str, Any]]:
-    """The rows of one operator on one case; names: of the providers, all where empty."""
+def measure_operator(
+    operator: Operator,
+    case: Case,
+    names: Sequence[str],  # of the providers; empty: all
+    timing: Timing,
+) -> list[dict[str, Any]]:
+    """The rows of one operator on one case."""
     providers = list(operator.providers())
     judge = Judge(operator, case, next(provider for provider in providers if provider.name == operator.yardstick))
     rows: list[dict[str, Any]] = []
@@ -213,9 +190,12 @@ def measure_operator(operator: Operator, case: Case, names: Sequence[str], timin
             continue
         for direction in provider.directions or operator.directions:
             row: dict[str, Any] = {
-                "operator": operator.name, "direction": direction, "shape": operator.shape(case.sizes),
-                "dtype": str(case.dtype).removeprefix("torch."), "provider": provider.name,
-            }  # fmt: skip
+                "operator": operator.name,
+                "direction": direction,
+                "shape": operator.shape(case.sizes),
+                "dtype": name_of(case.dtype),
+                "provider": provider.name,
+            }
             rows.append(row)
             try:
                 missing = provider.missing(case)
@@ -225,7 +205,7 @@ def measure_operator(operator: Operator, case: Case, names: Sequence[str], timin
                     row |= judge.errors(trial, direction)
                     row["peak_mib"] = trial.peak_bytes(direction) / 2**20
                     continue
-            except Exception as error:  # a peer's, whatever it is, must not end the table
+            except Exception as error:  # whatever a peer raises must not end the table
                 missing = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
             row["missing"] = missing
     judge.forget()
@@ -238,17 +218,14 @@ def measure_operator(operator: Operator, case: Case, names: Sequence[str], timin
         floor = max(cost.bytes / timing.ceilings["copy_bytes"], cost.operations / timing.ceilings["product_flops"])
         for name, row in measured.items():
             seconds = measure.spread(samples[name])
-            row |= {
-                "seconds": seconds, "floor_seconds": floor, "floor_fraction": floor / seconds["median"], "bytes": cost.bytes,
-                "operations": cost.operations,
-            }  # fmt: skip
-        rivals = {provider.name for provider in providers if provider.rival}
-        compare(list(measured.values()), rivals)
+            row |= {"seconds": seconds, "floor_seconds": floor, "floor_fraction": floor / seconds["median"]}
+            row |= {"bytes": cost.bytes, "operations": cost.operations}
+        compare(list(measured.values()), {provider.name for provider in providers if provider.rival})
     return rows
 
 
 def compare(rows: Sequence[dict[str, Any]], rivals: set[str]) -> None:
-    """Add to each row the fastest of the right rivals, and how many times its speed this one has."""
+    """Add to each row the fastest rival with right results, and its speed over that rival's."""
     peers = [row for row in rows if row["provider"] in rivals and "wrong" not in row]
     if not peers:
         return
@@ -260,7 +237,7 @@ def compare(rows: Sequence[dict[str, Any]], rivals: set[str]) -> None:
 
 @dataclass
 class Judge:
-    """Holds the exact results, and what error is allowed."""
+    """The exact results of a case, and the errors that are allowed."""
 
     operator: Operator
     case: Case
@@ -269,11 +246,14 @@ class Judge:
     allowed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.exact = self.operator.exact(self.case)
         plain = Trial(self.operator, self.yardstick, self.case).results(backward=self.operator.differentiable)
-        self.allowed = {}
+        if self.operator.exact is not None:
+            self.exact = self.operator.exact(self.case)
+        else:
+            wide = Trial(self.operator, self.yardstick, self.case.wide)
+            self.exact = wide.results(backward=self.operator.differentiable)
         for name, result in plain.items():
-            # Beside twice the error of plain torch, which may have been lucky: one rounding, and float32 sums of another order.
+            # Plain torch may have been lucky: one rounding more, and float32 sums in another order.
             rounding = torch.finfo(result.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
             self.allowed[name] = 2 * self._error(name, result) + rounding
 
@@ -282,7 +262,7 @@ class Judge:
         self.exact = {}
 
     def errors(self, trial: Trial, direction: str) -> dict[str, Any]:
-        """The error of the worst result of a direction, what is allowed for it, and what is wrong if it is more."""
+        """The error of a direction's worst result, its allowance, and "wrong" where the error exceeds it."""
         found = trial.results(backward=direction in ("backward", "both"))
         errors = {name: self._error(name, result) for name, result in found.items() if self._belongs(name, direction)}
         if not errors:
@@ -296,7 +276,7 @@ class Judge:
     def _error(self, name: str, result: torch.Tensor) -> float:
         exact = self.exact[name]
         error = float((result.detach().double() - exact).abs().max() / exact.abs().max())
-        # JSON knows neither NaN nor infinity.
+        # JSON has neither NaN nor infinity.
         return error if error < float("inf") else sys.float_info.max
 
     @staticmethod
@@ -305,7 +285,7 @@ class Judge:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    benchmark(KernelSettings, run, argv, "kernels")
+    benchmark(KernelSettings, run, "kernels", argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Which launch of each kernel is the fastest on a GPU: what `kernels.configurations` is filled from.
+"""The fastest launch of each kernel on a GPU: `kernels.configurations` is filled from this search.
 
     python -m benchmarks.tune --out runs/tune.json
     python -m benchmarks.tune --kernels attention_forward attention_keys --tokens 16384
 
 Each candidate takes the place of its kernel's entry in the table, and the operator that launches it is timed as in
-`benchmarks.kernels`: fresh data, caches flushed, medians. Processes side by side compile the candidates first, into Triton's
-cache; a candidate that does not fit the chip is a row with "missing". A row says how it compares with the table's entry.
+`benchmarks.kernels`. Processes side by side first compile all candidates into Triton's cache. A candidate that does not fit the
+chip is a row with "missing". A row says how a candidate compares with the table's entry.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import measure
-from benchmarks.command import benchmark
-from benchmarks.kernels import SMALL, Trial
+from benchmarks.command import benchmark, check_least, check_names
+from benchmarks.kernels import Trial
 from benchmarks.operators import OPERATORS
-from benchmarks.operators.operator import Case, Operator, Sizes
+from benchmarks.operators.operator import Case, Sizes
+from benchmarks.results import Result, table
+from benchmarks.shapes import dtype_of, shape
 from engine.environment import choose_device
-from engine.settings.toml import to_table
 from kernels.configurations import TABLES, Configuration, chip
-from model.config import preset
 
 COLUMNS = ("kernel", "direction", "candidate", "in_table", "seconds", "speed_over_table")
 Grid = dict[str, tuple[int | bool, ...]]
@@ -35,31 +35,44 @@ Grid = dict[str, tuple[int | bool, ...]]
 
 @dataclass(frozen=True)
 class Search:
-    """Where a kernel is tried: the operator and direction that launch it, and grids of its configuration's fields, of each of
-    which all combinations are candidates."""
+    """Where a kernel is tried."""
 
-    operator: str
+    operator: str  # that launches the kernel
     direction: str
-    grids: tuple[Grid, ...]
+    grids: tuple[Grid, ...]  # of its configuration's fields; all combinations of each grid are candidates
+
+
+def _attention(*grids: Grid) -> tuple[Grid, ...]:
+    """With and without descriptors; programs of 128 rows have 8 warps, of 64 rows 4."""
+    return tuple({**grid, "warps": (8 if grid["rows"] == (128,) else 4,), "descriptors": (False, True)} for grid in grids)
 
 
 _ATTENTION = "sliding_window_attention"
 _STREAMED: Grid = {"block": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}
 SEARCHES: dict[str, Search] = {
-    "attention_forward": Search(_ATTENTION, "forward", (
-        {"rows": (128,), "block": (64, 128), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
-        {"rows": (64,), "block": (32, 64, 128), "warps": (4,), "stages": (2, 3, 4), "descriptors": (False, True)},
-    )),
-    "attention_queries": Search(_ATTENTION, "backward", (
-        {"rows": (128,), "block": (64, 128), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
-        {"rows": (64,), "block": (32, 64, 128), "warps": (4,), "stages": (1, 2, 3), "descriptors": (False, True)},
-    )),
-    "attention_keys": Search(_ATTENTION, "backward", (
-        {"rows": (128,), "block": (32, 64), "warps": (8,), "stages": (2, 3), "descriptors": (False, True)},
-        {"rows": (64,), "block": (32, 64), "warps": (4,), "stages": (2, 3), "descriptors": (False, True)},
-    )),
+    "attention_forward": Search(
+        _ATTENTION,
+        "forward",
+        _attention(
+            {"rows": (128,), "block": (64, 128), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64, 128), "stages": (2, 3, 4)}
+        ),
+    ),
+    "attention_queries": Search(
+        _ATTENTION,
+        "backward",
+        _attention(
+            {"rows": (128,), "block": (64, 128), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64, 128), "stages": (1, 2, 3)}
+        ),
+    ),
+    "attention_keys": Search(
+        _ATTENTION,
+        "backward",
+        _attention({"rows": (128,), "block": (32, 64), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64), "stages": (2, 3)}),
+    ),
     "attention_decode": Search(
-        "decode_attention", "forward", ({"block": (32, 64, 128), "warps": (4, 8), "programs": (1, 2, 4), "stages": (2, 3)},),
+        "decode_attention",
+        "forward",
+        ({"block": (32, 64, 128), "warps": (4, 8), "programs": (1, 2, 4), "stages": (2, 3)},),
     ),
     "rms_norm": Search("add_rms_norm", "forward", ({"per_thread": (8, 16, 32)},)),
     "rms_norm_backward": Search("add_rms_norm", "backward", ({"per_thread": (8, 16, 32), "programs": (1, 2, 4, 8)},)),
@@ -70,12 +83,12 @@ SEARCHES: dict[str, Search] = {
     "embedding_backward": Search("embedding", "backward", ({"block": (256, 512, 1024), "rows": (4, 8, 16), "warps": (4, 8)},)),
     "rotary": Search("rotary", "forward", ({"rows": (8, 16, 32, 64), "warps": (4, 8)},)),
     "row_log_prob": Search("linear_log_prob", "forward", ({"block": (2048, 4096, 8192), "warps": (4, 8, 16)},)),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel and how it might be launched."""
+    """A kernel and one way to launch it."""
 
     kernel: str
     configuration: Configuration
@@ -91,31 +104,27 @@ class TuneSettings:
     """What to try, and where."""
 
     kernels: tuple[str, ...] = ()
-    """Names as in `kernels.configurations`; default: all that can be tried."""
+    """Names as in `kernels.configurations`; default: all with a search."""
     preset: str = "shisa-7b"
-    """Model whose shapes are taken; small: those of `benchmarks.kernels` on a CPU."""
+    """Model whose shapes are taken, or small."""
     tokens: int = 8192
     """Tokens of the packed row."""
     repeats: int = 10
     """Timed calls of a candidate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Without a GPU there is nothing to tune; the CPU's eager functions show that the search itself runs."""
+    """A CPU has nothing to tune; its eager functions show that the search runs."""
     workers: int = 0
-    """Processes that compile; default: one less than there are cores, at most 12."""
+    """Processes that compile; 0: one less than there are cores, at most 12."""
     out: str = ""
-    """File of the result; default: print only."""
+    """Result file; default: print only."""
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("repeats", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
-        for name in self.kernels:
-            if name not in SEARCHES:
-                raise ValueError(f"kernels: unknown {name!r}; there are {', '.join(SEARCHES)}")
+        check_least(self, tokens=1, repeats=1, workers=0)
+        check_names("kernels", self.kernels, list(SEARCHES))
 
 
 def candidates(kernel: str, entry: Configuration) -> list[Candidate]:
-    """The table's entry first, then all that the kernel's search has beside it."""
+    """The table's entry first, then all others of the kernel's search."""
     found = [Candidate(kernel, entry)]
     for grid in SEARCHES[kernel].grids:
         for chosen in itertools.product(*grid.values()):
@@ -126,7 +135,7 @@ def candidates(kernel: str, entry: Configuration) -> list[Candidate]:
 
 @contextlib.contextmanager
 def in_table(candidate: Candidate, device: torch.device) -> Iterator[None]:
-    """The candidate in place of its kernel's entry, inside of the block."""
+    """Inside the block, the candidate is its kernel's entry in the table."""
     table = TABLES[chip(device)]
     before = table[candidate.kernel]
     table[candidate.kernel] = candidate.configuration
@@ -137,68 +146,62 @@ def in_table(candidate: Candidate, device: torch.device) -> Iterator[None]:
 
 
 class Bench:
-    """An operator's data, and what a candidate's call of it takes."""
+    """One operator's data at a time, and the time of a candidate's call on it."""
 
     def __init__(self, settings: TuneSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.sizes = Sizes.of(SMALL if settings.preset == "small" else preset(settings.preset), settings.tokens)
-        self.operator: Operator | None = None
+        self.dtype = dtype_of("auto", device)
+        self.sizes = Sizes.of(shape(settings.preset), settings.tokens)
+        self.operator = ""
         self.case: Case | None = None
 
     def work(self, candidate: Candidate) -> tuple[Callable[..., Any], Callable[[], Any]]:
-        """(what is timed, what makes its argument) of a candidate's operator."""
+        """(the timed function, the preparation of its argument) of a candidate's operator."""
         search = SEARCHES[candidate.kernel]
-        operator = next(operator for operator in OPERATORS if operator.name == search.operator)
-        if operator is not self.operator:
-            # One operator's data at a time.
-            self.case = None
-            self.operator, self.case = operator, operator.case(self.sizes, self.dtype, self.device)
+        operator = OPERATORS[search.operator]
+        if operator.name != self.operator:
+            self.case = None  # freed before the next is made
+            self.operator, self.case = operator.name, operator.case(self.sizes, self.dtype, self.device)
         assert self.case is not None
         return Trial(operator, next(iter(operator.providers())), self.case).timed(search.direction)
 
     def compile(self, candidate: Candidate) -> str | None:
-        """Run a candidate once. Returns: why it cannot run."""
+        """Run a candidate once. Returns why it cannot run."""
         try:
             with in_table(candidate, self.device):
                 work, prepare = self.work(candidate)
                 work(prepare())
                 measure.synchronize(self.device)
-        except Exception as error:  # whatever a compiler says of a launch that the chip does not have
+        except Exception as error:  # whatever a compiler says about a launch that the chip does not have
             return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]
         return None
 
     def seconds(self, candidate: Candidate) -> dict[str, float | int]:
         with in_table(candidate, self.device):
             work, prepare = self.work(candidate)
-            return measure.spread(
-                measure.kernel_seconds(work, self.device, repeats=self.settings.repeats, warmup=2, prepare=prepare)
-            )
+            repeats = self.settings.repeats
+            return measure.spread(measure.kernel_seconds(work, self.device, repeats=repeats, warmup=2, prepare=prepare))
 
 
 def _compile_share(settings: TuneSettings, device: str, share: Sequence[Candidate]) -> list[str | None]:
-    # Kernels are the same for any number of tokens, and many processes share the memory.
+    # Kernels do not depend on the number of tokens, and many processes share the memory.
     bench = Bench(dataclasses.replace(settings, tokens=min(settings.tokens, 1024)), torch.device(device))
     return [bench.compile(candidate) for candidate in share]
 
 
-def run(settings: TuneSettings, command: str = "benchmarks.tune") -> dict[str, Any]:
-    """Measure, print a table of each kernel, write the result; returns it."""
+def run(settings: TuneSettings, command: str = "benchmarks.tune.run") -> dict[str, Any]:
+    """Measure, print a table of each kernel; returns the result, whose file is written after each."""
     device = choose_device(settings.device)
-    table = TABLES[chip(device)]
-    kernels = settings.kernels or tuple(SEARCHES)
-    tried = [candidate for kernel in kernels for candidate in candidates(kernel, table[kernel])]
-    reasons = _compiled(settings, device, tried)
-    bench, rows = Bench(settings, device), []
-    for kernel in kernels:
-        mine = [candidate for candidate in tried if candidate.kernel == kernel]
-        base, new = 0.0, []
-        for candidate in mine:
-            row: dict[str, Any] = {
-                "kernel": kernel, "direction": SEARCHES[kernel].direction, "candidate": candidate.text,
-                "in_table": candidate == mine[0],
-            }  # fmt: skip
-            new.append(row)
+    entries = TABLES[chip(device)]
+    tried = {kernel: candidates(kernel, entries[kernel]) for kernel in settings.kernels or SEARCHES}
+    reasons = _compiled(settings, device, [candidate for some in tried.values() for candidate in some])
+    bench, result = Bench(settings, device), Result("tune", command, device, settings)
+    for kernel, some in tried.items():
+        base, rows = 0.0, []
+        for candidate in some:
+            row: dict[str, Any] = {"kernel": kernel, "direction": SEARCHES[kernel].direction}
+            row |= {"candidate": candidate.text, "in_table": candidate == some[0]}
+            rows.append(row)
             why = reasons[candidate] or bench.compile(candidate)
             if why:
                 row["missing"] = why
@@ -206,36 +209,26 @@ def run(settings: TuneSettings, command: str = "benchmarks.tune") -> dict[str, A
             row["seconds"] = bench.seconds(candidate)
             base = base or row["seconds"]["median"]
             row["speed_over_table"] = base / row["seconds"]["median"]
-        new.sort(key=lambda row: row["seconds"]["median"] if "seconds" in row else float("inf"))
-        rows += new
-        measured = [row for row in new if "missing" not in row]
-        print(measure.table([*measured[:6], *[row for row in measured[6:] if row["in_table"]]], COLUMNS), flush=True)
-        if settings.out:
-            measure.write_result(settings.out, _result(settings, command, device, rows, kernel == kernels[-1]))
-    return _result(settings, command, device, rows, True)
-
-
-def _result(settings: TuneSettings, command: str, device: torch.device, rows: list[dict], complete: bool) -> dict[str, Any]:
-    return measure.result("tune", command, device, to_table(settings), rows, complete=complete)
+        rows.sort(key=lambda row: row["seconds"]["median"] if "seconds" in row else float("inf"))
+        measured = [row for row in rows if "missing" not in row]
+        print(table([*measured[:6], *[row for row in measured[6:] if row["in_table"]]], COLUMNS), flush=True)
+        result.add(*rows)
+    return result.finish()
 
 
 def _compiled(settings: TuneSettings, device: torch.device, tried: Sequence[Candidate]) -> dict[Candidate, str | None]:
-    """Why candidates cannot run; all of them are compiled in processes side by side."""
+    """Compile all candidates in processes side by side. Returns why some cannot run."""
     workers = settings.workers or min(12, max(1, (os.cpu_count() or 2) - 1))
-    # Neighbours differ little and take about as long: dealt out like cards.
+    # Dealt out like cards: neighbours differ little and take about as long.
     shares = [tried[i::workers] for i in range(workers) if tried[i::workers]]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(len(shares)) as pool:
+    with multiprocessing.get_context("spawn").Pool(len(shares)) as pool:
         answers = pool.starmap(_compile_share, [(settings, str(device), share) for share in shares])
-    return {
-        candidate: why
-        for share, answer in zip(shares, answers, strict=True)
-        for candidate, why in zip(share, answer, strict=True)
-    }
+    found = zip(itertools.chain(*shares), itertools.chain(*answers), strict=True)
+    return dict(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    benchmark(TuneSettings, run, argv, "tune")
+    benchmark(TuneSettings, run, "tune", argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Causal attention with a sliding window over packed documents.
 
-Shapes: T tokens, H query heads, K key/value heads, G = H / K, E head size, Q queries of a tile, J keys of a tile.
+T tokens, H query heads, K key/value heads, G = H / K, E head size, Q queries of a tile, J keys of a tile.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,15 @@ def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     query = (sizes.tokens, sizes.heads, sizes.head_dim)
     key = (sizes.tokens, sizes.kv_heads, sizes.head_dim)
     cu_docs = torch.tensor([0, *sizes.documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    # Who sees whom is listed once a batch for all layers: no part of what is timed.
+    # The work lists are made once a batch for all layers, so they are not timed.
     work = attention_work(cu_docs.tolist(), sizes.window).to(device)
     return Case(
-        sizes, dtype,
+        sizes,
+        dtype,
         {"query": normal(*query, dtype=dtype), "key": normal(*key, dtype=dtype), "value": normal(*key, dtype=dtype)},
-        {"cu_docs": cu_docs.to(device), "work": work}, {"out": normal(*query, dtype=dtype)},
-    )  # fmt: skip
+        {"cu_docs": cu_docs.to(device), "work": work},
+        {"out": normal(*query, dtype=dtype)},
+    )
 
 
 def _call(function: Callable[..., Tensor], case: Case) -> Call:
@@ -38,7 +40,7 @@ def _call(function: Callable[..., Tensor], case: Case) -> Call:
 
 
 def _exact(case: Case) -> Tensors:
-    """Tile of queries by tile, each differentiated at once: all float64 scores together would not fit."""
+    """Tile by tile, each differentiated at once: the float64 scores of all tiles would not fit."""
     sizes = case.sizes
     wide = {name: tensor.double() for name, tensor in case.inputs.items()}
     gradients = {name: torch.zeros_like(tensor) for name, tensor in wide.items()}
@@ -59,8 +61,13 @@ def _exact(case: Case) -> Tensors:
     return {"out": out_THE, **{f"d {name}": gradient for name, gradient in gradients.items()}}
 
 
-def _exact_tile(query_QHE: Tensor, key_JKE: Tensor, value_JKE: Tensor, ahead: int, window: int | None) -> Tensor:
-    """Queries whose first one is the key at place `ahead`."""
+def _exact_tile(
+    query_QHE: Tensor,
+    key_JKE: Tensor,
+    value_JKE: Tensor,
+    ahead: int,  # keys before the first query's own
+    window: int | None,
+) -> Tensor:
     query_QKGE = query_QHE.unflatten(1, (key_JKE.shape[1], -1))
     score = torch.einsum("qkge,jke->kgqj", query_QKGE, key_JKE) / query_QHE.shape[-1] ** 0.5
     place_Q1 = torch.arange(ahead, ahead + len(query_QHE), device=score.device)[:, None]
@@ -76,7 +83,7 @@ def _cost(case: Case, direction: str) -> Cost:
     sizes, size = case.sizes, case.dtype.itemsize
     query = sizes.tokens * sizes.heads * sizes.head_dim * size
     key = sizes.tokens * sizes.kv_heads * sizes.head_dim * size
-    # Only pairs that see each other count, whatever tiles visit. One product: 2 operations for each pair, head and element.
+    # Only attended pairs count, whatever tiles visit. One product: 2 operations for each pair, head and element.
     product = 2 * attended_pairs(sizes.documents, sizes.window) * sizes.heads * sizes.head_dim
     if direction == "forward":
         return Cost(2 * query + 2 * key, 2 * product)  # query, key, value; out -- scores, out
@@ -110,7 +117,7 @@ def _sdpa(case: Case) -> Call:
     mask, group = _visible(case), sizes.heads // sizes.kv_heads
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # Repeated, as transformers does it: with a mask, the kernels that do not keep all scores take no grouped heads.
+        # Repeated, as in transformers: under a mask, the kernels that do not keep all scores take no grouped heads.
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
@@ -118,9 +125,9 @@ def _sdpa(case: Case) -> Call:
 
 
 def _cudnn(case: Case) -> Call:
-    """cuDNN's kernels as torch has them, which know neither a window nor packed documents."""
+    """cuDNN's kernels through torch, which know neither a window nor packed documents."""
     if _bound(case.sizes):
-        raise ValueError("the window or the documents bind: torch has that of cuDNN without them only")
+        raise ValueError("the window or the documents bind, which cuDNN through torch does not know")
 
     def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -130,25 +137,25 @@ def _cudnn(case: Case) -> Call:
 
 
 def _bound(sizes: Sizes) -> bool:
-    """Whether some place sees less than all places before it."""
+    """Whether some place does not see all places before it."""
     return len(sizes.documents) > 1 or (sizes.window is not None and sizes.tokens > sizes.window)
 
 
 def _flex(case: Case) -> Call:
-    """The mask is made beforehand, as a batch's would be once for all layers."""
+    """The mask is made beforehand, as for a batch, once for all layers."""
     attention, make_mask = _flex_parts(case)
     mask = make_mask()
     return _batched(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=True))
 
 
 def _flex_with_mask(case: Case) -> Call:
-    """The mask made anew each time: what it costs is the difference to the row without."""
+    """The mask is made in each call: its cost is the difference to the row without."""
     attention, make_mask = _flex_parts(case)
     return _batched(lambda q, k, v: attention(q, k, v, block_mask=make_mask(), enable_gqa=True))
 
 
 def _flex_parts(case: Case) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
-    """(FlexAttention, how its mask is made), both compiled."""
+    """(FlexAttention, a function that makes its mask), both compiled."""
     sizes, device = case.sizes, case.device
     create_block_mask = compiled(peer("torch.nn.attention.flex_attention", "create_block_mask"))
     document_T = torch.repeat_interleave(case.constants["cu_docs"].diff().long())
@@ -162,17 +169,15 @@ def _flex_parts(case: Case) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
 
 
 def _varlen(case: Case) -> Call:
-    """FlashAttention 2 inside torch: the operator that torch.nn.attention.varlen calls, which has had a window for longer."""
+    """FlashAttention 2 inside torch: the operator below torch.nn.attention.varlen, as older versions have its window too."""
     cu_docs, longest = case.constants["cu_docs"], max(case.sizes.documents)
     left = -1 if case.sizes.window is None else case.sizes.window - 1
     function = torch.ops.aten._flash_attention_forward
 
     def run(given: Tensors) -> Tensors:
-        out = function(
-            given["query"], given["key"], given["value"], cu_docs, cu_docs, longest, longest, 0.0, True, False,
-            window_size_left=left, window_size_right=0,
-        )  # fmt: skip
-        return {"out": out[0]}
+        tensors = (given["query"], given["key"], given["value"])
+        bounds = (cu_docs, cu_docs, longest, longest)
+        return {"out": function(*tensors, *bounds, 0.0, True, False, window_size_left=left, window_size_right=0)[0]}
 
     return Call(run)
 
@@ -181,14 +186,21 @@ def _flash(package: str) -> Callable[[Case], Call]:
     def build(case: Case) -> Call:
         function = peer(package, "flash_attn_varlen_func")
         cu_docs, longest = case.constants["cu_docs"], max(case.sizes.documents)
-        # A window of n places is n - 1 to the left there.
+        # FlashAttention counts the places to the left: a window of n is n - 1.
         window = (-1 if case.sizes.window is None else case.sizes.window - 1, 0)
 
         def run(given: Tensors) -> Tensors:
             out = function(
-                given["query"], given["key"], given["value"], cu_seqlens_q=cu_docs, cu_seqlens_k=cu_docs, max_seqlen_q=longest,
-                max_seqlen_k=longest, causal=True, window_size=window,
-            )  # fmt: skip
+                given["query"],
+                given["key"],
+                given["value"],
+                cu_seqlens_q=cu_docs,
+                cu_seqlens_k=cu_docs,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                causal=True,
+                window_size=window,
+            )
             return {"out": out[0] if isinstance(out, tuple) else out}
 
         return Call(run)
@@ -196,26 +208,19 @@ def _flash(package: str) -> Callable[[Case], Call]:
     return build
 
 
-def _fla(case: Case) -> Call:
-    function = peer("fla.ops.attn.parallel", "parallel_attn")
-    cu_docs, window = case.constants["cu_docs"].long(), case.sizes.window
-
-    def run(given: Tensors) -> Tensors:
-        query, key, value = (given[name][None] for name in ("query", "key", "value"))
-        return {"out": function(query, key, value, window_size=window, cu_seqlens=cu_docs)[0]}
-
-    return Call(run)
-
-
 SLIDING_WINDOW_ATTENTION = Operator(
-    "sliding_window_attention", "kernels.attention.sliding_window", "sliding_window_attention", _case, _call, _exact, _cost,
+    name="sliding_window_attention",
+    function="kernels.attention.sliding_window:sliding_window_attention",
     shape=lambda sizes: (
         f"{len(sizes.documents)} of {max(sizes.documents)} x {sizes.heads} / {sizes.kv_heads} heads x {sizes.head_dim}, "
         f"window {sizes.window}"
     ),
+    case=_case,
+    call=_call,
+    exact=_exact,
+    cost=_cost,
     yardstick="torch SDPA",
-    # FlexAttention is what torch.compile has for this.
-    compiled=False,
+    compiled=False,  # FlexAttention is torch.compile's own
     peers=(
         Provider("torch SDPA", _sdpa),
         Provider("torch cuDNN", _cudnn, cuda=True, dtypes=(torch.float16, torch.bfloat16)),
@@ -225,6 +230,5 @@ SLIDING_WINDOW_ATTENTION = Operator(
         Provider("FlashAttention 2", _flash("flash_attn"), package="flash_attn", cuda=True),
         Provider("FlashAttention 3", _flash("flash_attn_interface"), package="flash_attn_interface", cuda=True),
         Provider("FlashAttention 4", _flash("flash_attn.cute"), package="flash_attn", cuda=True),
-        Provider("flash-linear-attention", _fla, package="fla", cuda=True),
     ),
-)  # fmt: skip
+)

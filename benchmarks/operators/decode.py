@@ -1,6 +1,6 @@
-"""Attention of one new token to the rolling key/value cache, in which as many tokens were seen as a row has.
+"""Attention of one new token to the rolling key/value cache after `tokens` earlier tokens.
 
-Shapes: T new tokens, C places of the ring, H query heads, K key/value heads, E head size, J places that are seen.
+T new tokens, C places of the ring, H query heads, K key/value heads, E head size, J attended places.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, exact, random_data
+from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, random_data
 
 _NAMES = ("query", "key", "value", "ring key", "ring value")
 
@@ -28,7 +28,7 @@ def _call(function: Callable[..., Tensor], case: Case) -> Call:
 
 
 def _seen(case: Case, inputs: Tensors) -> tuple[Tensor, Tensor]:
-    """Keys and values [J, K, E] that the new token sees."""
+    """The attended keys and values, [J, K, E]."""
     sizes, room = case.sizes, len(case.inputs["ring key"])
     first = 0 if sizes.window is None else max(0, sizes.tokens - sizes.window + 1)
     slot_J = torch.arange(first, sizes.tokens, device=case.device) % room
@@ -36,26 +36,16 @@ def _seen(case: Case, inputs: Tensors) -> tuple[Tensor, Tensor]:
     return key_JKE, value_JKE
 
 
-def _exact(case: Case) -> Tensors:
-    def formula(wide: Tensors) -> Tensors:
-        key_JKE, value_JKE = _seen(case, wide)
-        query_KGE = wide["query"][0].unflatten(0, (case.sizes.kv_heads, -1))
-        score_KGJ = torch.einsum("kge,jke->kgj", query_KGE, key_JKE) / case.sizes.head_dim**0.5
-        return {"out": torch.einsum("kgj,jke->kge", score_KGJ.softmax(dim=-1), value_JKE).flatten(0, 1)[None]}
-
-    return exact(case, formula)
-
-
 def _cost(case: Case, direction: str) -> Cost:
     sizes, size = case.sizes, case.dtype.itemsize
     places = sizes.tokens + 1 if sizes.window is None else min(sizes.tokens + 1, sizes.window)
     query, key = (heads * sizes.head_dim for heads in (sizes.heads, sizes.kv_heads))
-    # query, out; keys and values that are seen -- scores, out
+    # query, out; attended keys and values -- scores, out
     return Cost((2 * query + 2 * places * key) * size, 4 * places * query)
 
 
 def _sdpa(case: Case) -> Call:
-    """On keys and values that lie in order and together, which costs this one nothing."""
+    """On contiguous keys and values in order; arranging them is not timed."""
 
     def arrange(inputs: Tensors) -> Tensors:
         key_JKE, value_JKE = _seen(case, inputs)
@@ -70,9 +60,16 @@ def _sdpa(case: Case) -> Call:
 
 
 DECODE_ATTENTION = Operator(
-    "decode_attention", "kernels.attention.decode", "decode_attention", _case, _call, _exact, _cost,
+    name="decode_attention",
+    function="kernels.attention.decode:decode_attention",
     shape=lambda sizes: (
         f"1 after {sizes.tokens} x {sizes.heads} / {sizes.kv_heads} heads x {sizes.head_dim}, window {sizes.window}"
     ),
-    yardstick="torch SDPA", directions=("forward",), compiled=False, peers=(Provider("torch SDPA", _sdpa),),
-)  # fmt: skip
+    case=_case,
+    call=_call,
+    cost=_cost,
+    yardstick="torch SDPA",
+    directions=("forward",),
+    compiled=False,
+    peers=(Provider("torch SDPA", _sdpa),),
+)

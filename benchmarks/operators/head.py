@@ -1,6 +1,6 @@
 """The head: log-probabilities of targets under a linear layer.
 
-Shapes: T tokens, N projected rows, D width, V vocabulary.
+T tokens, N projected rows, D width, V vocabulary.
 """
 
 import functools
@@ -10,47 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.operators.operator import (
-    Call,
-    Case,
-    Cost,
-    Operator,
-    Provider,
-    Sizes,
-    Tensors,
-    compiled,
-    peer,
-    random_data,
-    token_ids,
-)  # fmt: skip
+from benchmarks.operators import operator as of
+from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
 from kernels.linear_log_prob import Mode, linear_log_prob, linear_nll
 
-# Rows of the exact computation at once: float64 logits of a large vocabulary are large.
+# Rows of the exact computation at a time: float64 logits of a large vocabulary are large.
 _CHUNK = 512
-# For ways that are asked for: no budget decides.
+# A budget that never binds, for the named modes.
 _ROOM = 2**34
 
 
 def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
-    """Logits as a trained model's: a wide spread, and targets from certain to unlikely.
+    """Logits like a trained model's: a wide spread, and targets from certain to unlikely.
 
-    With weights fresh from the initialisation all probabilities are equal, and a peer that leaves out small ones would leave
-    out everything.
+    Freshly initialised weights would make all probabilities equal, and a peer that drops small ones would drop everything.
     """
     normal = random_data(device)
     tokens, width, vocab = sizes.tokens, sizes.width, sizes.vocab
     weight_VD = normal(vocab, width, scale=width**-0.5)
-    target_T = token_ids(tokens, vocab, device)
-    # A row's logits are then normal with deviation 3, and its target's higher by 0 to 20.
+    target_T = of.token_ids(tokens, vocab, device)
+    # The logits of a row are then normal with deviation 3, and its target's is higher by 0 to 20.
     boost_T = torch.linspace(0, 20, tokens, device=device)
     hidden_TD = normal(tokens, width, scale=3.0) + boost_T[:, None] * weight_VD[target_T]
     rows_N = torch.full((-(-tokens // 128) * 128,), -1, dtype=torch.int32, device=device)
     rows_N[:tokens] = torch.arange(tokens, dtype=torch.int32, device=device)
     return Case(
-        sizes, dtype, {"hidden": hidden_TD.to(dtype), "weight": weight_VD.to(dtype)}, {"target": target_T, "rows": rows_N},
-        # Of the mean of the negative log-probabilities.
+        sizes,
+        dtype,
+        {"hidden": hidden_TD.to(dtype), "weight": weight_VD.to(dtype)},
+        {"target": target_T, "rows": rows_N},
+        # The loss is the mean of the negative log-probabilities.
         {"log_prob": torch.full((tokens,), -1 / tokens, device=device)},
-    )  # fmt: skip
+    )
 
 
 def _call(function: Callable[..., Tensor], case: Case) -> Call:
@@ -59,7 +50,7 @@ def _call(function: Callable[..., Tensor], case: Case) -> Call:
 
 
 def _loss_call(function: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> Call:
-    """For functions (hidden, weight, target) that give the mean loss alone: their gradients are what compares."""
+    """For functions (hidden, weight, target) that give the mean loss alone: only their gradients compare."""
     target = case.constants["target"]
     return Call(
         lambda given: {"loss": function(given["hidden"], given["weight"], target)},
@@ -95,7 +86,7 @@ def _cost(case: Case, direction: str) -> Cost:
 
 
 def _torch_log_prob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, rows_N: Tensor | None = None) -> Tensor:
-    """As transformers computes it: logits in the model's dtype, loss in float32."""
+    """As in transformers: logits in the model's dtype, loss in float32."""
     return -F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), target_T, reduction="none")
 
 
@@ -104,12 +95,12 @@ def _mode(mode: Mode, case: Case) -> Call:
 
 
 def _no_gradient(case: Case) -> Call:
-    """The forward pass alone, as a reference model is scored for preference tuning."""
+    """The forward pass alone, as for the frozen reference of preference tuning."""
     return _call(torch.no_grad()(linear_log_prob), case)
 
 
 def _known(case: Case) -> Call:
-    """Pre-training and fine-tuning: the rows' weights are given, and with them their gradients."""
+    """As in pre-training and fine-tuning: the weights of the rows are known, so gradients are made in the forward pass."""
     rows_N, weight_T = case.constants["rows"], -case.upstream["log_prob"]
     return _loss_call(lambda hidden, weight, target: linear_nll(hidden, weight, target, rows_N, weight_T)[0], case)
 
@@ -141,11 +132,16 @@ def _quack(case: Case) -> Call:
 
 
 LINEAR_LOG_PROB = Operator(
-    "linear_log_prob", "kernels.linear_log_prob", "linear_log_prob", _case, _call, _exact, _cost,
-    shape=lambda sizes: f"{sizes.tokens} x {sizes.width} x {sizes.vocab}", yardstick="torch F.cross_entropy",
+    name="linear_log_prob",
+    function="kernels.linear_log_prob:linear_log_prob",
+    shape=lambda sizes: f"{sizes.tokens} x {sizes.width} x {sizes.vocab}",
+    case=_case,
+    call=_call,
+    exact=_exact,
+    cost=_cost,
+    yardstick="torch F.cross_entropy",
     directions=("forward", "backward", "both"),
-    # The reference selects rows by their value, which torch.compile does not take in one piece.
-    compiled=False,
+    compiled=False,  # the reference selects rows by value, which breaks the graph
     peers=(
         Provider("komainu, kept", functools.partial(_mode, "keep"), ours=True, rival=False),
         Provider("komainu, recomputed", functools.partial(_mode, "recompute"), ours=True, rival=False),
@@ -153,10 +149,10 @@ LINEAR_LOG_PROB = Operator(
         Provider("komainu linear_nll", _known, directions=("both",), ours=True, rival=False),
         Provider("torch F.cross_entropy", lambda case: _call(_torch_log_prob, case)),
         Provider("torch.compile", lambda case: _call(compiled(_torch_log_prob), case)),
-        # These three compute gradients in the forward pass: neither pass alone compares.
+        # These three compute gradients in the forward pass, so neither pass alone compares.
         Provider("torch F.linear_cross_entropy", _torch_fused, directions=("both",)),
         Provider("Liger-Kernel", _liger, package="liger_kernel", cuda=True, directions=("both",)),
         Provider("QuACK", _quack, package="quack", cuda=True, directions=("both",)),
         Provider("cut-cross-entropy", _cut_cross_entropy, package="cut_cross_entropy", cuda=True),
     ),
-)  # fmt: skip
+)

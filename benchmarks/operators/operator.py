@@ -1,7 +1,6 @@
-"""What the benchmark must know of an operator: its inputs, its exact result, the least it must move and compute, and who else
-computes it.
+"""The description of an operator: its inputs, its exact result, the least it must move and compute, and who else computes it.
 
-A new backend of an operator, `<function>_triton` beside `<function>` and `<function>_reference`, is found by its name.
+A backend of an operator, `<function>_triton` beside `<function>` and `<function>_reference`, is found by its name.
 """
 
 import functools
@@ -9,7 +8,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ BACKENDS = ("triton", "gluon", "flash", "reference")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The dimensions of a model's operators on one packed row; documents: tokens of each, `tokens` in all."""
+    """The dimensions of a model's operators on one packed row."""
 
     tokens: int
     width: int
@@ -34,39 +33,43 @@ class Sizes:
     feed_forward: int
     vocab: int
     window: int | None
-    documents: tuple[int, ...]
+    documents: tuple[int, ...]  # tokens of each
 
     @classmethod
-    def of(cls, config: MistralConfig, tokens: int, document: int = 0) -> "Sizes":
-        """Of a row of `tokens`, cut into documents of `document` tokens (0: all one document)."""
+    def of(
+        cls,
+        config: MistralConfig,
+        tokens: int,
+        document: int = 0,  # tokens of each document of the row; 0: one document
+    ) -> "Sizes":
         document = document or tokens
-        documents = [document] * (tokens // document) + [tokens % document] * (tokens % document > 0)
         return cls(
-            tokens=tokens, width=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim, feed_forward=config.intermediate_size, vocab=config.vocab_size,
-            window=config.sliding_window, documents=tuple(documents),
-        )  # fmt: skip
+            tokens=tokens,
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            feed_forward=config.intermediate_size,
+            vocab=config.vocab_size,
+            window=config.sliding_window,
+            documents=tuple(min(document, tokens - start) for start in range(0, tokens, document)),
+        )
 
     @property
     def layer(self) -> list[tuple[int, ...]]:
         """The shapes of one layer's parameters."""
-        packed = (self.heads + 2 * self.kv_heads) * self.head_dim
-        return [
-            (packed, self.width), (self.width, self.heads * self.head_dim), (2 * self.feed_forward, self.width),
-            (self.width, self.feed_forward), (self.width,), (self.width,),
-        ]  # fmt: skip
+        packed, attended = (self.heads + 2 * self.kv_heads) * self.head_dim, self.heads * self.head_dim
+        matrices = [(packed, self.width), (self.width, attended)]
+        matrices += [(2 * self.feed_forward, self.width), (self.width, self.feed_forward)]
+        return [*matrices, (self.width,), (self.width,)]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that any implementation moves and computes.
+    """The least that any implementation moves and computes."""
 
-    bytes: every input read once and every result written once. operations: of matrix products, 2 a multiply-add; the
-    arithmetic of operators that have none hides behind their bytes.
-    """
-
-    bytes: int
-    operations: int = 0
+    bytes: int  # every input read once, every result written once
+    operations: int = 0  # of matrix products, 2 a multiply-add; other arithmetic hides behind the bytes
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.bytes + other.bytes, self.operations + other.operations)
@@ -74,66 +77,63 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement's data.
-
-    inputs: what gets a gradient, or is updated in place; everyone works on a copy. constants: what nobody changes.
-    upstream: the gradient of each output.
-    """
+    """One measurement's data."""
 
     sizes: Sizes
     dtype: torch.dtype
-    inputs: Tensors
-    constants: dict[str, Any] = field(default_factory=dict)
-    upstream: Tensors = field(default_factory=dict)
+    inputs: Tensors  # get a gradient, or are updated in place; each provider works on copies
+    constants: dict[str, Any] = field(default_factory=dict)  # nobody changes them
+    upstream: Tensors = field(default_factory=dict)  # the gradient of each output
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.inputs.values())).device
 
+    @property
+    def wide(self) -> "Case":
+        """The case in float64."""
+        inputs, upstream = ({name: tensor.double() for name, tensor in some.items()} for some in (self.inputs, self.upstream))
+        return replace(self, dtype=torch.float64, inputs=inputs, upstream=upstream)
 
-def _as_they_are(tensors: Tensors) -> Tensors:
+    def moved(self, names: str) -> Cost:
+        """The bytes of tensors: names of inputs or outputs, each as often as it (or its gradient) is read or written."""
+        return Cost(sum((self.inputs | self.upstream)[name].nbytes for name in names.split()))
+
+
+def unchanged(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def _named_results(leaves: Tensors, outputs: Tensors, gradients: Tensors) -> Tensors:
+def named_results(leaves: Tensors, outputs: Tensors, gradients: Tensors) -> Tensors:
     return {**outputs, **{f"d {name}": gradient for name, gradient in gradients.items()}}
 
 
 @dataclass(frozen=True)
 class Call:
-    """How one provider computes the operator. Only `run` and the backward pass through it are timed.
+    """How a provider computes the operator. Only `run` and the backward pass through it are timed."""
 
-    run: (its inputs) -> outputs by name. arrange: (copies of the case's inputs) -> its inputs. upstream: (copies of the case's
-    upstream) -> gradients of its outputs. results: (its inputs, outputs, gradients of its inputs) -> results under the names
-    and in the layout that the exact result has.
-    """
-
-    run: Callable[[Tensors], Tensors]
-    arrange: Callable[[Tensors], Tensors] = _as_they_are
-    upstream: Callable[[Tensors], Tensors] = _as_they_are
-    results: Callable[[Tensors, Tensors, Tensors], Tensors] = _named_results
+    run: Callable[[Tensors], Tensors]  # its inputs -> outputs by name
+    arrange: Callable[[Tensors], Tensors] = unchanged  # copies of the case's inputs -> its inputs
+    upstream: Callable[[Tensors], Tensors] = unchanged  # copies of the case's upstream -> gradients of its outputs
+    # (its inputs, outputs, gradients of its inputs) -> results named and laid out like the exact results
+    results: Callable[[Tensors, Tensors, Tensors], Tensors] = named_results
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who computes the operator.
-
-    build: may import, compile and arrange whatever is not to be timed. package: what must be installed. cuda: runs on CUDA
-    only. dtypes: that it is for, all where empty. directions: in which its time means something, all where empty. ours: of
-    `kernels`. rival: does the whole job, so that its time is one to beat.
-    """
+    """Someone who computes the operator."""
 
     name: str
-    build: Callable[[Case], Call]
-    package: str | None = None
-    cuda: bool = False
-    dtypes: tuple[torch.dtype, ...] = ()
-    directions: tuple[str, ...] = ()
+    build: Callable[[Case], Call]  # may import, compile and arrange whatever is not timed
+    package: str | None = None  # that must be installed
+    cuda: bool = False  # runs on CUDA only
+    dtypes: tuple[torch.dtype, ...] = ()  # that it computes; empty: all
+    directions: tuple[str, ...] = ()  # in which its time means something; empty: all
     ours: bool = False
-    rival: bool = True
+    rival: bool = True  # does the whole job, so that its time is one to beat
 
     def missing(self, case: Case) -> str | None:
-        """Why this one cannot be measured here, None where it can."""
+        """Why this provider cannot be measured here; None where it can."""
         if self.dtypes and case.dtype not in self.dtypes:
             return "is not for " + str(case.dtype).removeprefix("torch.")
         if self.package and importlib.util.find_spec(self.package.partition(".")[0]) is None:
@@ -141,30 +141,23 @@ class Provider:
         return "runs on CUDA only" if self.cuda and case.device.type != "cuda" else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Operator:
-    """An operator of `kernels`.
-
-    module, function: where its public function is. case: (sizes, dtype, device) -> random data. call: (a function of the public
-    function's signature, case) -> how it is called. exact: results in float64 by name, those of gradients as "d <input>". cost:
-    of a direction. yardstick: the provider that computes it plainly with torch in the case's dtype, whose error, doubled, is
-    what others may have. compiled: whether torch.compile is given our eager reference. per_tokens: whether the number of tokens
-    matters.
-    """
+    """An operator of `kernels`."""
 
     name: str
-    module: str
-    function: str
-    case: Callable[[Sizes, torch.dtype, torch.device], Case]
-    call: Callable[[Callable[..., Any], Case], Call]
-    exact: Callable[[Case], Tensors]
-    cost: Callable[[Case, str], Cost]
+    function: str  # "module:name" of the public function
     shape: Callable[[Sizes], str]
+    case: Callable[[Sizes, torch.dtype, torch.device], Case]  # random data
+    call: Callable[[Callable[..., Any], Case], Call]  # of a function with the public function's signature
+    cost: Callable[[Case, str], Cost]  # of a direction
     peers: tuple[Provider, ...]
-    yardstick: str
+    yardstick: str  # the provider that is plain torch in the case's dtype; twice its error is allowed
     directions: tuple[str, ...] = ("forward", "backward")
-    compiled: bool = True
-    per_tokens: bool = True
+    compiled: bool = True  # whether torch.compile gets our eager reference
+    per_tokens: bool = True  # whether the number of tokens matters
+    # Float64 results by name, a gradient's as "d <input>"; None: the yardstick's on float64 inputs.
+    exact: Callable[[Case], Tensors] | None = None
 
     @property
     def differentiable(self) -> bool:
@@ -172,9 +165,10 @@ class Operator:
 
     def providers(self) -> Iterator[Provider]:
         """Ours first: the public function, each backend by its name, the eager reference, that compiled; then the peers."""
-        module = importlib.import_module(self.module)
-        yield self._ours("komainu", getattr(module, self.function))
-        stem, tail = (self.function[:-1], "_") if self.function.endswith("_") else (self.function, "")
+        module_name, _, name = self.function.partition(":")
+        module = importlib.import_module(module_name)
+        yield self._ours("komainu", getattr(module, name))
+        stem, tail = (name[:-1], "_") if name.endswith("_") else (name, "")
         for backend in BACKENDS:
             function = getattr(module, f"{stem}_{backend}{tail}", None)
             if function is None:
@@ -201,7 +195,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def peer(package: str, name: str) -> Any:
     """An attribute of a peer's module."""
-    # Peers may import transformers, which would take our package `kernels` for Hugging Face's.
+    # transformers, which peers may import, would take our package `kernels` for Hugging Face's.
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     return getattr(importlib.import_module(package), name)
 
@@ -217,21 +211,10 @@ def random_data(device: torch.device, seed: int = 0) -> Callable[..., Tensor]:
 
 
 def token_ids(count: int, vocab: int, device: torch.device) -> Tensor:
-    """Ids about as frequent as pieces are in text (the rank's logarithm is uniform), int64 [count]."""
+    """Ids about as frequent as pieces are in text (the logarithm of the rank is uniform), int64 [count]."""
     generator = torch.Generator(device).manual_seed(1)
     rank = vocab ** torch.rand(count, generator=generator, device=device, dtype=torch.float64)
     return (rank.long() - 1).clamp(0, vocab - 1)
-
-
-def exact(case: Case, formula: Callable[[Tensors], Tensors]) -> Tensors:
-    """Results of a formula in float64, and of its backward pass where the case has an upstream gradient."""
-    wide = {name: tensor.double().requires_grad_(bool(case.upstream)) for name, tensor in case.inputs.items()}
-    outputs = formula(wide)
-    results = {name: output.detach() for name, output in outputs.items()}
-    if case.upstream:
-        gradients = gradient_of(outputs, {name: up.double() for name, up in case.upstream.items()}, wide)
-        results |= {f"d {name}": gradient for name, gradient in gradients.items()}
-    return results
 
 
 def gradient_of(outputs: Tensors, upstream: Tensors, leaves: Tensors) -> Tensors:

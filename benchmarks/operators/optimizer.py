@@ -1,4 +1,4 @@
-"""The optimizer's operators, over one layer's parameters."""
+"""The optimizer's operators, over the parameters of one layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,20 @@ from kernels.adamw import join_master, split_master
 _BETAS = (0.9, 0.95)
 _CONSTANTS = {"learning_rate": 1e-4, "betas": _BETAS, "eps": 1e-8, "weight_decay": 0.1, "step": 100}
 _CLIP = 0.5
+# The same constants under torch's names.
+_TORCH: dict[str, Any] = {
+    "lr": 1e-4,
+    "beta1": _BETAS[0],
+    "beta2": _BETAS[1],
+    "weight_decay": 0.1,
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+}
 
 
 def _named(kind: str, tensors: Tensors) -> list[Tensor]:
-    """The tensors of one kind, of each parameter in turn."""
+    """The tensors of one kind, one of each parameter."""
     return [tensor for name, tensor in tensors.items() if name.rpartition(" ")[0] == kind]
 
 
@@ -50,7 +60,7 @@ def _masters(tensors: Tensors) -> list[Tensor]:
 
 
 def _updated(masters: list[Tensor], given: Tensors) -> Tensors:
-    """Results by name, from float32 masters or whatever stands for them."""
+    """Results by name, from float32 masters or what a provider has instead."""
     kinds = {"master": masters, "exp_avg": _named("exp_avg", given), "exp_avg_sq": _named("exp_avg_sq", given)}
     return {f"{kind} {i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
 
@@ -68,7 +78,7 @@ def _adamw_call(function: Callable[..., None], case: Case) -> Call:
 
 
 def _exact_adamw(case: Case) -> Tensors:
-    """Algorithm 2 of the paper, line by line."""
+    """Algorithm 2 of Loshchilov and Hutter (https://arxiv.org/abs/1711.05101), line by line."""
     (beta1, beta2), rate = _BETAS, 1e-4
     results: Tensors = {}
     gradients, firsts, seconds = (_named(kind, case.inputs) for kind in ("gradient", "exp_avg", "exp_avg_sq"))
@@ -83,24 +93,22 @@ def _exact_adamw(case: Case) -> Tensors:
 
 
 def _adamw_cost(case: Case, direction: str) -> Cost:
-    # Gradients are read; parameters (with their remainders) and two float32 moments are read and written.
+    # Gradients are read; parameters (with their remainders) and both float32 moments are read and written.
     parameter = 4 if case.dtype == torch.float32 else 2 + 2
     return Cost(sum(_elements(case.sizes)) * (case.dtype.itemsize + 2 * parameter + 2 * 8))
 
 
 def _masters_apart(inputs: Tensors) -> Tensors:
-    """Float32 masters beside bfloat16 parameters instead of remainders, as mixed precision has it elsewhere."""
+    """Float32 masters beside bfloat16 parameters instead of remainders: the usual mixed precision."""
     masters = {f"master {i}": master for i, master in enumerate(_masters(inputs))}
     return {name: tensor for name, tensor in inputs.items() if not name.startswith("remainder")} | masters
 
 
 def _fused_step(parameters: list[Tensor], gradients: list[Tensor], given: Tensors, case: Case) -> None:
-    """The call inside torch.optim.AdamW(fused=True), clipping folded in as the scale of the gradient."""
+    """The operator inside torch.optim.AdamW(fused=True), with clipping as the scale of the gradient."""
     steps = [torch.full((), float(_CONSTANTS["step"]), device=case.device)] * len(parameters)  # type: ignore[arg-type]
-    torch._fused_adamw_(
-        parameters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps, lr=1e-4, beta1=_BETAS[0],
-        beta2=_BETAS[1], weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False, grad_scale=1 / case.constants["clip"],
-    )  # fmt: skip
+    state = (parameters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps)
+    torch._fused_adamw_(*state, **_TORCH, grad_scale=1 / case.constants["clip"])
 
 
 def _torch_fused(case: Case) -> Call:
@@ -122,7 +130,7 @@ def _torch_fused(case: Case) -> Call:
 
 
 def _torch_narrow(case: Case) -> Call:
-    """No masters, and moments in the parameters' dtype: what torch.optim.AdamW does with a bfloat16 model."""
+    """No masters, and moments in the parameters' dtype, as torch.optim.AdamW treats a bfloat16 model."""
 
     def arrange(inputs: Tensors) -> Tensors:
         return {name: tensor.to(case.dtype) for name, tensor in inputs.items() if not name.startswith("remainder")}
@@ -134,32 +142,21 @@ def _torch_narrow(case: Case) -> Call:
     return Call(run, arrange, results=lambda given, outputs, gradients: _updated(_named("parameter", given), given))
 
 
-def _torch_foreach(case: Case) -> Call:
-    """torch.optim.AdamW(foreach=True) after the scaling of torch.nn.utils.clip_grads_with_norm_."""
-    adamw = peer("torch.optim.adamw", "adamw")
-
-    def run(given: Tensors) -> Tensors:
-        masters = _named("master", given)
-        gradients = [gradient.float() for gradient in _named("gradient", given)]
-        torch._foreach_mul_(gradients, case.constants["clip"])
-        # It counts the step itself.
-        steps = [torch.full((), 99.0) for _ in masters]
-        adamw(
-            masters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps, foreach=True, amsgrad=False,
-            beta1=_BETAS[0], beta2=_BETAS[1], lr=1e-4, weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
-        if case.dtype != torch.float32:
-            torch._foreach_copy_(_named("parameter", given), masters)
-        return {}
-
-    return Call(run, _masters_apart, results=lambda given, outputs, gradients: _updated(_named("master", given), given))
-
-
 def _in_one_pass(
-    parameter: Tensor, remainder: Tensor | None, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *,
-    learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, gradient_scale: Tensor,
-) -> None:  # fmt: skip
-    """The update without the blocks of the eager reference, whose hundreds torch.compile would compile one by one."""
+    parameter: Tensor,
+    remainder: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    gradient_scale: Tensor,
+) -> None:
+    """The update in one piece for torch.compile, which would unroll the hundreds of blocks of the eager reference."""
     master = parameter if remainder is None else join_master(parameter, remainder)
     scaled = gradient.float() * gradient_scale
     first, second = exp_avg.lerp(scaled, 1 - betas[0]), exp_avg_sq.lerp(scaled.square(), 1 - betas[1])
@@ -177,15 +174,23 @@ def _in_one_pass(
 
 
 ADAMW = Operator(
-    "adamw", "kernels.adamw", "adamw_", _adamw_case, _adamw_call, _exact_adamw, _adamw_cost, _shape,
-    yardstick="torch fused", directions=("update",), compiled=False, per_tokens=False,
+    name="adamw",
+    function="kernels.adamw:adamw_",
+    shape=_shape,
+    case=_adamw_case,
+    call=_adamw_call,
+    exact=_exact_adamw,
+    cost=_adamw_cost,
+    yardstick="torch fused",
+    directions=("update",),
+    compiled=False,
+    per_tokens=False,
     peers=(
         Provider("torch.compile", lambda case: _adamw_call(compiled(_in_one_pass), case)),
         Provider("torch fused", _torch_fused),
         Provider("torch fused, bfloat16 state", _torch_narrow, dtypes=(torch.bfloat16,)),
-        Provider("torch foreach", _torch_foreach),
     ),
-)  # fmt: skip
+)
 
 
 # The gradient's norm
@@ -193,7 +198,7 @@ ADAMW = Operator(
 
 def _norm_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     normal = random_data(device)
-    inputs = {f"gradient {i}": normal(*shape, dtype=dtype, scale=1e-3) for i, shape in enumerate(sizes.layer)}
+    inputs = {f"gradient-{i}": normal(*shape, dtype=dtype, scale=1e-3) for i, shape in enumerate(sizes.layer)}
     return Case(sizes, dtype, inputs)
 
 
@@ -201,22 +206,27 @@ def _norm_call(function: Callable[[list[Tensor]], Tensor], case: Case) -> Call:
     return Call(lambda given: {"norm": function(list(given.values()))})
 
 
-def _norm_cost(case: Case, direction: str) -> Cost:
-    return Cost(sum(_elements(case.sizes)) * case.dtype.itemsize + 4)
-
-
 def _torch_norm(gradients: list[Tensor]) -> Tensor:
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 GRADIENT_NORM = Operator(
-    "gradient_norm", "kernels.gradient_norm", "gradient_norm", _norm_case, _norm_call, cost=_norm_cost, shape=_shape,
-    exact=lambda case: {"norm": sum(gradient.double().square().sum() for gradient in case.inputs.values()).sqrt()},  # type: ignore[union-attr]
-    yardstick="torch vector_norm", directions=("forward",), compiled=False, per_tokens=False,
+    name="gradient_norm",
+    function="kernels.gradient_norm:gradient_norm",
+    shape=_shape,
+    case=_norm_case,
+    call=_norm_call,
+    # The norm itself is a float32.
+    cost=lambda case, way: case.moved(" ".join(case.inputs)) + Cost(4),
+    yardstick="torch vector_norm",
+    directions=("forward",),
+    compiled=False,
+    per_tokens=False,
     peers=(
         Provider("torch.compile", lambda case: _norm_call(compiled(_torch_norm), case)),
         Provider("torch vector_norm", lambda case: _norm_call(_torch_norm, case)),
         Provider("torch get_total_norm", lambda case: _norm_call(torch.nn.utils.get_total_norm, case)),
     ),
-)  # fmt: skip
+)

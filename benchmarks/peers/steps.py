@@ -1,6 +1,6 @@
-"""The steps that a peer trains on, read from the file that every candidate's data come from.
+"""The steps that a peer trains on, read from the file that `benchmarks.synthetic.export_steps` wrote.
 
-T places of a micro-batch.
+T: places of a micro-batch.
 """
 
 import itertools
@@ -16,21 +16,20 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One packed micro-batch: tokens_T, labels_T (already shifted, -100 where not trained on) and positions_T (from 0 in each
-    document), all int64; lengths: places of each document."""
+    """One packed micro-batch; tensors are int64."""
 
     tokens_T: Tensor
-    labels_T: Tensor
-    positions_T: Tensor
-    lengths: list[int]
+    labels_T: Tensor  # shifted already; -100 where not trained
+    positions_T: Tensor  # from 0 in each document
+    lengths: list[int]  # places of each document
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole document: its ids and, for each, whether it is predicted. One more than its places."""
+    """A whole document: one token more than its places."""
 
     ids: list[int]
-    trained: list[bool]
+    trained: list[bool]  # whether each token is predicted
 
     @property
     def prompt(self) -> int:
@@ -63,12 +62,12 @@ class Steps:
         return found
 
     def trained(self, step: int) -> float:
-        """Sum of the weights of a step: what its loss is divided by."""
+        """Sum of the weights of a step: the denominator of its loss."""
         first, last = (self._documents[self._batches[self._steps[at]]] for at in (step, step + 1))
         return float(self._weight[first:last].sum())
 
     def documents(self, step: int) -> list[Document]:
-        """The documents of a step, in order; for preferences chosen and rejected in turns."""
+        """The documents of a step, in order; of a preference pair first the chosen one."""
         found = []
         for document in range(self._batches[self._steps[step]], self._batches[self._steps[step + 1]]):
             start, end = self._documents[document : document + 2]

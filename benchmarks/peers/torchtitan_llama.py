@@ -1,6 +1,6 @@
-"""torchtitan's Llama at Mistral's shapes, its blocks compiled one by one on a GPU as torchtitan does.
+"""torchtitan's Llama at Mistral's shapes; on a GPU its blocks are compiled one by one, as torchtitan does.
 
-Its attention is full and causal: no window, and between packed documents it needs a GPU's variable-length kernel.
+Its attention is full and causal, without a window. It keeps packed documents apart by a GPU's variable-length kernel only.
 """
 
 import importlib.util
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from packed import train
 from safetensors.torch import load_file
 from steps import IGNORED, Row, Steps
 from torch import Tensor
+from transformers_loop import train
 from worker import Worker
 
-# What torchtitan's package imports for reading data and command lines, of which its model uses nothing.
+# Packages that torchtitan imports for reading data and command lines; its model does not use them.
 _NOT_NEEDED = ("datasets", "torchdata", "tyro", "tomli", "fsspec", "einops")
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 class StandIns:
-    """Finds those packages that are not needed and not installed: modules of empty classes."""
+    """An import finder: stands in for packages that are not needed and not installed, by modules of empty classes."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(name, self, is_package=True) if name.split(".")[0] in _NOT_NEEDED else None  # type: ignore[arg-type]
@@ -68,15 +68,22 @@ class StandIns:
 
 
 def shapes(titan: Any, config: dict[str, Any], longest: int, attention: str) -> Any:
-    """torchtitan's settings of a Mistral configuration. It derives the feed-forward size; the factor makes it come out."""
+    """torchtitan's settings of a Mistral configuration; the multiplier gives the feed-forward size that it derives."""
     width, feed_forward = config["hidden_size"], config["intermediate_size"]
     settings = titan.TransformerModelArgs(
-        dim=width, n_layers=config["num_hidden_layers"], n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"], vocab_size=config["vocab_size"], multiple_of=1,
-        ffn_dim_multiplier=(feed_forward + 0.5) / int(8 * width / 3), norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_theta"], max_seq_len=longest, attn_type=attention,
+        dim=width,
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        vocab_size=config["vocab_size"],
+        multiple_of=1,
+        ffn_dim_multiplier=(feed_forward + 0.5) / int(8 * width / 3),
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_theta"],
+        max_seq_len=longest,
+        attn_type=attention,
         attn_mask_type="block_causal" if attention == "varlen" else "causal",
-    )  # fmt: skip
+    )
     settings.rope_scaling_args.scaling_factor = 1.0
     return settings
 

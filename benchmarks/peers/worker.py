@@ -1,8 +1,8 @@
-"""The side of a measured process: it trains when told to, and says how long each step took.
+"""A measured process: it trains when told to, and says how long each step took.
 
-A trainer is started as `python <module>.py job.json`. Orders come as lines of JSON on standard input: {"steps": n} trains n
-steps; the end of the input ends the process. Answers go as lines of JSON to what was standard output and is kept for them
-alone (what libraries print goes to standard error): first {"ready": {...}} or {"missing": why}, then one for each order.
+It is started as `python <script>.py job.json`. Orders are lines of JSON on standard input: {"steps": n} trains n steps; the end
+of the input ends the process. Answers are lines of JSON on the original standard output: first {"ready": {...}} or
+{"missing": why}, then one for each order. Everything that libraries print goes to standard error.
 
 Only Python and torch are imported, so that a peer's process holds nothing of ours.
 """
@@ -23,10 +23,10 @@ import torch
 
 
 class Worker:
-    """Takes orders and answers them. `job`: what the process was started with."""
+    """Takes orders and answers them. `job` is the content of the job's file."""
 
     def __init__(self, argv: list[str] | None = None, answers: Mapping[str, Callable[[], Any]] | None = None) -> None:
-        """answers: what to do for orders other than {"steps": n}, by their name."""
+        """answers: functions for further orders, by their name."""
         self.job: dict[str, Any] = json.loads(Path((sys.argv if argv is None else argv)[1]).read_text(encoding="utf-8"))
         self.device = torch.device(self.job["device"])
         self.dtype: torch.dtype = getattr(torch, self.job["dtype"])
@@ -44,7 +44,7 @@ class Worker:
             torch.set_num_threads(self.job["threads"])
 
     def need(self, *modules: str) -> list[ModuleType]:
-        """Import a peer's packages; a process without them says which is missing and ends."""
+        """Import a peer's packages; without them, say which is missing and end."""
         found = []
         for name in modules:
             try:
@@ -56,7 +56,7 @@ class Worker:
         return found
 
     def missing(self, why: str) -> None:
-        """Say why there is nothing to measure, and end."""
+        """Say why nothing can be measured, and end."""
         self.say({"missing": why})
         raise SystemExit(0)
 
@@ -65,22 +65,22 @@ class Worker:
         self.say({"ready": {"versions": self.versions, **facts}})
 
     def serve(self, step: Callable[[int], torch.Tensor]) -> None:
-        """Call step(index) -> loss as often as told."""
+        """Call step(index) -> loss as often as ordered."""
         index, going = 0, self.start()
         while going:
             going = self.done(step(index))
             index += 1
 
     def start(self) -> bool:
-        """Wait for the first order. False where there is none. From here on peaks of a GPU's memory count."""
+        """Wait for the first order; False at the end of orders. The peak of a GPU's memory is taken from here on."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         return self._next_order()
 
     def done(self, loss: Any, **counts: int) -> bool:
-        """A step has ended. After the last one ordered, answer and wait for the next order; False at the end of orders.
+        """Note the end of a step. After the last step of an order, answer and wait for the next; False at the end of orders.
 
-        counts: tokens and documents of the step, where it may differ from the job's.
+        counts: tokens and documents of the step, from a trainer that composes its steps itself.
         """
         self._losses.append(loss)
         self._counts.append(counts)
@@ -107,11 +107,11 @@ class Worker:
         return False
 
     def line(self) -> str:
-        """The next order; empty at the end of orders."""
+        """The next order as text; empty at the end of orders."""
         return sys.stdin.readline()
 
     def _mark(self) -> None:
-        # Events, so that the device need not be waited for between steps.
+        # Events: the host does not wait for the device between steps.
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -126,13 +126,15 @@ class Worker:
             seconds = [before.elapsed_time(after) / 1e3 for before, after in pairs]
         else:
             seconds = [after - before for before, after in pairs]
-        self.say({
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds() - self._cpu,
-            "loss": [float(loss) for loss in self._losses],
-            "counts": self._counts,
-            "memory": peak_memory(self.device),
-        })  # fmt: skip
+        self.say(
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds() - self._cpu,
+                "loss": [float(loss) for loss in self._losses],
+                "counts": self._counts,
+                "memory": peak_memory(self.device),
+            }
+        )
 
     def say(self, answer: dict[str, Any]) -> None:
         """Give an answer."""
@@ -141,7 +143,7 @@ class Worker:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that started it has been killed, whatever step it is in."""
+    """End this process when its parent has been killed, even in the middle of a step."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -164,7 +166,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def peak_resident_bytes() -> int:
-    """The process's largest resident set. Not getrusage's, which starts with the peak of the process that started this one."""
+    """Peak resident set of this process. (getrusage's starts with the peak of the parent process.)"""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,10 @@
-"""A transformers model trained as ours is: the same packed rows, the same AdamW and clipping, in a plain loop."""
+"""A transformers model in a plain loop on the same packed rows, with the same AdamW and clipping as ours.
 
+Modes: eager, compile (torch.compile, in the warm-up), liger (Liger-Kernel's operators and fused head).
+"""
+
+import os
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,15 +13,25 @@ from torch import Tensor, nn
 from worker import Worker
 
 
-def load(worker: Worker, transformers: ModuleType) -> Any:
-    """The model of the job's folder, in training mode."""
+def main() -> None:
+    worker = Worker()
+    mode = worker.job["mode"]
+    if mode == "liger":
+        worker.need("liger_kernel")
+    (transformers,) = worker.need("transformers")
+    if mode == "liger" and worker.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        worker.missing("Liger-Kernel needs a GPU")
     model = transformers.MistralForCausalLM.from_pretrained(
-        worker.job["weights"], dtype=worker.dtype, attn_implementation=worker.job.get("attention", "sdpa")
+        worker.job["weights"], dtype=worker.dtype, attn_implementation="sdpa"
     )
-    return model.to(worker.device).train()
+    model = model.to(worker.device).train()
+    if mode == "liger":
+        (liger,) = worker.need("liger_kernel.transformers")
+        liger.apply_liger_kernel_to_mistral(model=model)
+    train(worker, torch.compile(model) if mode == "compile" else model)
 
 
-def optimizer(worker: Worker, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+def adamw(worker: Worker, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW with the job's constants; weight decay on matrices only."""
     settings, every = worker.job["optimizer"], list(parameters)
     groups = [
@@ -30,31 +43,32 @@ def optimizer(worker: Worker, parameters: Iterable[nn.Parameter]) -> torch.optim
 
 
 def causal_lm_loss(model: Any, row: Row, trained: float) -> Tensor:
-    """A row's part of the step's loss. Equally long documents go in as a rectangle, which needs no mask between documents."""
+    """A row's part of the step's loss. Equally long documents form a rectangle, which needs no mask between documents."""
     if len(set(row.lengths)) == 1:
         shape, positions = (len(row.lengths), row.lengths[0]), {}
     else:
         shape, positions = (1, len(row.tokens_T)), {"position_ids": row.positions_T[None]}
     labels = row.labels_T.view(shape)
     return model(
-        input_ids=row.tokens_T.view(shape), labels=labels, shift_labels=labels, num_items_in_batch=trained, use_cache=False,
+        input_ids=row.tokens_T.view(shape),
+        labels=labels,
+        shift_labels=labels,
+        num_items_in_batch=trained,
+        use_cache=False,
         **positions,
-    ).loss  # fmt: skip
+    ).loss
 
 
 def train(worker: Worker, model: Any, loss_of: Callable[[Any, Row, float], Tensor] = causal_lm_loss) -> None:
     """Serve steps: every micro-batch forward and backward, clip, AdamW."""
-    steps, update, limit = (
-        Steps(worker.job["steps_file"]),
-        optimizer(worker, model.parameters()),
-        worker.job["optimizer"]["clip_norm"],
-    )
+    steps, limit = Steps(worker.job["steps_file"]), worker.job["optimizer"]["clip_norm"]
+    update = adamw(worker, model.parameters())
 
     def step(index: int) -> Tensor:
         total, trained = torch.zeros((), device=worker.device), steps.trained(index)
         for row in steps.rows(index):
-            moved = Row(*(tensor.to(worker.device) for tensor in (row.tokens_T, row.labels_T, row.positions_T)), row.lengths)
-            loss = loss_of(model, moved, trained)
+            tensors = (tensor.to(worker.device) for tensor in (row.tokens_T, row.labels_T, row.positions_T))
+            loss = loss_of(model, Row(*tensors, row.lengths), trained)
             loss.backward()
             total += loss.detach()
         if limit:
@@ -65,3 +79,7 @@ def train(worker: Worker, model: Any, loss_of: Callable[[Any, Row, float], Tenso
 
     worker.ready()
     worker.serve(step)
+
+
+if __name__ == "__main__":
+    main()

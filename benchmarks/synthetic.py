@@ -1,7 +1,7 @@
-"""What benchmarks train on: prepared datasets, synthetic ones among them, and their steps as one file that a peer reads.
+"""Random documents to train on, and steps as one file that a peer reads.
 
 The file (safetensors) holds every place of every step, in order: tokens, labels (the token to predict at each place), weight
-(0: not trained on), and the bounds of documents (in places), micro-batches (in documents) and steps (in micro-batches).
+(0: not trained), and the bounds of documents (in places), micro-batches (in documents) and steps (in micro-batches).
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,18 @@ _PROMPT_SHARE = 0.4
 
 
 def write_synthetic(
-    folder: Path, kind: str, config: MistralConfig, *, places: int, sequence: int, documents: Documents, seed: int
+    folder: Path,
+    kind: str,  # text, conversations or preferences
+    config: MistralConfig,
+    *,
+    places: int,  # at least as many in all
+    sequence: int,  # places of the longest document
+    documents: Documents,  # full: all of this length; mixed: log-normal lengths with a quarter of it as their median
+    seed: int,
 ) -> None:
-    """A prepared dataset of random tokens with at least `places` places in documents of at most `sequence`.
+    """Write a prepared dataset of random tokens.
 
-    documents: "full" has all of them of `sequence` places; "mixed" draws log-normal lengths with a median of a quarter of it,
-    as conversations have. The first 40 % of a conversation, or of a pair's longer side, are its prompt. Pairs share the prompt.
+    The first 40 % of a conversation, or of the longer side of a pair, are its prompt. A pair shares its prompt.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -60,16 +66,15 @@ def write_synthetic(
 
 
 def export_steps(steps: Sequence[Step], path: Path) -> None:
-    """Write the file of these steps (one rank's), in which no document may share its prompt with another."""
+    """Write the file of one rank's steps; no document of them may share its prompt with another."""
     batches = [batch for step in steps for batch in step.batches]
+    assert not any(batch.tokens_saved for batch in batches)
 
     def bounds(counts: list[int]) -> torch.Tensor:
         return torch.tensor([0, *np.cumsum(counts).tolist()], dtype=torch.int64)
 
-    assert not any(batch.tokens_saved for batch in batches)
-    lengths = [end - start for batch in batches for start, end, _ in batch.attention.segments]
     tensors = {name: torch.cat([getattr(batch, f"{name}_T") for batch in batches]) for name in ("tokens", "labels", "weight")}
-    tensors["document_bounds"] = bounds(lengths)
-    tensors["batch_bounds"] = bounds([len(batch.document_B) for batch in batches])
+    tensors["document_bounds"] = bounds([end - start for batch in batches for start, end, _ in batch.attention.segments])
+    tensors["batch_bounds"] = bounds([len(batch.document_D) for batch in batches])
     tensors["step_bounds"] = bounds([len(step.batches) for step in steps])
     write_tensor_file(path, {name: TensorStream.of(tensor) for name, tensor in tensors.items()})

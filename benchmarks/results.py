@@ -1,0 +1,223 @@
+"""Result files: what a benchmark measured, where, with what, and by which command.
+
+A result is one JSON file: {"benchmark", "command", "when", "commit", "machine", "settings", "complete", "rows"}. A row says
+what was measured and what came out; a spread is {"median", "low", "high", "samples"} with the 20th and 80th percentile. A value that
+could not be measured is {"missing": why}. The file is written anew after each row, and "complete" is false until the last, so
+that a benchmark that is cut off leaves its rows.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.environment import nvidia_driver
+from engine.settings.toml import to_table
+from model.folder import write_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# The folders of an absolute path.
+_FOLDERS = re.compile(r"(?<![\w./~])/(?:[^\s/'\"]+/)+")
+_PACKAGES = "torch triton transformers trl liger-kernel cut-cross-entropy flash-attn torchtitan".split()
+_NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
+TRAIN_AXES = (
+    "preset layers objective sequence micro_batch accumulate documents dtype recompute backend moments offload ranks"
+).split()
+# The fields that tell the rows of a benchmark apart. Other benchmarks: all fields but floats, spreads and lists.
+KEYS: dict[str, tuple[str, ...]] = {
+    "train": ("task", *TRAIN_AXES, "name"),
+    "kernels": ("operator", "direction", "shape", "dtype", "provider"),
+    "checkpoint": ("provider", "operation"),
+    "data": ("objective", "step_seconds"),
+    "tune": ("kernel", "direction", "candidate"),
+    "resize": ("after", "method"),
+    "streaming": ("operation",),
+}
+
+
+class Result:
+    """A result on its way into its file, `settings.out`; an empty name keeps it in memory."""
+
+    def __init__(
+        self,
+        benchmark: str,
+        command: str,  # that makes the result again
+        device: torch.device,
+        settings: Any,  # dataclass with a field `out`
+        **more: Any,  # further fields of the result; "settings" replaces single settings by their resolved values
+    ) -> None:
+        self._out = settings.out
+        self.rows: list[dict[str, Any]] = []
+        self._content = {
+            "benchmark": benchmark,
+            "command": command,
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(device),
+            "settings": to_table(settings) | more.pop("settings", {}),
+            **more,
+        }
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        self.rows += rows
+        self._write(complete=False)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the whole result; returns it."""
+        return self._write(complete=True)
+
+    def _write(self, *, complete: bool) -> dict[str, Any]:
+        content = _without_folders(self._content | {"complete": complete, "rows": self.rows})
+        if self._out:
+            path = Path(self._out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return content
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device, the processor and the versions."""
+    described: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "driver": nvidia_driver(),
+    }
+    for package in _PACKAGES:
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            described[package] = None
+    return described
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """KOMAINU_COMMIT if it is set (for files copied without their history), else the checkout's commit, else "unknown".
+
+    A "+" follows the checkout's commit where files differ from it.
+    """
+    if named := os.environ.get("KOMAINU_COMMIT"):
+        return named
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # A result that is being written says nothing about the code that measured it.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _without_folders(value: Any) -> Any:
+    """Only the last part of absolute paths: the rest says nothing outside the machine."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {name: _without_folders(inner) for name, inner in value.items()}
+    return [_without_folders(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """A result file. Raises: FileNotFoundError; ValueError naming the file and what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such result file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    for name, kind in _NEEDED.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            raise ValueError(f"{path}: '{name}' is missing or no {kind.__name__}; name a file that --out of a benchmark wrote")
+    return content
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A row without nesting: {"memory": {"plan": 1}} is {"memory plan": 1}; spreads and missing values stay, lists are text."""
+    values: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping) and not is_spread(value) and why_missing(value) is None:
+            values.update(flat(value, f"{prefix}{name} "))
+        elif isinstance(value, list):
+            values[prefix + name] = "; ".join(map(str, value)) or None
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def is_spread(value: Any) -> bool:
+    return isinstance(value, Mapping) and "median" in value
+
+
+def middle(value: Any) -> Any:
+    """A spread's median; another value as it is."""
+    return value["median"] if is_spread(value) else value
+
+
+def why_missing(value: Any) -> str | None:
+    """Why a field's value is missing; None where it is not."""
+    return str(value["missing"]) if isinstance(value, Mapping) and "missing" in value else None
+
+
+def identity(benchmark: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a flat row that say what was measured."""
+    names = KEYS.get(benchmark)
+    if names is None:
+        return {name: value for name, value in row.items() if isinstance(value, (str, bool, int)) and name != "missing"}
+    return {name: row[name] for name in names if row.get(name) not in (None, "")}
+
+
+def label(values: Mapping[str, Any]) -> str:
+    """Some fields of a row in one line: text as it is, other values with their names."""
+    parts = (value if isinstance(value, str) else f"{name} {number(value)}" for name, value in values.items())
+    return ", ".join(parts).replace("_", " ")
+
+
+def number(value: Any, scale: float = 1.0) -> str:
+    """A value times `scale` with four digits; a spread with its range in parentheses."""
+    if value is None:
+        return "-"
+    if why_missing(value) is not None:
+        return "missing"
+    if is_spread(value):
+        median, low, high = (number(value[name], scale) for name in ("median", "low", "high"))
+        return median if value.get("samples") == 1 else f"{median} ({low} to {high})"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    if isinstance(value, int) and scale == 1:
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    value *= scale
+    if value and not 1e-3 <= abs(value) < 1e12:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Flat rows as text, without the columns that no row has."""
+    columns = [column for column in columns if any(row.get(column) is not None for row in rows)]
+    lines = [list(columns), *([number(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
