@@ -12,19 +12,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measure import rotated, spread
+from benchmarks.measure import rotated
 from benchmarks.processes import end
 from benchmarks.results import ROOT
 
 _LOG_LINES = 400
-_SAMPLE_SECONDS = 0.1
 
 
 class Gone(Exception):
@@ -68,11 +65,9 @@ def take_turns(
     candidates: Sequence[Candidate],
     schedule: Schedule,
     scratch: Path,  # existing folder outside the checkout, for jobs and logs
-    *,
-    watch: Callable[[], AbstractContextManager[dict[str, Any]]] = lambda: contextlib.nullcontext({}),  # around each round
     report: Callable[[Candidate, Outcome], None] = lambda candidate, outcome: None,  # called when a candidate is done
 ) -> dict[str, Outcome]:
-    """Train the warm-up with each candidate, then the rounds in turns. What `watch` yields is added to the round."""
+    """Train the warm-up with each candidate, then the rounds in turns."""
     outcomes = {candidate.name: Outcome() for candidate in candidates}
     groups = [list(candidates)] if schedule.side_by_side else [[candidate] for candidate in candidates]
     for group in groups:
@@ -88,18 +83,17 @@ def take_turns(
                 for name in rotated(list(running), turn):
                     if outcomes[name].missing is None:
                         with _absence_noted(outcomes[name]):
-                            with watch() as seen:
-                                answer = running[name].ask({"steps": schedule.steps})
-                            outcomes[name].rounds.append({**answer, **seen})
+                            outcomes[name].rounds.append(running[name].ask({"steps": schedule.steps}))
             for candidate in group:
-                _give_orders(candidate, outcomes[candidate.name], running.get(candidate.name))
+                if outcomes[candidate.name].missing is None:
+                    _give_orders(candidate, outcomes[candidate.name], running[candidate.name])
         for candidate in group:
             report(candidate, outcomes[candidate.name])
     return outcomes
 
 
-def _give_orders(candidate: Candidate, outcome: Outcome, process: "Process | None") -> None:
-    for order in candidate.orders if outcome.missing is None and process is not None else ():
+def _give_orders(candidate: Candidate, outcome: Outcome, process: "Process") -> None:
+    for order in candidate.orders:
         try:
             outcome.answers.update(process.ask({order: True}))
         except Gone as error:  # the rounds stand
@@ -191,16 +185,9 @@ class Process:
 
 def environment(candidate: Candidate, scratch: Path) -> dict[str, str]:
     """Variables of a candidate's process: offline, caches in `scratch`, and for a peer nothing of the checkout."""
-    variables = dict(os.environ) | {
-        "HF_HOME": str(scratch / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "USE_HUB_KERNELS": "NO",
-    }
+    variables = dict(os.environ) | {"HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    variables |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "USE_HUB_KERNELS": "NO"}
+    variables |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     if threads := candidate.job.get("threads"):
         variables.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     if not candidate.of_ours:
@@ -208,42 +195,3 @@ def environment(candidate: Candidate, scratch: Path) -> dict[str, str]:
         if kept:
             variables["PYTHONPATH"] = os.pathsep.join(kept)
     return variables
-
-
-class PowerSampler:
-    """Samples power (W) and the multiprocessors' clock (MHz) of GPU 0 through torch, which asks NVML (nvidia-ml-py)."""
-
-    def __init__(self) -> None:
-        self.missing = None if torch.cuda.is_available() else "no GPU"
-
-    def _sample(self, seen: dict[str, Any], stop: threading.Event) -> None:
-        try:
-            while not stop.wait(_SAMPLE_SECONDS):
-                # With its number: torch would wake the GPU in this process to ask for the present one.
-                seen["watts"].append(torch.cuda.power_draw(0) / 1e3)
-                seen["clock_mhz"].append(float(torch.cuda.clock_rate(0)))
-        except (ImportError, RuntimeError) as error:
-            self.missing = str(error)
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[dict[str, Any]]:
-        """Yields what holds the samples when the block ends."""
-        seen, stop = {"watts": [], "clock_mhz": []}, threading.Event()
-        if self.missing:
-            yield seen
-            return
-        thread = threading.Thread(target=self._sample, args=(seen, stop), daemon=True)
-        thread.start()
-        try:
-            yield seen
-        finally:
-            stop.set()
-            thread.join()
-
-    def summary(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-        """Spreads over the measured rounds."""
-        found = {}
-        for name in ("watts", "clock_mhz"):
-            samples = [value for seen in rounds for value in seen[name]]
-            found[name] = spread(samples) if samples else {"missing": self.missing or "no sample"}
-        return found

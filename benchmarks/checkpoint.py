@@ -3,11 +3,11 @@
     python -m benchmarks.checkpoint                 a small model on a CPU, four layers of Mistral 7B on CUDA
     python -m benchmarks.checkpoint --preset mistral-7b --layers 2 --dtype bfloat16 --folder /data --out results.json
 
-Each provider saves and loads the state of a training run (parameters, moments, the masters' remainders of bfloat16) in two
-processes of its own. A load ends with a model and an optimizer ready to go on, which are compared with the saved state.
-"seconds" of a save end when everything is on the disk (fsync included), "blocked_seconds" when training can go on. Before a load
-the files are dropped from the page cache, as far as the system allows. "above_gib" is the peak resident set beyond the resident
-set before the operation; for a load on the host it includes the state itself.
+Each provider saves and loads the state of a training run (parameters, moments, the masters' remainders of bfloat16) in a
+process of its own. A load ends with a model and an optimizer ready to go on, which are compared with the saved state.
+"seconds" of a save end when everything is on the disk (fsync included), "blocked_seconds" when training can go on. Before a
+load the files are dropped from the page cache, as far as the system allows. "above_gib" is the peak resident set beyond the
+resident set before the operation; for a load on the host it includes the state itself.
 """
 
 import hashlib
@@ -16,10 +16,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -41,19 +42,8 @@ from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import load_model
 
-COLUMNS = (
-    "provider",
-    "operation",
-    "gib",
-    "files",
-    "seconds",
-    "gb_per_second",
-    "blocked_seconds",
-    "peak_host_gib",
-    "above_gib",
-    "wrong",
-    "missing",
-)
+COLUMNS = ["provider", "operation", "gib", "files", "seconds", "gb_per_second", "blocked_seconds", "above_gib", "wrong"]
+COLUMNS += ["missing"]
 State = tuple[Mistral, AdamW]
 
 
@@ -93,11 +83,8 @@ class Subject:
         self.dtype = dtype_of(settings.dtype, self.device)
         self.preset = settings.preset or ("mistral-7b" if cuda else "small")
         self.config = shape(self.preset, settings.layers or (4 if cuda and not settings.preset else 0))
-
-    @property
-    def bytes(self) -> int:
-        """A parameter, two float32 moments, and an int16 remainder for bfloat16."""
-        return self.config.parameters * (self.dtype.itemsize + 8 + (2 if self.dtype == torch.bfloat16 else 0))
+        # A parameter, two float32 moments, and an int16 remainder for bfloat16.
+        self.bytes = self.config.parameters * (self.dtype.itemsize + 8 + (2 if self.dtype == torch.bfloat16 else 0))
 
     def empty(self) -> State:
         """A model and its optimizer before anything is loaded."""
@@ -111,10 +98,8 @@ class Subject:
         state = self.empty()
         generator = torch.Generator(self.device).manual_seed(0)
         for tensor in tensors_of(*state).values():
-            if tensor.is_floating_point():
-                tensor.normal_(generator=generator)
-            else:
-                tensor.random_(generator=generator)
+            fill = tensor.normal_ if tensor.is_floating_point() else tensor.random_
+            fill(generator=generator)
         return state
 
 
@@ -140,20 +125,13 @@ class Provider:
     load: Callable[[Path, Subject], State]  # from a folder to a state that is ready to go on
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A save that goes on in the background."""
-
-    result: Callable[[], None]
-
-
 def _save_ours(folder: Path, model: Mistral, optimizer: AdamW) -> Callable[[], Any]:
     tokenizer = Tokenizer.load(mistral_tokenizer_path())
     checkpointer = Checkpointer(folder, model, optimizer, tokenizer, Ranks(model.lm_head.weight.device), keep=1)
 
-    def save() -> Pending:
+    def save() -> Any:
         checkpointer.save(TrainingState(1, {}, ""))
-        return Pending(checkpointer.close)
+        return SimpleNamespace(result=checkpointer.close)
 
     return save
 
@@ -168,22 +146,15 @@ def _load_ours(folder: Path, subject: Subject) -> State:
     return model, optimizer
 
 
-def _distributed() -> Any:
+def _save_distributed(function: str, folder: Path, model: Mistral, optimizer: AdamW) -> Callable[[], Any]:
     # Imported late: it is large enough to show in the others' memory.
-    return importlib.import_module("torch.distributed.checkpoint")
-
-
-def _save_distributed(folder: Path, model: Mistral, optimizer: AdamW) -> Callable[[], Any]:
-    return partial(_distributed().save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
-
-
-def _save_distributed_async(folder: Path, model: Mistral, optimizer: AdamW) -> Callable[[], Any]:
-    return partial(_distributed().async_save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
+    save = getattr(importlib.import_module("torch.distributed.checkpoint"), function)
+    return partial(save, tensors_of(model, optimizer), checkpoint_id=folder, no_dist=True)
 
 
 def _load_distributed(folder: Path, subject: Subject) -> State:
     state = subject.empty()
-    _distributed().load(tensors_of(*state), checkpoint_id=folder, no_dist=True)
+    importlib.import_module("torch.distributed.checkpoint").load(tensors_of(*state), checkpoint_id=folder, no_dist=True)
     return state
 
 
@@ -201,8 +172,8 @@ def _load_safetensors(folder: Path, subject: Subject) -> State:
 
 PROVIDERS: dict[str, Provider] = {
     "komainu": Provider(_save_ours, _load_ours),
-    "torch.distributed.checkpoint": Provider(_save_distributed, _load_distributed),
-    "torch.distributed.checkpoint, async": Provider(_save_distributed_async, _load_distributed),
+    "torch.distributed.checkpoint": Provider(partial(_save_distributed, "save"), _load_distributed),
+    "torch.distributed.checkpoint, async": Provider(partial(_save_distributed, "async_save"), _load_distributed),
     "safetensors save_file": Provider(_save_safetensors, _load_safetensors),
 }
 
@@ -210,119 +181,91 @@ PROVIDERS: dict[str, Provider] = {
 def run(settings: CheckpointSettings, command: str = "benchmarks.checkpoint.run") -> dict[str, Any]:
     """Measure, print a table; returns the result, whose file is written after each provider."""
     subject = Subject(settings)
-    resolved = {
-        "preset": subject.preset,
-        "layers": subject.config.num_hidden_layers,
-        "gib": subject.bytes / 2**30,
-        "dtype": name_of(subject.dtype),
-    }
-    result = Result("checkpoint", command, subject.device, settings, settings=resolved)
-    with tempfile.TemporaryDirectory(prefix="komainu-", dir=settings.folder or None) as name:
-        free = shutil.disk_usage(name).free
-        if free < 1.1 * subject.bytes:
-            raise ValueError(
-                f"{Path(name).parent}: {free / 2**30:.1f} GiB free, the state takes {subject.bytes / 2**30:.1f}: choose "
-                "another folder, or fewer layers"
-            )
-        for provider in settings.providers or PROVIDERS:
-            folder = Path(name) / "state"
-            folder.mkdir()
-            result.add(*provider_rows(settings, provider, folder))
-            shutil.rmtree(folder)
+    resolved = {"preset": subject.preset, "layers": subject.config.num_hidden_layers, "dtype": name_of(subject.dtype)}
+    result = Result("checkpoint", command, subject.device, settings, resolved)
+    for provider in settings.providers or PROVIDERS:
+        with tempfile.TemporaryDirectory(prefix="komainu-", dir=settings.folder or None) as folder:
+            free = shutil.disk_usage(folder).free
+            if free < 1.1 * subject.bytes:
+                raise ValueError(
+                    f"{Path(folder).parent}: {free / 2**30:.1f} GiB free, the state takes {subject.bytes / 2**30:.1f}: choose "
+                    "another folder, or fewer layers"
+                )
+            arguments = {"settings": asdict(settings), "provider": provider, "folder": folder}
+            try:
+                found = processes.call_apart("benchmarks.checkpoint", "save_and_load", arguments, limit=settings.limit)
+            except processes.ApartError as error:
+                found = {name: {"missing": str(error)} for name in ("save", "load")}
+            result.add(*({"provider": provider, "operation": name, **row} for name, row in found.items()))
     print(table(result.rows, COLUMNS), flush=True)
     return result.finish()
 
 
-def provider_rows(settings: CheckpointSettings, provider: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Save in one process and load in another."""
-    arguments = {"settings": asdict(settings), "provider": provider, "folder": str(folder)}
-    saved: dict[str, Any] = {}
-    for operation in ("save", "load"):
-        row: dict[str, Any] = {"provider": provider, "operation": operation}
-        if operation == "load" and "missing" in saved:
-            yield row | {"missing": "nothing was saved"}
-            return
-        try:
-            found = processes.call_apart("benchmarks.checkpoint", operation, arguments, limit=settings.limit)
-        except processes.ApartError as error:
-            found = {"missing": str(error)}
-        state = found.pop("digest", None)
-        if operation == "load" and "missing" not in found and state != saved["digest"]:
-            found["wrong"] = "the loaded state is not the saved one"
-        yield row | found
-        saved = saved or found | {"digest": state}
-
-
-def save(settings: dict[str, Any], provider: str, folder: str) -> dict[str, Any]:
-    """Save a state `rounds` times, each time anew; the last checkpoint stays in `folder`."""
+def save_and_load(settings: dict[str, Any], provider: str, folder: str) -> dict[str, dict[str, Any]]:
+    """Save a state `rounds` times, each time anew, then load the last checkpoint as often. Returns a row of each."""
     chosen = CheckpointSettings(**settings)
-    subject, target = Subject(chosen), Path(folder) / "checkpoint"
-    state = subject.filled()
-    blocked, seconds, memory = [], [], []
+    subject, target, measured = Subject(chosen), Path(folder) / "checkpoint", Measured()
+    state: State | None = subject.filled()
+    assert state is not None
+    saved = digest(tensors_of(*state))
     for _ in range(chosen.rounds):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         work = PROVIDERS[provider].save(target, *state)
         measure.synchronize(subject.device)
-        before = _resident_now()
-        start = time.perf_counter()
+        measured.begin()
         pending = work()
-        blocked.append(time.perf_counter() - start)
+        measured.blocked.append(time.perf_counter() - measured.start)
         if hasattr(pending, "result"):
             pending.result()
         sync_all(target)
-        seconds.append(time.perf_counter() - start)
-        memory.append((before, measure.peak_resident_gib()))
-    blocked_seconds = {"blocked_seconds": measure.spread(blocked)}
-    return _described(target, seconds, memory) | blocked_seconds | {"digest": digest(tensors_of(*state))}
-
-
-def load(settings: dict[str, Any], provider: str, folder: str) -> dict[str, Any]:
-    """Load the saved checkpoint `rounds` times."""
-    chosen = CheckpointSettings(**settings)
-    subject, target = Subject(chosen), Path(folder) / "checkpoint"
-    seconds, memory = [], []
-    state: State | None = None
+        measured.end()
+    rows, measured = {"save": measured.row(target)}, Measured()
     for _ in range(chosen.rounds):
         state = None
         forget_files(target)
-        before = _resident_now()
-        start = time.perf_counter()
+        measured.begin()
         state = PROVIDERS[provider].load(target, subject)
         measure.synchronize(subject.device)
-        seconds.append(time.perf_counter() - start)
-        memory.append((before, measure.peak_resident_gib()))
-    assert state is not None
-    return _described(target, seconds, memory) | {"digest": digest(tensors_of(*state))}
+        measured.end()
+    rows["load"] = measured.row(target)
+    if digest(tensors_of(*state)) != saved:
+        rows["load"]["wrong"] = "the loaded state is not the saved one"
+    return rows
 
 
-def _resident_now() -> float:
-    measure.reset_peak_resident()
-    return measure.peak_resident_gib()
+class Measured:
+    """Seconds and host memory of an operation."""
 
+    def __init__(self) -> None:
+        self.start, self._before = 0.0, 0.0
+        self.seconds: list[float] = []
+        self.blocked: list[float] = []
+        self.above: list[float] = []
 
-def _described(folder: Path, seconds: Sequence[float], memory: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    spread = measure.spread(seconds)
-    return {
-        "gib": sum(sizes) / 2**30,
-        "files": len(sizes),
-        "seconds": spread,
-        "gb_per_second": sum(sizes) / 1e9 / spread["median"],
-        "peak_host_gib": max(peak for _, peak in memory),
-        "above_gib": max(peak - before for before, peak in memory),
-    }
+    def begin(self) -> None:
+        measure.reset_peak_resident()
+        self._before = measure.peak_resident_gib()
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.above.append(measure.peak_resident_gib() - self._before)
+
+    def row(self, folder: Path) -> dict[str, Any]:
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        spread = measure.spread(self.seconds)
+        row: dict[str, Any] = {"gib": sum(sizes) / 2**30, "files": len(sizes), "seconds": spread}
+        row |= {"gb_per_second": sum(sizes) / 1e9 / spread["median"], "above_gib": max(self.above)}
+        return row | ({"blocked_seconds": measure.spread(self.blocked)} if self.blocked else {})
 
 
 def forget_files(folder: Path) -> None:
     """Ask the system to drop a folder's files, which are on the disk, from its page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

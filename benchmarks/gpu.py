@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in order of value, for a GPU that is there for minutes: python -m benchmarks.gpu --out FOLDER
 
 Each task is a process with a time limit and a file of its own, FOLDER/<task>.json; a task that fails or is cut off leaves its
-rows and stops no other. Starting the command again skips the tasks whose file is whole, so that several short visits add up. The
-folder is flat and has one file a task. Exit status 0: every file is whole.
+rows and stops no other. Starting the command again skips the tasks whose file is whole, so that several short visits add up.
+The folder is flat and has one file a task. Exit status 0: every file is whole.
 
 The machine needs torch, triton, numpy, safetensors and sentencepiece; the peers need transformers and what
 `benchmarks/requirements.txt` lists. Where files were copied without their history, set KOMAINU_COMMIT=$(git rev-parse HEAD).
@@ -25,6 +25,9 @@ from benchmarks.processes import ROOT, run_apart
 _LEAST_SECONDS = 5.0
 _SHISA: dict[str, Any] = {"preset": "shisa-7b", "sequence": 4096, "micro_batch": 2, "rounds": 3, "limit": 90.0}
 _LEAN: dict[str, Any] = {"moments": "bfloat16", "recompute": "light", "micro_batch": 4, "warmup": 1, "steps": 1}
+_PEERS = ("transformers eager", "transformers + Liger", "torchtitan Llama")
+_TRL = ("TRL SFT padding-free", "TRL SFT packed", "TRL DPO", "TRL DPO precomputed")
+_BOTH: dict[str, Any] = {"documents": "mixed", "sweep": ("objective=sft,dpo",)}
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,8 @@ class Task:
 # FP8 products come second, as soon as they exist.
 TASKS: dict[str, Task] = {
     "whole": Task(120, "train", "TrainBenchSettings", _SHISA | _LEAN | {"sweep": ("offload=none,moments",)}),
-    "peers": Task(
-        150,
-        "train",
-        "TrainBenchSettings",
-        _SHISA | {"layers": 8, "peers": ("transformers eager", "transformers + Liger", "torchtitan Llama")},
-    ),
-    "trl": Task(
-        200,
-        "train",
-        "TrainBenchSettings",
-        _SHISA
-        | {"layers": 4, "documents": "mixed", "sweep": ("objective=sft,dpo",)}
-        | {"peers": ("TRL SFT padding-free", "TRL SFT packed", "TRL DPO", "TRL DPO precomputed")},
-    ),
+    "peers": Task(150, "train", "TrainBenchSettings", _SHISA | {"layers": 8, "peers": _PEERS}),
+    "trl": Task(200, "train", "TrainBenchSettings", _SHISA | {"layers": 4, "peers": _TRL} | _BOTH),
     "kernels": Task(240, "kernels", "KernelSettings", {"rounds": 2}),
     "ladder": Task(150, "train", "TrainBenchSettings", _SHISA | {"layers": 4, "ladder": True}),
     "tune": Task(240, "tune", "TuneSettings"),

@@ -3,14 +3,11 @@
     python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small ones on a CPU
     python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
 
-A row is one operator, direction, shape, dtype and provider. "backward" is the backward pass alone (its memory is that of both
-passes), "both" is timed in one piece. Data is random and copied anew for each call, caches are flushed, providers take turns,
-and on CUDA calls are queued behind a busy device (`measure.kernel_seconds`).
-
-The floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate; the tables in
-`benchmarks.operators` count both. The error is the largest difference to float64 over the largest exact value. A result whose
-error exceeds twice the error of plain torch in the same dtype plus a rounding is marked "wrong" and is no peer to beat. On a
-CPU the caches absorb writes, so that small shapes can be faster than their floor.
+"backward" is the backward pass alone (its memory is that of both passes), "both" is timed in one piece. Data is random and
+copied anew for each call, caches are flushed, providers take turns, and on CUDA calls are queued behind a busy device. The
+floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate. The error is the largest
+difference to float64 over the largest exact value; beyond twice the error of plain torch in the same dtype plus a rounding, a
+result is "wrong" and no peer to beat.
 """
 
 import dataclasses
@@ -35,10 +32,8 @@ from engine.environment import choose_device
 _BUDGET = {"cpu": 2.0, "cuda": 0.4}
 # A window that binds in a row of 256 tokens.
 _SMALL_WINDOW = 128
-COLUMNS = (
-    "operator direction shape provider seconds floor_seconds floor_fraction speed_over_best_peer best_peer peak_mib error "
-    "error_allowed wrong missing"
-).split()
+COLUMNS = ["operator", "direction", "shape", "provider", "seconds", "floor_seconds", "floor_fraction", "speed_over_best_peer"]
+COLUMNS += ["best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ def run(settings: KernelSettings, command: str = "benchmarks.kernels.run") -> di
     config = shape(name) if name != "small" else dataclasses.replace(shape(name), sliding_window=_SMALL_WINDOW)
     timing = Timing(device, settings.rounds, settings.repeats or (10 if cuda else 5), measure.ceilings(device, dtype))
     resolved = {"preset": name, "tokens": list(tokens), "dtype": name_of(dtype)}
-    result = Result("kernels", command, device, settings, settings=resolved, ceilings=timing.ceilings)
+    result = Result("kernels", command, device, settings, resolved, ceilings=timing.ceilings)
     for operator in (OPERATORS[name] for name in OPERATORS if name in (settings.operators or OPERATORS)):
         for count in tokens if operator.per_tokens else tokens[:1]:
             # Each case compiles its functions anew; torch gives up on a function that it compiled for too many shapes.
@@ -203,7 +198,8 @@ def measure_operator(
                     trial = trials.get(provider.name) or Trial(operator, provider, case)
                     trials[provider.name] = trial
                     row |= judge.errors(trial, direction)
-                    row["peak_mib"] = trial.peak_bytes(direction) / 2**20
+                    if case.device.type == "cuda":
+                        row["peak_mib"] = trial.peak_bytes(direction) / 2**20
                     continue
             except Exception as error:  # whatever a peer raises must not end the table
                 missing = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]

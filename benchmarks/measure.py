@@ -1,9 +1,6 @@
 """How time and memory are taken: order statistics, alternating rounds, cold caches, a queue on the GPU."""
 
 import contextlib
-import functools
-import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +20,9 @@ _BUSY_CYCLES = 2_000_000
 
 def spread(samples: Sequence[float]) -> dict[str, float | int]:
     """Median, 20th and 80th percentile (nearest rank) and number of samples."""
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[round(0.2 * last)],
-        "high": ordered[round(0.8 * last)],
-        "samples": len(ordered),
-    }
+    ordered, last = sorted(samples), len(samples) - 1
+    low, high = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return {"median": statistics.median(ordered), "low": low, "high": high, "samples": len(ordered)}
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
@@ -46,15 +38,6 @@ def alternate(candidates: Mapping[str, Callable[[], Sample]], rounds: int) -> di
         for name in rotated(list(candidates), turn):
             samples[name].append(candidates[name]())
     return samples
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def kernel_seconds(
@@ -83,7 +66,9 @@ def kernel_seconds(
         for _ in range(repeats):
             given = arguments()
             flush.zero_()
-            seconds.append(seconds_of(functools.partial(work, *given), device))
+            start = time.perf_counter()
+            work(*given)
+            seconds.append(time.perf_counter() - start)
         return seconds
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     synchronize(device)
@@ -105,22 +90,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes that torch's allocator held during one call beyond those held before; the result counts."""
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    # Kineto announces itself on the terminal otherwise.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    assert profiler.profiler is not None
-    recorded = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
-    return max(itertools.accumulate((change for _, change in changes), initial=0))
+    """Largest number of bytes that CUDA's allocator held during one call beyond those held before; the result counts."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def reset_peak_resident() -> None:

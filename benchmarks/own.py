@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from benchmarks.measure import ceilings
 from benchmarks.peers.worker import Worker, cpu_seconds
-from engine.data.batches import Step, make_step
+from engine.data.batch import Packing, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
-from engine.data.stream import step_stream
 from engine.distributed.ranks import Ranks, gather, host_group, join, leave
 from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
@@ -191,8 +190,8 @@ def open_job(job: dict[str, Any], *, share_prompts: bool = True) -> Run:
 
 def steps_of(run: Run, count: int) -> list[Step]:
     """The first steps of a run, unpadded."""
-    window = run.config.sliding_window
-    return [make_step(run.plan, index, window=window, pack_tokens=run.pack_tokens) for index in range(count)]
+    packing = Packing(run.config.sliding_window, run.pack_tokens)
+    return [make_step(run.plan, index, packing) for index in range(count)]
 
 
 def fresh_model(run: Run) -> Mistral:
@@ -213,7 +212,7 @@ def objective_of(run: Run, model: Mistral) -> tuple[Objective, dict[str, Any]]:
     if not isinstance(settings, DpoSettings):
         return NextToken(neftune_alpha=getattr(settings, "neftune_alpha", 0.0), seed=settings.seed), {}
     start, cpu_start = time.perf_counter(), cpu_seconds()
-    tables = [reference_log_probs(model, training_pairs(run, dataset), len(dataset) // 2) for dataset in run.datasets]
+    tables = [reference_log_probs(model, fitting_batches(run, dataset), len(dataset) // 2) for dataset in run.datasets]
     reshard(model)
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - cpu_start}
     objective = Preference(settings.preference, tables, neftune_alpha=settings.neftune_alpha, seed=settings.seed)

@@ -37,14 +37,12 @@ def run_apart(
     arguments: Sequence[str],  # of Python
     *,
     limit: float,  # seconds
-    environment: Mapping[str, str] | None = None,  # beside this process's variables
     output: Any = None,  # a file for its output; None: this process's own
 ) -> str:
     """Run `python <arguments>` from the checkout's root. Returns "done", "failed (exit N)" or "cut off after N s"."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT if output is not None else None,

@@ -1,9 +1,9 @@
 """Result files: what a benchmark measured, where, with what, and by which command.
 
 A result is one JSON file: {"benchmark", "command", "when", "commit", "machine", "settings", "complete", "rows"}. A row says
-what was measured and what came out; a spread is {"median", "low", "high", "samples"} with the 20th and 80th percentile. A value that
-could not be measured is {"missing": why}. The file is written anew after each row, and "complete" is false until the last, so
-that a benchmark that is cut off leaves its rows.
+what was measured and what came out. A spread is {"median", "low", "high", "samples"} with the 20th and 80th percentile. A
+value that could not be measured is {"missing": why}. The file is written anew after each row, and "complete" is false until
+the last, so that a benchmark that is cut off leaves its rows.
 """
 
 import json
@@ -27,17 +27,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # The folders of an absolute path.
 _FOLDERS = re.compile(r"(?<![\w./~])/(?:[^\s/'\"]+/)+")
-_PACKAGES = "torch triton transformers trl liger-kernel cut-cross-entropy flash-attn torchtitan".split()
+_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "torchtitan")
 _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
-TRAIN_AXES = (
-    "preset layers objective sequence micro_batch accumulate documents dtype recompute backend moments offload ranks"
-).split()
+_DATA_AXES = ("objective", "sequence", "micro_batch", "accumulate", "documents")
+TRAIN_AXES = ("preset", "layers", *_DATA_AXES, "dtype", "recompute", "backend", "moments", "offload", "ranks")
 # The fields that tell the rows of a benchmark apart. Other benchmarks: all fields but floats, spreads and lists.
 KEYS: dict[str, tuple[str, ...]] = {
     "train": ("task", *TRAIN_AXES, "name"),
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),
     "checkpoint": ("provider", "operation"),
-    "data": ("objective", "step_seconds"),
     "tune": ("kernel", "direction", "candidate"),
     "resize": ("after", "method"),
     "streaming": ("operation",),
@@ -53,7 +51,8 @@ class Result:
         command: str,  # that makes the result again
         device: torch.device,
         settings: Any,  # dataclass with a field `out`
-        **more: Any,  # further fields of the result; "settings" replaces single settings by their resolved values
+        resolved: Mapping[str, Any] | None = None,  # the values of settings that were left to the benchmark
+        **more: Any,  # further fields of the result
     ) -> None:
         self._out = settings.out
         self.rows: list[dict[str, Any]] = []
@@ -63,7 +62,7 @@ class Result:
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine(device),
-            "settings": to_table(settings) | more.pop("settings", {}),
+            "settings": to_table(settings) | dict(resolved or {}),
             **more,
         }
 

@@ -75,6 +75,6 @@ def export_steps(steps: Sequence[Step], path: Path) -> None:
 
     tensors = {name: torch.cat([getattr(batch, f"{name}_T") for batch in batches]) for name in ("tokens", "labels", "weight")}
     tensors["document_bounds"] = bounds([end - start for batch in batches for start, end, _ in batch.attention.segments])
-    tensors["batch_bounds"] = bounds([len(batch.document_D) for batch in batches])
+    tensors["batch_bounds"] = bounds([len(batch.document_B) for batch in batches])
     tensors["step_bounds"] = bounds([len(step.batches) for step in steps])
     write_tensor_file(path, {name: TensorStream.of(tensor) for name, tensor in tensors.items()})

@@ -18,14 +18,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from benchmarks.candidates import Candidate, Outcome, PowerSampler, Schedule, take_turns
+from benchmarks.candidates import Candidate, Outcome, Schedule, take_turns
 from benchmarks.command import benchmark, check_least, check_names
+from benchmarks.measure import spread
 from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.peers import catalogue
 from benchmarks.results import TRAIN_AXES, Result, flat, table
 from benchmarks.shapes import dtype_of, name_of, shape
 from benchmarks.synthetic import Documents, export_steps, write_synthetic
-from benchmarks.work import Rates, Work, speed, with_reference, work_of
+from benchmarks.work import Work, speed, with_reference, work_of
 from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.estimate.flops import peak_flops
@@ -146,8 +147,8 @@ def points(settings: TrainBenchSettings) -> list[TrainBenchSettings]:
         except ValueError:
             raise ValueError(f"sweep = {axis!r}: values of {name} must be {kind.__name__}") from None
     found = []
-    for values in itertools.product(*axes):
-        changes: dict[str, Any] = dict(values)
+    for combination in itertools.product(*axes):
+        changes: dict[str, Any] = dict(combination)
         if "objective" in changes:
             # Each objective has its own peers.
             able = catalogue.chosen(("all",), changes["objective"])
@@ -158,8 +159,8 @@ def points(settings: TrainBenchSettings) -> list[TrainBenchSettings]:
 
 def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> dict[str, Any]:
     """Measure all points; returns the result, whose file is written after each candidate."""
-    device, sampler = choose_device(settings.device), PowerSampler()
-    settings = dataclasses.replace(settings, dtype=name_of(dtype_of(settings.dtype, device)))
+    device = choose_device(settings.device)
+    settings = dataclasses.replace(settings, dtype=name_of(dtype_of(settings.dtype, device)))  # type: ignore[arg-type]
     result = Result("train", command, device, settings)
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
         for number, point in enumerate(points(settings)):
@@ -167,7 +168,7 @@ def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> 
                 missing = f"this machine has {torch.cuda.device_count()} GPUs"
                 result.add({"name": NAME, **identity(point), "missing": missing})
             else:
-                measure_point(point, device, Path(folder) / str(number), sampler, result)
+                measure_point(point, device, Path(folder) / str(number), result)
     return result.finish()
 
 
@@ -176,7 +177,7 @@ def identity(point: TrainBenchSettings) -> dict[str, Any]:
     return {name: getattr(point, name) for name in TRAIN_AXES}
 
 
-def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path, sampler: PowerSampler, result: Result) -> None:
+def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path, result: Result) -> None:
     """Add the rows of a point: ours and the peers', or the rungs of the ladder."""
     folder.mkdir()
     job = make_job(point, device, folder)
@@ -196,7 +197,7 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
             row["missing"] = outcome.missing
         else:
             base = outcomes[candidates[0].name]
-            row |= row_of(outcome, point, works, base, device) | sampler.summary(outcome.rounds)
+            row |= row_of(outcome, point, works, base, device)
         rows.append(row)
         rows[0].update(over_best_peer(rows))
         result.add(row)
@@ -205,7 +206,7 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
         result.add({"name": name, **identity(point), "missing": why})
     side_by_side = point.side_by_side == "yes" or (point.side_by_side == "auto" and device.type == "cpu")
     schedule = Schedule(point.warmup, point.rounds, point.steps, point.limit, side_by_side)
-    take_turns(candidates, schedule, folder, watch=sampler.watch, report=report)
+    take_turns(candidates, schedule, folder, report)
 
 
 def row_of(
@@ -217,8 +218,8 @@ def row_of(
 ) -> dict[str, Any]:
     """The measurements of one candidate."""
     ceiling, peak = base.answers.get("ceilings", {}).get("product_flops"), peak_flops(device)
-    rates = Rates(peak and peak * point.ranks, ceiling and ceiling * point.ranks)
-    figures = speed(works, outcome.rounds, first=point.warmup, steps=point.steps, rates=rates)
+    limits = {"peak": peak and peak * point.ranks, "ceiling": ceiling and ceiling * point.ranks}
+    figures = speed(works, outcome.rounds, first=point.warmup, steps=point.steps, **limits)
     reference = outcome.facts.get("reference")
     if point.objective == "dpo":
         figures |= with_reference(figures, reference or {"seconds": 0.0, "cpu_seconds": 0.0}, works)
@@ -236,10 +237,17 @@ def row_of(
         "loss_last": losses[-1],
         "loss_first_difference": losses[0] - base.losses[0] if base.missing is None else None,
         "loss_largest_difference": max(differences, default=None) if trains_our_steps(outcome, works) else None,
+        **{name: power_of(outcome, name) for name in ("watts", "clock_mhz")},
         "warmup_seconds": sum(outcome.warmup["seconds"]),
         "reference": reference,
         "versions": outcome.facts.get("versions"),
     }
+
+
+def power_of(outcome: Outcome, name: str) -> dict[str, Any]:
+    """A sample at the end of each round, while the GPU is still busy."""
+    samples = [answer[name] for answer in outcome.rounds if name in answer]
+    return spread(samples) if samples else {"missing": "no GPU, or nvidia-ml-py is not installed"}
 
 
 def trains_our_steps(outcome: Outcome, works: Sequence[Work]) -> bool:

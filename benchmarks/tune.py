@@ -42,38 +42,24 @@ class Search:
     grids: tuple[Grid, ...]  # of its configuration's fields; all combinations of each grid are candidates
 
 
-def _attention(*grids: Grid) -> tuple[Grid, ...]:
-    """With and without descriptors; programs of 128 rows have 8 warps, of 64 rows 4."""
-    return tuple({**grid, "warps": (8 if grid["rows"] == (128,) else 4,), "descriptors": (False, True)} for grid in grids)
+def _attention(direction: str, wide: Grid, narrow: Grid) -> Search:
+    """Programs of 128 rows have 8 warps, programs of 64 rows 4; with and without descriptors."""
+    both: Grid = {"descriptors": (False, True)}
+    grids = ({"rows": (128,), "warps": (8,), **wide, **both}, {"rows": (64,), "warps": (4,), **narrow, **both})
+    return Search("sliding_window_attention", direction, grids)
 
 
-_ATTENTION = "sliding_window_attention"
 _STREAMED: Grid = {"block": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}
+_DECODE: Grid = {"block": (32, 64, 128), "warps": (4, 8), "programs": (1, 2, 4), "stages": (2, 3)}
 SEARCHES: dict[str, Search] = {
-    "attention_forward": Search(
-        _ATTENTION,
-        "forward",
-        _attention(
-            {"rows": (128,), "block": (64, 128), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64, 128), "stages": (2, 3, 4)}
-        ),
+    "attention_forward": _attention(
+        "forward", {"block": (64, 128), "stages": (2, 3)}, {"block": (32, 64, 128), "stages": (2, 3, 4)}
     ),
-    "attention_queries": Search(
-        _ATTENTION,
-        "backward",
-        _attention(
-            {"rows": (128,), "block": (64, 128), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64, 128), "stages": (1, 2, 3)}
-        ),
+    "attention_queries": _attention(
+        "backward", {"block": (64, 128), "stages": (2, 3)}, {"block": (32, 64, 128), "stages": (1, 2, 3)}
     ),
-    "attention_keys": Search(
-        _ATTENTION,
-        "backward",
-        _attention({"rows": (128,), "block": (32, 64), "stages": (2, 3)}, {"rows": (64,), "block": (32, 64), "stages": (2, 3)}),
-    ),
-    "attention_decode": Search(
-        "decode_attention",
-        "forward",
-        ({"block": (32, 64, 128), "warps": (4, 8), "programs": (1, 2, 4), "stages": (2, 3)},),
-    ),
+    "attention_keys": _attention("backward", {"block": (32, 64), "stages": (2, 3)}, {"block": (32, 64), "stages": (2, 3)}),
+    "attention_decode": Search("decode_attention", "forward", (_DECODE,)),
     "rms_norm": Search("add_rms_norm", "forward", ({"per_thread": (8, 16, 32)},)),
     "rms_norm_backward": Search("add_rms_norm", "backward", ({"per_thread": (8, 16, 32), "programs": (1, 2, 4, 8)},)),
     "adamw": Search("adamw", "update", (_STREAMED,)),

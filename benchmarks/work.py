@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import spread
-from engine.data.batches import Batch, Step
+from engine.data.batch import Batch, Step
 from engine.estimate.flops import recomputed_flops, step_flops
 from kernels.attention.work import pairs_of
 from kernels.linear_log_prob import default_budget, plan
@@ -48,7 +48,7 @@ def work_of(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,  # of the parameters
 ) -> Work:
-    documents = sum(len(batch.document_D) for batch in step.batches)
+    documents = sum(len(batch.document_B) for batch in step.batches)
     again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = pairs_of(batch.attention)
@@ -62,20 +62,9 @@ def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes:
     Only preference tuning has them: for a weighted sum of log-probabilities, gradients are made together with the logits.
     """
     rows = len(batch.rows_N)
-    if batch.pair_D is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
+    if batch.pair_B is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
         return 0
     return 2 * rows * config.hidden_size * config.vocab_size
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Operations a second that shares are taken of; None where unknown."""
-
-    peak: float | None = None
-    ceiling: float | None = None
-
-
-_UNKNOWN = Rates()
 
 
 def speed(
@@ -84,7 +73,8 @@ def speed(
     *,
     first: int,  # step that the first round starts with
     steps: int,  # of a round
-    rates: Rates = _UNKNOWN,
+    peak: float | None = None,  # operations a second that shares are taken of; None where unknown
+    ceiling: float | None = None,
 ) -> dict[str, Any]:
     """Tokens and operations a second, as spreads over the rounds.
 
@@ -114,9 +104,9 @@ def speed(
         "step_seconds": spread([*itertools.chain.from_iterable(answer["seconds"] for answer in rounds)]),
         "tokens_per_second": ratio("tokens"),
         "tokens_per_cpu_second": ratio("tokens", "cpu_seconds"),
-        "mfu": ratio("flops", unit=rates.peak),
-        "hfu": ratio("executed", unit=rates.peak),
-        "of_ceiling": ratio("flops", unit=rates.ceiling),
+        "mfu": ratio("flops", unit=peak),
+        "hfu": ratio("executed", unit=peak),
+        "of_ceiling": ratio("flops", unit=ceiling),
     }
 
 

@@ -2,11 +2,10 @@
 
 from benchmarks.operators.attention import SLIDING_WINDOW_ATTENTION
 from benchmarks.operators.decode import DECODE_ATTENTION
-from benchmarks.operators.embedding import EMBEDDING, NOISY_EMBEDDING
 from benchmarks.operators.head import LINEAR_LOG_PROB
 from benchmarks.operators.operator import Operator
 from benchmarks.operators.optimizer import ADAMW, GRADIENT_NORM
-from benchmarks.operators.tokenwise import ADD_RMS_NORM, RMS_NORM, ROTARY, SWIGLU, SWIGLU_BACKWARD
+from benchmarks.operators.tokenwise import ADD_RMS_NORM, EMBEDDING, RMS_NORM, ROTARY, SWIGLU, SWIGLU_BACKWARD
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
@@ -20,7 +19,6 @@ OPERATORS: dict[str, Operator] = {
         ADAMW,
         GRADIENT_NORM,
         EMBEDDING,
-        NOISY_EMBEDDING,
         ROTARY,
         DECODE_ATTENTION,
     )

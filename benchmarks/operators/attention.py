@@ -142,22 +142,8 @@ def _bound(sizes: Sizes) -> bool:
 
 
 def _flex(case: Case) -> Call:
-    """The mask is made beforehand, as for a batch, once for all layers."""
-    attention, make_mask = _flex_parts(case)
-    mask = make_mask()
-    return _batched(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=True))
-
-
-def _flex_with_mask(case: Case) -> Call:
-    """The mask is made in each call: its cost is the difference to the row without."""
-    attention, make_mask = _flex_parts(case)
-    return _batched(lambda q, k, v: attention(q, k, v, block_mask=make_mask(), enable_gqa=True))
-
-
-def _flex_parts(case: Case) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
-    """(FlexAttention, a function that makes its mask), both compiled."""
-    sizes, device = case.sizes, case.device
-    create_block_mask = compiled(peer("torch.nn.attention.flex_attention", "create_block_mask"))
+    """FlexAttention, compiled. The mask is made beforehand, as for a batch, once for all layers."""
+    sizes, create_mask = case.sizes, compiled(peer("torch.nn.attention.flex_attention", "create_block_mask"))
     document_T = torch.repeat_interleave(case.constants["cu_docs"].diff().long())
     window = sizes.tokens if sizes.window is None else sizes.window
 
@@ -165,7 +151,8 @@ def _flex_parts(case: Case) -> tuple[Callable[..., Tensor], Callable[[], Any]]:
         return (key <= query) & (query - key < window) & (document_T[query] == document_T[key])
 
     attention = compiled(peer("torch.nn.attention.flex_attention", "flex_attention"))
-    return attention, lambda: create_block_mask(visible, None, None, sizes.tokens, sizes.tokens, device=device)
+    mask = create_mask(visible, None, None, sizes.tokens, sizes.tokens, device=case.device)
+    return _batched(lambda q, k, v: attention(q, k, v, block_mask=mask, enable_gqa=True))
 
 
 def _varlen(case: Case) -> Call:
@@ -225,10 +212,8 @@ SLIDING_WINDOW_ATTENTION = Operator(
         Provider("torch SDPA", _sdpa),
         Provider("torch cuDNN", _cudnn, cuda=True, dtypes=(torch.float16, torch.bfloat16)),
         Provider("torch FlexAttention", _flex, cuda=True),
-        Provider("torch FlexAttention, mask made", _flex_with_mask, cuda=True, directions=("forward",), rival=False),
         Provider("torch varlen", _varlen, cuda=True),
         Provider("FlashAttention 2", _flash("flash_attn"), package="flash_attn", cuda=True),
         Provider("FlashAttention 3", _flash("flash_attn_interface"), package="flash_attn_interface", cuda=True),
-        Provider("FlashAttention 4", _flash("flash_attn.cute"), package="flash_attn", cuda=True),
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
+from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, random_data
 from kernels.adamw import join_master, split_master
 
 _BETAS = (0.9, 0.95)
@@ -107,7 +107,7 @@ def _masters_apart(inputs: Tensors) -> Tensors:
 def _fused_step(parameters: list[Tensor], gradients: list[Tensor], given: Tensors, case: Case) -> None:
     """The operator inside torch.optim.AdamW(fused=True), with clipping as the scale of the gradient."""
     steps = [torch.full((), float(_CONSTANTS["step"]), device=case.device)] * len(parameters)  # type: ignore[arg-type]
-    state = (parameters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps)
+    state: Any = (parameters, gradients, _named("exp_avg", given), _named("exp_avg_sq", given), [], steps)
     torch._fused_adamw_(*state, **_TORCH, grad_scale=1 / case.constants["clip"])
 
 
@@ -142,37 +142,6 @@ def _torch_narrow(case: Case) -> Call:
     return Call(run, arrange, results=lambda given, outputs, gradients: _updated(_named("parameter", given), given))
 
 
-def _in_one_pass(
-    parameter: Tensor,
-    remainder: Tensor | None,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-    gradient_scale: Tensor,
-) -> None:
-    """The update in one piece for torch.compile, which would unroll the hundreds of blocks of the eager reference."""
-    master = parameter if remainder is None else join_master(parameter, remainder)
-    scaled = gradient.float() * gradient_scale
-    first, second = exp_avg.lerp(scaled, 1 - betas[0]), exp_avg_sq.lerp(scaled.square(), 1 - betas[1])
-    root = (1 - betas[1] ** step) ** 0.5
-    change = learning_rate * root / (1 - betas[0] ** step) * first / (second.sqrt() + eps * root)
-    updated = master * (1 - learning_rate * weight_decay) - change
-    exp_avg.copy_(first)
-    exp_avg_sq.copy_(second)
-    if remainder is None:
-        parameter.copy_(updated)
-    else:
-        rounded, low = split_master(updated)
-        parameter.copy_(rounded)
-        remainder.copy_(low)
-
-
 ADAMW = Operator(
     name="adamw",
     function="kernels.adamw:adamw_",
@@ -186,7 +155,6 @@ ADAMW = Operator(
     compiled=False,
     per_tokens=False,
     peers=(
-        Provider("torch.compile", lambda case: _adamw_call(compiled(_in_one_pass), case)),
         Provider("torch fused", _torch_fused),
         Provider("torch fused, bfloat16 state", _torch_narrow, dtypes=(torch.bfloat16,)),
     ),

@@ -1,6 +1,6 @@
-"""Operators that work token by token: norms, rotary embedding, SwiGLU.
+"""Operators that work token by token: norms, rotary embedding, SwiGLU, the embedding.
 
-T tokens, D width, H query heads, K key/value heads, E head size, F feed-forward size.
+T tokens, D width, E head size.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,6 @@ from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, 
 from kernels.rotary import rotary_table
 
 EPS = 1e-5
-
-
-def positions(sizes: Sizes, device: torch.device) -> Tensor:
-    """Places of the tokens in their documents, int32 [T]."""
-    return torch.cat([torch.arange(length, dtype=torch.int32) for length in sizes.documents]).to(device)
 
 
 # RMS norm, and the residual's addition before it
@@ -71,11 +66,6 @@ def _liger_add_norm(case: Case) -> Call:
     return _add_norm_call(function, case)
 
 
-def _quack_norm(case: Case) -> Call:
-    function = peer("quack.rmsnorm", "rmsnorm")
-    return _norm_call(lambda hidden, weight, eps: function(hidden, weight, eps=eps), case)
-
-
 RMS_NORM = Operator(
     name="rms_norm",
     function="kernels.rms_norm:rms_norm",
@@ -88,7 +78,6 @@ RMS_NORM = Operator(
     peers=(
         Provider("torch F.rms_norm", lambda case: _norm_call(_torch_norm, case)),
         Provider("Liger-Kernel", _liger_norm, package="liger_kernel", cuda=True),
-        Provider("QuACK", _quack_norm, package="quack", cuda=True),
     ),
 )
 ADD_RMS_NORM = Operator(
@@ -115,7 +104,8 @@ ADD_RMS_NORM = Operator(
 def _rotary_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     normal = random_data(device)
     shape = (sizes.tokens, sizes.heads + 2 * sizes.kv_heads, sizes.head_dim)
-    table = rotary_table(positions(sizes, device), sizes.head_dim, 10000.0)
+    position_T = torch.cat([torch.arange(length, dtype=torch.int32) for length in sizes.documents]).to(device)
+    table = rotary_table(position_T, sizes.head_dim, 10000.0)
     constants = {"table": table, "rotated": sizes.heads + sizes.kv_heads}
     return Case(sizes, dtype, {"qkv": normal(*shape, dtype=dtype)}, constants, {"out": normal(*shape, dtype=dtype)})
 
@@ -149,36 +139,11 @@ def _rotary_cost(case: Case, way: str) -> Cost:
     return Cost(2 * sizes.tokens * moved * sizes.head_dim * case.dtype.itemsize + 4 * sizes.tokens * sizes.head_dim)
 
 
-def _split_rotary(function: Callable[..., tuple[Tensor, Tensor]], case: Case) -> Call:
-    """For functions of query [1, H, T, E], key [1, K, T, E], cos and sin [1, T, E], as transformers has them."""
-    heads, kv_heads, table = case.sizes.heads, case.sizes.kv_heads, case.constants["table"]
-    cos, sin = (torch.cat((half, half), dim=-1)[None].to(case.dtype) for half in table)
-
-    def split(packed: Tensor) -> Tensors:
-        query, key, _ = packed[None].split((heads, kv_heads, kv_heads), dim=2)
-        return {"query": query.contiguous(), "key": key.contiguous()}
-
-    def run(given: Tensors) -> Tensors:
-        query, key = function(given["query"].transpose(1, 2), given["key"].transpose(1, 2), cos, sin)
-        return {"query": query.transpose(1, 2), "key": key.transpose(1, 2)}
-
-    def results(given: Tensors, outputs: Tensors, gradients: Tensors) -> Tensors:
-        found = {"out": outputs, "d qkv": gradients}
-        return {name: torch.cat((part["query"], part["key"]), dim=2)[0] for name, part in found.items() if part}
-
-    return Call(run, lambda inputs: split(inputs["qkv"]), lambda upstream: split(upstream["out"]), results)
-
-
-def _rotate_half(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    def turn(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-    return turn(query), turn(key)
-
-
-def _liger_rotary(case: Case) -> Call:
-    return _split_rotary(peer("liger_kernel.ops.rope", "LigerRopeFunction").apply, case)
+def _torch_rotary(qkv: Tensor, table: Any, rotated: int) -> Tensor:
+    first, second = qkv[:, :rotated].chunk(2, dim=-1)
+    cos, sin = table.cos_TE[:, None], table.sin_TE[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(qkv.dtype), qkv[:, rotated:]), dim=1)
 
 
 ROTARY = Operator(
@@ -189,10 +154,7 @@ ROTARY = Operator(
     call=_rotary_call,
     cost=_rotary_cost,
     yardstick="torch rotate-half",
-    peers=(
-        Provider("torch rotate-half", lambda case: _split_rotary(_rotate_half, case)),
-        Provider("Liger-Kernel", _liger_rotary, package="liger_kernel", cuda=True),
-    ),
+    peers=(Provider("torch rotate-half", lambda case: _rotary_call(_torch_rotary, case)),),
 )
 
 
@@ -266,5 +228,47 @@ SWIGLU_BACKWARD = Operator(
     peers=(
         Provider("torch", lambda case: _in_place_call(_torch_in_place, case)),
         Provider("torch.compile", lambda case: _in_place_call(compiled(_torch_in_place), case)),
+    ),
+)
+
+
+# The embedding
+
+
+def _embedding_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
+    normal = random_data(device)
+    inputs = {"weight": normal(sizes.vocab, sizes.width, dtype=dtype, scale=0.02)}
+    constants = {"tokens": of.token_ids(sizes.tokens, sizes.vocab, device)}
+    return Case(sizes, dtype, inputs, constants, {"out": normal(sizes.tokens, sizes.width, dtype=dtype)})
+
+
+def _embedding_call(function: Callable[[Tensor, Tensor], Tensor], case: Case) -> Call:
+    return Call(lambda given: {"out": function(case.constants["tokens"], given["weight"])})
+
+
+def _embedding_cost(case: Case, way: str) -> Cost:
+    tokens = case.constants["tokens"]
+    if way == "backward":
+        return case.moved("out weight") + Cost(tokens.nbytes)  # d out, ids; d weight, which is dense
+    # Ids, each row that occurs; out.
+    return case.moved("out") + Cost(tokens.nbytes + len(tokens.unique()) * case.sizes.width * case.dtype.itemsize)
+
+
+def _liger_embedding(case: Case) -> Call:
+    apply = peer("liger_kernel.ops.experimental.embedding", "LigerEmbeddingFunction").apply
+    return _embedding_call(lambda tokens, weight: apply(weight, tokens), case)
+
+
+EMBEDDING = Operator(
+    name="embedding",
+    function="kernels.embedding:embedding",
+    shape=lambda sizes: f"{sizes.tokens} of {sizes.vocab} x {sizes.width}",
+    case=_embedding_case,
+    call=_embedding_call,
+    cost=_embedding_cost,
+    yardstick="torch F.embedding",
+    peers=(
+        Provider("torch F.embedding", lambda case: _embedding_call(F.embedding, case)),
+        Provider("Liger-Kernel", _liger_embedding, package="liger_kernel", cuda=True),
     ),
 )

@@ -3,12 +3,8 @@
 Its attention is full and causal, without a window. It keeps packed documents apart by a GPU's variable-length kernel only.
 """
 
-import importlib.util
 import json
-import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,13 +15,9 @@ from torch import Tensor
 from transformers_loop import train
 from worker import Worker
 
-# Packages that torchtitan imports for reading data and command lines; its model does not use them.
-_NOT_NEEDED = ("datasets", "torchdata", "tyro", "tomli", "fsspec", "einops")
-
 
 def main() -> None:
     worker = Worker()
-    sys.meta_path.append(StandIns())
     (titan,) = worker.need("torchtitan.models.llama3")
     steps = Steps(worker.job["steps_file"])
     packed = any(len(set(row.lengths)) > 1 for step in range(len(steps)) for row in steps.rows(step))
@@ -47,43 +39,15 @@ def main() -> None:
     train(worker, model.train(), next_token_loss)
 
 
-class StandIns:
-    """An import finder: stands in for packages that are not needed and not installed, by modules of empty classes."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return importlib.util.spec_from_loader(name, self, is_package=True) if name.split(".")[0] in _NOT_NEEDED else None  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        def attribute(name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-        module = ModuleType(spec.name)
-        module.__getattr__ = attribute  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
 def shapes(titan: Any, config: dict[str, Any], longest: int, attention: str) -> Any:
     """torchtitan's settings of a Mistral configuration; the multiplier gives the feed-forward size that it derives."""
     width, feed_forward = config["hidden_size"], config["intermediate_size"]
-    settings = titan.TransformerModelArgs(
-        dim=width,
-        n_layers=config["num_hidden_layers"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        vocab_size=config["vocab_size"],
-        multiple_of=1,
-        ffn_dim_multiplier=(feed_forward + 0.5) / int(8 * width / 3),
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_theta"],
-        max_seq_len=longest,
-        attn_type=attention,
-        attn_mask_type="block_causal" if attention == "varlen" else "causal",
-    )
+    heads = {"n_heads": config["num_attention_heads"], "n_kv_heads": config["num_key_value_heads"]}
+    sizes = {"dim": width, "n_layers": config["num_hidden_layers"], "vocab_size": config["vocab_size"], **heads}
+    factor = {"multiple_of": 1, "ffn_dim_multiplier": (feed_forward + 0.5) / int(8 * width / 3)}
+    mask = {"attn_type": attention, "attn_mask_type": "block_causal" if attention == "varlen" else "causal"}
+    constants = {"norm_eps": config["rms_norm_eps"], "rope_theta": config["rope_theta"], "max_seq_len": longest}
+    settings = titan.TransformerModelArgs(**sizes, **factor, **mask, **constants)
     settings.rope_scaling_args.scaling_factor = 1.0
     return settings
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from steps import IGNORED, Steps
+from steps import IGNORED, Document, Steps
 from torch.utils.data import DataLoader
 from worker import Worker, cpu_seconds
 
@@ -27,16 +27,12 @@ def main() -> None:
 def train_sft(worker: Worker, trl: ModuleType, transformers: ModuleType, datasets: ModuleType) -> None:
     steps, mode = Steps(worker.job["steps_file"]), worker.job["mode"]
     documents = [steps.documents(step) for step in range(len(steps))]
-    dataset = datasets.Dataset.from_list(
-        [
-            {
-                "input_ids": document.ids,
-                "labels": [id if trained else IGNORED for id, trained in zip(document.ids, document.trained, strict=True)],
-            }
-            for step in documents
-            for document in step
-        ]
-    )
+
+    def example(document: Document) -> dict[str, Any]:
+        labels = [id if trained else IGNORED for id, trained in zip(document.ids, document.trained, strict=True)]
+        return {"input_ids": document.ids, "labels": labels}
+
+    dataset = datasets.Dataset.from_list([example(document) for step in documents for document in step])
     groups = numbered([len(step) for step in documents])
     packed, parts = mode == "packed", min(map(len, groups)) if mode == "accumulated" else 1
     step_tokens = sum(len(document.ids) for step in documents for document in step) / len(steps)
@@ -59,17 +55,12 @@ def train_sft(worker: Worker, trl: ModuleType, transformers: ModuleType, dataset
 def train_dpo(worker: Worker, trl: ModuleType, transformers: ModuleType, datasets: ModuleType) -> None:
     steps, mode = Steps(worker.job["steps_file"]), worker.job["mode"]
     pairs = [list(zip(every[0::2], every[1::2], strict=True)) for every in map(steps.documents, range(len(steps)))]
-    dataset = datasets.Dataset.from_list(
-        [
-            {
-                "prompt_ids": chosen.ids[: chosen.prompt],
-                "chosen_ids": chosen.ids[chosen.prompt :],
-                "rejected_ids": rejected.ids[rejected.prompt :],
-            }
-            for step in pairs
-            for chosen, rejected in step
-        ]
-    )
+
+    def example(chosen: Document, rejected: Document) -> dict[str, Any]:
+        prompt = {"prompt_ids": chosen.ids[: chosen.prompt]}
+        return prompt | {"chosen_ids": chosen.ids[chosen.prompt :], "rejected_ids": rejected.ids[rejected.prompt :]}
+
+    dataset = datasets.Dataset.from_list([example(*pair) for step in pairs for pair in step])
     groups = numbered([len(step) for step in pairs])
     parts = len(groups[0]) if mode == "accumulated" else 1
     settings = trl.DPOConfig(
@@ -104,24 +95,13 @@ def train_dpo(worker: Worker, trl: ModuleType, transformers: ModuleType, dataset
 def arguments(worker: Worker, steps: int) -> dict[str, Any]:
     """Settings of any transformers trainer: the job's optimizer at a constant rate, no files, no activation checkpointing."""
     optimizer = worker.job["optimizer"]
-    return {
-        "output_dir": "trainer",
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "max_steps": steps,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": worker.device.type == "cpu",
-        "learning_rate": worker.job["learning_rate"],
-        "lr_scheduler_type": "constant",
-        "adam_beta1": optimizer["beta1"],
-        "adam_beta2": optimizer["beta2"],
-        "adam_epsilon": optimizer["eps"],
-        "weight_decay": optimizer["weight_decay"],
-        "max_grad_norm": optimizer["clip_norm"],
-        "model_init_kwargs": {"dtype": worker.job["dtype"], "attn_implementation": "sdpa"},
-    }
+    quiet = {"output_dir": "trainer", "report_to": [], "save_strategy": "no", "disable_tqdm": True, "bf16": False}
+    length = {"max_steps": steps, "gradient_checkpointing": False, "use_cpu": worker.device.type == "cpu"}
+    rate = {"learning_rate": worker.job["learning_rate"], "lr_scheduler_type": "constant", "adam_epsilon": optimizer["eps"]}
+    rate |= {"adam_beta1": optimizer["beta1"], "adam_beta2": optimizer["beta2"]}
+    rate |= {"weight_decay": optimizer["weight_decay"], "max_grad_norm": optimizer["clip_norm"]}
+    model = {"dtype": worker.job["dtype"], "attn_implementation": "sdpa"}
+    return {**quiet, **length, **rate, "model_init_kwargs": model}
 
 
 def tokenizer(transformers: ModuleType) -> Any:

@@ -120,7 +120,7 @@ class Worker:
             self._marks.append(time.perf_counter())
 
     def _report(self) -> None:
-        pairs = zip(self._marks, self._marks[1:], strict=False)
+        pairs, power = zip(self._marks, self._marks[1:], strict=False), power_of(self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             seconds = [before.elapsed_time(after) / 1e3 for before, after in pairs]
@@ -133,6 +133,7 @@ class Worker:
                 "loss": [float(loss) for loss in self._losses],
                 "counts": self._counts,
                 "memory": peak_memory(self.device),
+                **power,
             }
         )
 
@@ -153,6 +154,14 @@ def cpu_seconds() -> float:
     """Processor time of this process, all threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
+
+
+def power_of(device: torch.device) -> dict[str, float]:
+    """Power (W) and clock (MHz) of a GPU that is still busy, from NVML (nvidia-ml-py); empty where there is none."""
+    try:
+        return {"watts": torch.cuda.power_draw(device) / 1e3, "clock_mhz": float(torch.cuda.clock_rate(device))}
+    except (ImportError, RuntimeError, AssertionError):
+        return {}
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

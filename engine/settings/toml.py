@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomli_w
-
 Settings = TypeVar("Settings")
 
 
@@ -163,4 +161,6 @@ def to_table(settings: Any) -> dict[str, Any]:
 
 def to_toml(settings: Any) -> str:
     """The settings as TOML text that `read_toml` turns into an equal object."""
+    import tomli_w  # here, as only writing a file needs it
+
     return tomli_w.dumps(to_table(settings))
