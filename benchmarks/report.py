@@ -24,10 +24,10 @@ class Table:
     columns: Mapping[str, str]  # heading -> field of a flat row; "field %" shows a share in per cent, "field ms" milliseconds
     where: Mapping[str, Any] = field(default_factory=dict)  # values that the shown rows have
     bars: str = ""  # heading that is drawn
+    first: str = ""  # a field: only the first row of each of its values is shown
 
 
 _SHARES = ("products", "attention", "our operators", "optimizer", "waiting")
-_TUNED = {"kernel": "kernel", "fastest launches": "candidate", "in the table": "in_table", "ms": "seconds ms"}
 TABLES: dict[str, Table] = {
     "steps": Table(
         "train-nvidia-h200",
@@ -49,7 +49,9 @@ TABLES: dict[str, Table] = {
         {"direction": "both"},
         bars="of the floor %",
     ),
-    "attention": Table("tune-nvidia-h200", _TUNED, {"in_table": True}),
+    "attention": Table(
+        "tune-nvidia-h200", {"kernel": "kernel", "fastest launch": "candidate", "ms": "seconds ms"}, first="kernel"
+    ),
     "rows": Table(
         "resize-amd-epyc",
         {"": "method", "TFLOP": "tflop", "bits a character, Japanese": "bits_per_character_ja"}
@@ -70,7 +72,8 @@ def rows_of(table: Table) -> list[dict[str, Any]]:
     rows = [flat(row) for row in read_result(RESULTS / f"{table.result}.json")["rows"]]
     shown = [row for row in rows if all(row.get(name) == value for name, value in table.where.items())]
     fields = [name.removesuffix(" %").removesuffix(" ms") for name in list(table.columns.values())[1:]]
-    return [row for row in shown if any(row.get(name) is not None for name in fields) and not row.get("missing")]
+    shown = [row for row in shown if any(row.get(name) is not None for name in fields) and not row.get("missing")]
+    return list({row[table.first]: row for row in reversed(shown)}.values())[::-1] if table.first else shown
 
 
 def cell(row: Mapping[str, Any], name: str) -> str:

@@ -4,22 +4,25 @@ from typing import Any
 
 import pytest
 
-MACHINE = {
-    "device": "Quick CPU @ 3.00GHz", "kind": "cpu", "cores": 2, "threads": 2, "memory_gib": 7.8, "python": "3.11.7",
-    "driver": None, "torch": "2.13.0", "trl": None,
-}  # fmt: skip
+MACHINE = {"device": "Quick CPU @ 3.00GHz", "kind": "cpu", "cores": 2, "threads": 2, "memory_gib": 7.8, "python": "3.11.7"}
+MACHINE |= {"driver": None, "torch": "2.13.0", "trl": None}
 
 
 @pytest.fixture
 def make_result():
-    """make_result(rows, **fields) -> the content of a result file of the benchmark "finetune"."""
+    """make_result(rows, **fields) -> the content of a result file of a benchmark "quick", whose rows all fields tell apart."""
 
     def make(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         content = {
-            "benchmark": "finetune", "command": "python -m benchmarks.finetune --steps 3", "when": "2026-02-03T04:05:06+00:00",
-            "commit": "0123456789abcdef", "machine": dict(MACHINE), "settings": {"steps": 3, "model": {"layers": 4}},
-            "complete": True, "rows": rows,
-        }  # fmt: skip
+            "benchmark": "quick",
+            "command": "python -m benchmarks.quick --steps 3",
+            "when": "2026-02-03T04:05:06+00:00",
+            "commit": "0123456789abcdef",
+            "machine": dict(MACHINE),
+            "settings": {"steps": 3, "model": {"layers": 4}},
+            "complete": True,
+            "rows": rows,
+        }
         return content | fields
 
     return make

@@ -1,12 +1,15 @@
-"""The instrument itself: order statistics, order of calls, memory, result files."""
+"""The instruments: order statistics, order of calls, memory, result files, processes."""
 
 import json
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, processes, results
+from benchmarks.checkpoint import CheckpointSettings
 
 CPU = torch.device("cpu")
 
@@ -33,36 +36,22 @@ def test_candidates_take_turns_and_another_begins_each_round():
     assert samples == {"a": [1.0, 6.0, 8.0, 10.0], "b": [2.0, 4.0, 9.0, 11.0], "c": [3.0, 5.0, 7.0, 12.0]}
 
 
-def test_kernel_seconds_counts_every_call_and_prepares_each_one_anew():
-    prepared, given = [], []
-
-    def prepare():
-        prepared.append(object())
-        return prepared[-1]
-
-    seconds = measure.kernel_seconds(given.append, CPU, repeats=4, warmup=2, prepare=prepare)
-    assert len(seconds) == 4
-    assert min(seconds) > 0
-    assert given == prepared
-    assert len(given) == 6
-
-    calls = []
-    assert len(measure.kernel_seconds(lambda: calls.append(1), CPU, repeats=3, warmup=0)) == 3
-    assert len(calls) == 3
-
-
-def test_preparation_is_outside_the_time_taken(monkeypatch):
-    now = [0.0]
+def test_each_call_gets_a_fresh_argument_whose_making_is_not_timed(monkeypatch):
+    now, prepared, given = [0.0], [], []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
     def prepare():
         now[0] += 100.0
-        return 3.0
+        prepared.append(object())
+        return prepared[-1]
 
-    def work(seconds):
-        now[0] += seconds
+    def work(argument):
+        now[0] += 3.0
+        given.append(argument)
 
-    assert measure.kernel_seconds(work, CPU, repeats=2, prepare=prepare) == [3.0, 3.0]
+    assert measure.kernel_seconds(work, CPU, repeats=4, warmup=2, prepare=prepare) == [3.0] * 4
+    assert given == prepared
+    assert len(set(given)) == 6
 
 
 def test_ceilings_are_positive():
@@ -71,78 +60,94 @@ def test_ceilings_are_positive():
     assert all(value > 0 for value in reached.values())
 
 
-def test_allocated_peak_counts_what_was_alive_together():
-    million = torch.ones(250_000)
-
-    def two_at_once():
-        first = million + 1
-        second = first + 1
-        del first
-        # In the place of the first: never three at once.
-        return second * 2
-
-    assert 2 * 10**6 <= measure.allocated_peak(two_at_once, CPU) < 2.1 * 10**6
-    assert measure.allocated_peak(lambda: million.mul_(1), CPU) < 10**5
-
-
-def test_the_peak_of_the_resident_set_can_be_forgotten():
+def test_the_peak_of_the_resident_set_can_be_reset():
     torch.ones(2**25)
-    before = measure.peak_memory(CPU)["resident_gib"]
+    before = measure.peak_resident_gib()
     measure.reset_peak_resident()
-    low = measure.peak_memory(CPU)["resident_gib"]
+    low = measure.peak_resident_gib()
     if low == before:
         pytest.skip("this system does not let a process reset its peak")
     assert low < before - 0.1
     torch.ones(2**25)
-    assert measure.peak_memory(CPU)["resident_gib"] > low + 0.1
+    assert measure.peak_resident_gib() > low + 0.1
 
 
-def test_a_part_says_how_it_ended():
-    status, output = measure.run_part(["-c", "print('a word')"], limit=60)
-    assert (status, output) == ("done", "a word\n")
-    assert measure.run_part(["-c", "raise SystemExit(3)"], limit=60)[0] == "failed (exit 3)"
-    assert measure.run_part(["-c", "import time; time.sleep(60)"], limit=1)[0] == "cut off after 1 s"
-    status, output = measure.run_part(
-        ["-c", "import os; print(os.environ['KOMAINU_WORD'])"], limit=60, environment={"KOMAINU_WORD": "given"}
-    )
-    assert (status, output) == ("done", "given\n")
+def test_a_process_says_how_it_ended(tmp_path):
+    with (tmp_path / "output").open("w+") as output:
+        assert processes.run_apart(["-c", "print('a word')"], limit=60, output=output) == "done"
+        assert processes.run_apart(["-c", "raise SystemExit(3)"], limit=60, output=output) == "failed (exit 3)"
+        assert processes.run_apart(["-c", "import time; time.sleep(60)"], limit=1, output=output) == "cut off after 1 s"
+        output.seek(0)
+        assert output.read() == "a word\n"
 
 
-def test_a_table_has_a_line_for_each_row_and_a_dash_for_what_is_not_there():
+def test_the_end_of_a_process_ends_everything_that_it_started(tmp_path):
+    """Also a child with a session of its own, as torchrun starts them."""
+    psutil = pytest.importorskip("psutil")
+    mark = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+
+    def wait_for(happens):
+        deadline = time.monotonic() + 60
+        while not happens():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def gone():
+        # Nobody waited for it: a process that has ended may still be listed.
+        number = int(mark.read_text())
+        return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
+
+    wait_for(lambda: mark.exists() and mark.read_text())
+    processes.end(process)
+    wait_for(gone)
+
+
+def test_a_function_is_called_apart_and_its_failure_is_told():
+    assert processes.call_apart("json", "dumps", {"obj": [1]}, limit=60) == "[1]"
+    with pytest.raises(processes.ApartError, match=r"failed \(exit 1\): TypeError"):
+        processes.call_apart("json", "dumps", {}, limit=60)
+
+
+def test_a_table_has_a_line_for_each_row_and_a_dash_for_an_absent_value():
     rows = [
-        {"name": "a", "seconds": {"median": 0.5, "low": 0.25, "high": 1.0, "samples": 3}, "count": 12},
-        {"name": "longer", "missing": "not installed"},
+        {"name": "a", "seconds": {"median": 0.5, "low": 0.25, "high": 1.0, "samples": 3}, "count": 12, "of": 12345},
+        {"name": "longer", "missing": "not installed", "of": True},
     ]
-    assert measure.table(rows, ["name", "count", "seconds", "missing"]).split("\n") == [
-        "name    count  seconds          missing",
-        "a       12     0.5 (0.25 to 1)  -",
-        "longer  -      -                not installed",
+    assert results.table(rows, ["name", "count", "seconds", "missing", "of", "nowhere"]).split("\n") == [
+        "name    count  seconds          missing        of",
+        "a       12     0.5 (0.25 to 1)  -              12,345",
+        "longer  -      -                not installed  yes",
     ]
 
 
-def test_a_result_says_where_and_with_what(tmp_path):
-    content = measure.result("kernels", "the command", CPU, {"a": 1}, [{"b": 2}], complete=False)
+def test_a_result_is_written_after_each_row_and_keeps_no_folders_of_the_machine(tmp_path):
     path = tmp_path / "new" / "file.json"
-    measure.write_result(path, content)
-    read = json.loads(path.read_text())
-    assert read == content
-    assert read["machine"]["torch"] == torch.__version__
-    assert read["machine"]["kind"] == "cpu"
-    assert not read["complete"]
+    settings = CheckpointSettings(out=str(path), rounds=1)
+    result = results.Result("checkpoint", "command --folder /home/me/disk", CPU, settings, {"preset": "small"}, extra=1.5)
+    result.add({"provider": "a", "missing": "no /home/me/file"})
+    assert not json.loads(path.read_text())["complete"]
+    content = result.finish()
+    assert json.loads(path.read_text()) == content == results.read_result(path)
+    assert content["complete"]
+    assert content["machine"]["torch"] == torch.__version__
+    assert (content["settings"]["preset"], content["settings"]["out"], content["extra"]) == ("small", "file.json", 1.5)
+    assert (content["command"], content["rows"][0]["missing"]) == ("command --folder disk", "no file")
 
 
 def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkeypatch):
     def git(*arguments):
-        identity = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
-        command = ["git", *identity, *arguments]
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.com", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("KOMAINU_COMMIT", raising=False)
-    assert measure.commit() == "unknown"
+    assert results.commit() == "unknown"
     monkeypatch.setenv("KOMAINU_COMMIT", "abc")
-    assert measure.commit() == "abc"
+    assert results.commit() == "abc"
     monkeypatch.delenv("KOMAINU_COMMIT")
     git("init", "-q")
     result = tmp_path / "benchmarks" / "results" / "train.json"
@@ -151,18 +156,15 @@ def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkey
         path.write_text("1")
     git("add", ".")
     git("commit", "-q", "-m", "first")
-    assert measure.commit() == git("rev-parse", "HEAD")
-    # What is measured with is the same while its result is written.
-    result.write_text("2")
-    assert measure.commit() == git("rev-parse", "HEAD")
+    result.write_text("2")  # a result that is being written changes nothing that measures
+    assert results.commit() == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("2")
-    assert measure.commit() == git("rev-parse", "HEAD") + "+"
+    assert results.commit() == git("rev-parse", "HEAD") + "+"
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_calls_are_queued_and_memory_is_the_allocators():
-    device = torch.device("cuda")
-    calls = []
+    device, calls = torch.device("cuda"), []
 
     def work(tensor):
         calls.append(tensor)
@@ -172,7 +174,6 @@ def test_on_a_gpu_calls_are_queued_and_memory_is_the_allocators():
     assert len(seconds) == 4
     assert min(seconds) > 0
     assert [float(tensor.sum()) for tensor in calls] == [2.0**20] * 5
-
     held = torch.ones(2**20, device=device)
     # Two results of 4 MiB are alive together.
     assert measure.allocated_peak(lambda: (held + 1) * 2, device) == 2 * held.nbytes
