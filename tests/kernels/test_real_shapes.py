@@ -272,8 +272,8 @@ def test_an_update_is_that_of_the_reference(moments, shapes):
     first = random(*shape, dtype=moments, device=shapes.device, seed=2, scale=1e-3)
     state = [parameter, remainder, gradient, first, first.float().square().to(moments)]
     results = []
-    for function in (adamw_, adamw_reference_):
-        tensors = [tensor.clone() for tensor in state]
+    for function, device in ((adamw_, shapes.device), (adamw_reference_, "cpu")):
+        tensors = [tensor.to(device, copy=True) for tensor in state]
         function(
             *tensors,
             learning_rate=1e-3,
@@ -281,11 +281,11 @@ def test_an_update_is_that_of_the_reference(moments, shapes):
             eps=1e-8,
             weight_decay=0.1,
             step=3,
-            gradient_scale=torch.tensor(0.5, device=shapes.device),
+            gradient_scale=torch.tensor(0.5, device=device),
             seed=7,
             parameter_id=2,
         )
-        results.append(tensors)
+        results.append([tensor.cpu() for tensor in tensors])
     masters = [join_master(*tensors[:2]) for tensors in results]
     torch.testing.assert_close(*masters, rtol=1e-6, atol=1e-8)
     if shapes.device == "cuda":

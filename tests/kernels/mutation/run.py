@@ -41,9 +41,17 @@ ARGUMENTS = ("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p
 WIRING = "not custom_operator and not compiler and not compiles"
 # What the forked processes would each import anew. Nothing of it may import `kernels`.
 IMPORTED = (
-    "torch._dynamo", "triton.language", "transformers.models.mistral.modeling_mistral", "hypothesis.strategies", "tokenizers",
-    "sentencepiece", "safetensors.torch", "tyro", "jinja2", "numpy", "tqdm",
-)  # fmt: skip
+    "torch._dynamo",
+    "triton.language",
+    "transformers.models.mistral.modeling_mistral",
+    "hypothesis.strategies",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors.torch",
+    "tyro",
+    "jinja2",
+    "tqdm",
+)
 
 
 class Replaced(importlib.abc.MetaPathFinder):
@@ -154,15 +162,15 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
     every, tests, equivalent = module.mutants(), module.fingerprint(), EQUIVALENT.get(module.name, {})
     stale = equivalent.keys() - {mutant.name for mutant in every}
     for name in sorted(stale):
-        print(f"kernels/{module.name}.py: no mutant is called\n    {name}\n  any more: take it out of `equivalent`")
+        print(f"kernels/{module.name}.py: no mutant has the name\n    {name}\n  that `equivalent` lists: mend it there")
     kinds = given.kinds.split(",") if given.kinds else [mutant.kind for mutant in every]
     tried = [mutant for mutant in every if mutant.name not in equivalent and mutant.kind in kinds]
     if given.sample < 1:
         tried = random.Random(given.seed).sample(tried, min(len(tried), max(1, round(given.sample * len(tried)))))
     new = [mutant for mutant in tried if (mutant.key, tests) not in done]
     # The module as it is comes first: its tests must pass.
-    sources = [module.source, *(mutant.source for mutant in new)]
-    wrong = bool(stale)
+    sources = [module.source, *(mutant.source for mutant in new)] if new else []
+    wrong = bool(stale) and len(tried) + len(equivalent) == len(every)
     for number, status, output in outcomes_of([(module, source) for source in sources], given.jobs):
         if number == 0 and status:
             print(f"kernels/{module.name}.py: its own tests end with status {status}\n{output[-4000:]}")
@@ -178,8 +186,9 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
     found = len(tried) - len(survivors)
     print(
         f"kernels/{module.name}.py: {found} of {len(tried)} mutants were found out, of {len(every)} in all, "
-        f"{len(equivalent)} of them equivalent", flush=True,
-    )  # fmt: skip
+        f"{len(equivalent)} of them equivalent",
+        flush=True,
+    )
     return wrong or bool(survivors)
 
 
