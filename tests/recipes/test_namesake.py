@@ -9,6 +9,7 @@ import pytest
 import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
+FOREIGN = ("kernels.layer", "kernels.hugging_face")
 
 
 @pytest.fixture
@@ -24,24 +25,32 @@ def site(tmp_path) -> Path:
     return tmp_path
 
 
-def test_names_of_hugging_faces_package_are_handed_over(site, monkeypatch):
-    monkeypatch.setattr(kernels, "__path__", list(kernels.__path__))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+@pytest.fixture
+def installed(site, monkeypatch):
+    """`kernels` as if just imported, in an environment with that folder."""
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(kernels, "__path__", [str(ROOT / "kernels")])
+    monkeypatch.setattr(kernels, "layer", None, raising=False)
+    monkeypatch.delattr(kernels, "layer")
+    for name in [name for name in sys.modules if name.startswith(FOREIGN)]:
+        monkeypatch.delitem(sys.modules, name)
     kernels._hugging_face.cache_clear()
-    try:
-        from kernels import Mode, __version__, accumulation_dtype  # type: ignore[attr-defined]
+    yield
+    kernels._hugging_face.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(FOREIGN)]:
+        del sys.modules[name]
 
-        assert (Mode.__module__, __version__) == ("kernels.layer", "0.99.0")
-        assert accumulation_dtype.__module__ == "kernels"
-        # Our own modules come first.
-        from kernels import adamw
 
-        assert Path(adamw.__file__).parent == ROOT / "kernels"
-        with pytest.raises(ImportError, match="cannot import name 'nothing'"):
-            from kernels import nothing  # type: ignore[attr-defined]  # noqa: F401
-    finally:
-        kernels._hugging_face.cache_clear()
+@pytest.mark.usefixtures("installed")
+def test_names_of_hugging_faces_package_are_handed_over():
+    from kernels import Mode, __version__, accumulation_dtype, adamw  # type: ignore[attr-defined]
+
+    assert (Mode.__module__, __version__) == ("kernels.layer", "0.99.0")
+    # Our own names and modules come first.
+    assert accumulation_dtype.__module__ == "kernels"
+    assert Path(adamw.__file__).parent == ROOT / "kernels"
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from kernels import nothing  # type: ignore[attr-defined]  # noqa: F401
 
 
 def test_hugging_faces_package_in_front_of_the_checkout_is_named_in_one_line(site):
