@@ -131,7 +131,7 @@ class _Step:
             copies = 0
             if not self.training.kernels:
                 copies = sizes.widened(gradients) + sizes.widened(both // 2 * part // sizes.head_rows)
-            # A part's product beside the sum.
+            # A part's product is alive together with the sum.
             account.pass_by(moment, both + copies, logits=gradients, head_gradient=2 * total)
         scattered = sizes.hidden
         if not self.training.kernels:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-# The spread of the loss is meaningless over fewer losses.
+# Fewer losses have no meaningful spread.
 LEAST_HISTORY = 10
 
 
@@ -75,7 +75,7 @@ class OptimizerSettings:
     """After a loss or gradient that is not finite, the weights stay as they are. stop: no later update either, and the run ends
     with an error at the next log line; skip: skip and count this step alone."""
     skip_limit: int = 10
-    """With nonfinite = skip: skipped steps in a row that end the run."""
+    """With nonfinite = skip, the run ends after this many skipped steps in a row."""
     offload: Literal["none", "moments"] = "none"
     """moments: keep the moments in the host's memory, with bit-identical results. Saves 8 bytes a parameter on the device and
     adds two copies over the bus to each update. One rank only."""
@@ -104,7 +104,7 @@ class ScheduleSettings:
     warmup_steps: int = 0
     """Steps of the warm-up."""
     final_share: float = 0.0
-    """Share of the peak at which cosine and linear end."""
+    """Learning rate at the end of cosine and linear, as a share of the peak."""
 
     def __post_init__(self) -> None:
         if not self.peak > 0:
@@ -159,12 +159,12 @@ class GuardSettings:
     """What the run warns of."""
 
     spike: float = 8.0
-    """Deviations above the median loss of the last `history` steps that make a loss a spike, noted in spikes.jsonl; 0: never.
-    A deviation is the median distance from the median, scaled to the standard deviation of normal noise."""
+    """A loss more than this many deviations above the median of the last `history` steps is noted in spikes.jsonl; 0: never. A
+    deviation is the median distance from the median, scaled to the standard deviation of normal noise."""
     history: int = 100
-    """Steps of that median."""
+    """Steps that the median covers."""
     lag: float = 0.1
-    """Share of a step's time spent waiting for the slowest rank above which a log line names that rank; 0: never."""
+    """A log line names the slowest rank if the others wait for it longer than this share of a step; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("spike", "lag"):
