@@ -61,9 +61,7 @@ def test_text_is_trained_everywhere_and_preferences_keep_prompt_lengths(write_da
         ([1, 5], [1, 5, 6, 8, 2], 3, 3, 1),
     ],
 )
-def test_the_sides_of_a_pair_share_the_start_of_their_prompt(
-    write_dataset, chosen, rejected, prompt, trained, expected
-):
+def test_the_sides_of_a_pair_share_the_start_of_their_prompt(write_dataset, chosen, rejected, prompt, trained, expected):
     masks = [[place >= trained for place in range(len(side))] for side in (chosen, rejected)]
     other = [[1, 2, 3], [1, 2, 3]]
     for sides, order in (([chosen, rejected], masks), ([rejected, chosen], masks[::-1])):
