@@ -1,13 +1,12 @@
-"""Philox, against its published known answers and against Triton's, which the kernels use."""
-
-import os
-import subprocess
-import sys
+"""Philox, against its published known answers and against the words that kernels draw."""
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-from kernels.philox import philox, uniform_symmetric
+from kernels.launch import launch
+from kernels.philox import philox, philox_words, uniform_symmetric
 
 # The known-answer test of the Random123 library for philox4x32, 10 rounds.
 KNOWN = [
@@ -20,25 +19,12 @@ KNOWN = [
     ),
 ]
 
-TRITON = """
-import torch, triton, triton.language as tl
-from kernels.philox import philox
 
 @triton.jit
-def draw(out, seed, n: tl.constexpr):
-    i = tl.arange(0, n)
-    a, b, c, d = tl.philox(seed, i, i * 7 + 1, i * 13 + 5, i * 0 + 3)
-    tl.store(out + i, a.to(tl.int32, bitcast=True))
-    tl.store(out + n + i, b.to(tl.int32, bitcast=True))
-    tl.store(out + 2 * n + i, c.to(tl.int32, bitcast=True))
-    tl.store(out + 3 * n + i, d.to(tl.int32, bitcast=True))
-
-out = torch.zeros(256, dtype=torch.int32)
-draw[(1,)](out, (123456 << 32) | 987654, 64)
-i = torch.arange(64)
-words = philox((i, i * 7 + 1, i * 13 + 5, i * 0 + 3), (987654, 123456))
-assert torch.equal(torch.stack(words).view(-1).to(torch.int32), out)
-"""
+def _draw(out, key: tl.int64, GROUPS: tl.constexpr):
+    group = tl.arange(0, GROUPS)
+    words = philox_words(key, group, group * 7 + 1, group * 13 + 5, group * 0 + 3)
+    tl.store(out + tl.arange(0, 4 * GROUPS), words.to(tl.int32, bitcast=True))
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
@@ -47,14 +33,12 @@ def test_the_published_answers_come_out(counter, key, expected):
     assert tuple(int(word) for word in words) == expected
 
 
-def test_equals_tritons(request):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    # A file, not -c: Triton reads the source of what it compiles.
-    script = request.getfixturevalue("tmp_path") / "draw.py"
-    script.write_text(TRITON)
-    environment["PYTHONPATH"] = str(request.config.rootpath)
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_kernels_draw_the_same_words(triton_device):
+    drawn = torch.zeros(256, dtype=torch.int32, device=triton_device)
+    launch(_draw, (1,), drawn, (123456 << 32) | 987654, GROUPS=64, device=triton_device, warps=4)
+    group = torch.arange(64)
+    words = philox((group, group * 7 + 1, group * 13 + 5, group * 0 + 3), (987654, 123456))
+    assert torch.equal(drawn.cpu(), torch.stack(words, dim=1).flatten().to(torch.int32))
 
 
 def test_uniform_is_symmetric_and_open():
