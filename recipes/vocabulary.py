@@ -149,7 +149,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
     if model is not None:
         check_rows(read_config(model), base, model)
     with ExitStack() as outputs:
-        # Opened before the work, so that a folder that cannot be written is refused at once.
+        # Opened before the work: an unwritable folder is refused at once.
         folder, resized = (
             None if out is None else outputs.enter_context(complete_folder(out, overwrite=settings.overwrite))
             for out in (settings.out, settings.model_out)

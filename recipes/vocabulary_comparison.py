@@ -48,7 +48,7 @@ class Contender:
 def merged_contenders(
     base: Tokenizer, texts: Sequence[str], sizes: Sequence[int], scripts: Scripts, coverage: float
 ) -> Iterator[Contender]:
-    """Two merges of each size, from one training: the pieces that the texts use most widely, and those trained first."""
+    """Two merges of each size, from one training: the most widely used pieces, and the first trained pieces."""
     trained = train(texts, candidates_for(max(sizes)), scripts=scripts, coverage=coverage)
     characters = sum(len(piece) == 1 for piece in trained.pieces)
     for size in sizes:

@@ -1,9 +1,9 @@
-"""Split a data set by language: what is mostly Japanese, and the rest.
+"""Split a data set by language: mostly Japanese records, and the rest.
 
     python -m recipes.shisa.split_languages recipes/shisa/split_pretrain.toml
 
-Shisa's data sets hold both languages in one table. The recipe needs them apart: to mix pre-training nine to one, to learn
-the vocabulary, to fine-tune once more on the Japanese conversations alone, and to see the held-out loss of each language.
+Shisa's data sets hold both languages in one table. The recipe needs them apart: to mix pre-training nine to one, to learn the
+vocabulary, to fine-tune once more on Japanese conversations alone, and to measure the held-out loss of each language.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from model.folder import complete_folder, write_file
 from recipes.command import command
 
 PARTS = ("ja", "rest")
-# Kana with their half-width forms and marks of repetition and length, and Han characters.
+# Kana with half-width forms, repetition and length marks; Han characters.
 _JAPANESE = re.compile(
     "[\u3005\u3006\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd]+"
@@ -33,18 +33,18 @@ _CODE = re.compile("```.*?```", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """What to split, and where to."""
+    """A split of a data set by language."""
 
     kind: Literal["text", "conversations"]
-    """text: records with a text; conversations: ShareGPT, messages, Alpaca, prompt and completion."""
+    """text: records with a text field; conversations: ShareGPT, messages, Alpaca, or prompt and completion."""
     paths: tuple[str, ...]
-    """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, and hub:owner/name[:split]."""
+    """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, or hub:owner/name[:split]."""
     out: str
-    """Folder to write: ja.jsonl.gz, rest.jsonl.gz, and split.json with their counts."""
+    """Folder for ja.jsonl.gz, rest.jsonl.gz, and split.json with their counts."""
     text_field: str = "text"
     """Field of a record that holds the text (kind text)."""
     least_share: float = 0.5
-    """Part of the letters that must be Japanese for a record to count as Japanese."""
+    """A record counts as Japanese if at least this share of its letters is Japanese."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -56,7 +56,7 @@ class SplitSettings:
 
 
 def japanese_share(text: str) -> float:
-    """Part of the letters of a text that are kana or Han characters, 0 to 1; 0 for a text without letters."""
+    """Share of a text's letters that are kana or Han characters, 0 to 1; 0 without letters."""
     letters = _letters(text)
     return _letters("".join(_JAPANESE.findall(text))) / letters if letters else 0.0
 
@@ -66,10 +66,10 @@ def _letters(text: str) -> int:
 
 
 def run(settings: SplitSettings) -> dict[str, Any]:
-    """Write the two parts; returns the report that is written as split.json.
+    """Write the two parts; returns the report, which is also written as split.json.
 
-    Of a conversation, what the user and the assistant say counts, fenced code aside: one that asks for a translation holds
-    twice as many English letters as Japanese ones and so is no Japanese one. Records that cannot be used are left out and
+    User and assistant turns decide a conversation's language, without fenced code and system message. A request for translation
+    holds about twice as many English letters as Japanese ones, and so belongs to the rest. Unusable records are left out and
     counted. The same source gives the same bytes.
 
     Raises: ValueError or FileNotFoundError naming the source, also when a part would be empty.
@@ -93,8 +93,8 @@ def run(settings: SplitSettings) -> dict[str, Any]:
         for part, count in counts.items():
             if not count["records"]:
                 raise ValueError(
-                    f"{', '.join(settings.paths)}: no record of it belongs to the part '{part}', so there is nothing to split: "
-                    "prepare it as it is, or change least_share"
+                    f"{', '.join(settings.paths)}: no record belongs to the part '{part}', so there is nothing to split: "
+                    "prepare the source as it is, or change least_share"
                 )
         report = {"least_share": settings.least_share, "parts": counts, "skipped": skipped}
         write_file(folder / "split.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
@@ -117,7 +117,7 @@ def _records(settings: SplitSettings) -> Iterator[Record]:
 
 
 def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
-    """What to keep of a record, and the text that tells its language. Raises: Unusable."""
+    """The record to keep, and the text that decides its language. Raises: Unusable."""
     if settings.kind == "text":
         text = read_text(value, settings.text_field)
         return {"text": text}, text
@@ -128,7 +128,7 @@ def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
 
 @contextmanager
 def _compressed(path: Path) -> Iterator[IO[bytes]]:
-    """A gzip file to write, whose bytes depend on the content alone (no name, no time); fast, for it is read only twice."""
+    """A gzip file to write. Its bytes depend on the content alone (no name, no time). Level 1, as it is read only twice."""
     with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1, mtime=0) as compressed:
         yield cast(IO[bytes], compressed)
 

@@ -221,7 +221,7 @@ def test_an_existing_folder_is_replaced_only_on_request(example, tmp_path):
 
 @pytest.fixture(scope="module")
 def learned(tiny_model, example):
-    """A model trained for a moment on some held-out questions, so that some of its answers are exact."""
+    """A model trained for a moment on some held-out questions: some of its answers are exact."""
     tokenizer = Tokenizer.load(tiny_model)
     config = dataclasses.replace(read_config(tiny_model), sliding_window=None, max_position_embeddings=512)
     model = Mistral(config)

@@ -42,7 +42,7 @@ def verdict(folder, capsys):
 
 
 def attest(checkpoint):
-    """Make the fingerprints agree with the files, so that only the content can be wrong."""
+    """Make the fingerprints agree with the files: only the content is wrong then."""
     state = json.loads((checkpoint / STATE).read_text())
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path != checkpoint / STATE]
     state["files"] = {str(path.relative_to(checkpoint)): asdict(Fingerprint.of(path)) for path in files}
