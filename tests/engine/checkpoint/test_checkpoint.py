@@ -21,6 +21,7 @@ from model.mistral import packed_attention
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
 from recipes import dpo, pretrain
+from tests.engine.checkpoint.saving_memory import FILE_BYTES
 
 ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -232,63 +233,19 @@ def test_copies_hold_the_values_before_the_update(device):
     staging.close()
 
 
-def test_saving_takes_the_copies_and_one_file_of_memory(tiny_settings, tmp_path):
-    """Peak memory above the state before, in a process of its own, with files of a sixteenth of the state."""
-    code = """
-import os, sys, threading, torch
-import engine.checkpoint.writing
-from engine.checkpoint.state import TrainingState
-from engine.checkpoint.writing import Checkpointer
-from engine.optim.adamw import AdamW
-from engine.settings.sections import OptimizerSettings
-from engine.distributed.ranks import Ranks
-from model.config import MistralConfig
-from model.mistral import Mistral
-from model.vocabulary.tokenizer import Tokenizer
-from pathlib import Path
-
-def allocated():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-
-torch.set_num_threads(1)
-os.fsync = lambda handle: None
-engine.checkpoint.writing.MAX_SHARD_BYTES = 2**22
-config = MistralConfig(vocab_size=512, unpadded_vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=8,
-                       num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-model = Mistral(config)
-optimizer = AdamW(model.named_parameters(), OptimizerSettings())
-tensors = [*model.parameters(), *optimizer.state.values()]
-for tensor in tensors:
-    tensor.data.normal_()
-tokenizer = Tokenizer.load(sys.argv[2])
-checkpointer = Checkpointer(Path(sys.argv[1]), model, optimizer, tokenizer, Ranks(torch.device("cpu")), keep=1)
-for step in (1, 2):  # the first save allocates memory that libraries keep
-    before, peak, done = allocated(), 0, threading.Event()
-    def watch():
-        global peak
-        while not done.wait(0.005):
-            peak = max(peak, allocated())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    checkpointer.save(TrainingState(step, {}, ""))
-    checkpointer.wait()
-    done.set()
-    watcher.join()
-checkpointer.close()
-print(sum(tensor.nbytes for tensor in tensors), peak - before)
-"""
-    settings = tiny_settings("pretrain", tmp_path / "run")
+def test_saving_takes_the_copies_and_one_file_of_memory(tiny_tokenizer, tmp_path):
+    """The state fills more than 16 files."""
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "out", settings.model],
+        [sys.executable, "-m", "tests.engine.checkpoint.saving_memory", tmp_path / "out", tiny_tokenizer],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
     state, above = map(int, done.stdout.split())
-    assert state > 16 * 2**22
-    assert 0.9 * state < above < state + 1.25 * 2**22
+    assert state > 16 * FILE_BYTES
+    assert 0.9 * state < above < state + 1.25 * FILE_BYTES
 
 
 def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
