@@ -111,7 +111,7 @@ def changed(path: Path, written: Fingerprint) -> str | None:
     if found.size != written.size:
         return f"{path}: {found.size} bytes, {written.size} were written"
     if found != written:
-        return f"{path}: damaged, its bytes are not those that were written (SHA-256 {found.sha256}, was {written.sha256})"
+        return f"{path}: damaged: its content has changed since it was written (SHA-256 {found.sha256}, was {written.sha256})"
     return None
 
 

@@ -66,14 +66,14 @@ def _foreign(path: Path) -> str | None:
     """The reason why a file does not belong in a checkpoint, judged by its content; None if it belongs."""
     with open(path, "rb") as file:
         if file.read(4).startswith(_PICKLES):
-            return "begins as a pickle or an archive does; a checkpoint holds none"
+            return "begins like a pickle or an archive, which no checkpoint holds"
     read = _KINDS.get(path.suffix)
     if read is None:
-        return f"is none of {', '.join(sorted(_KINDS))}"
+        return f"is not one of {', '.join(sorted(_KINDS))}"
     try:
         read(path)
     except (ValueError, SafetensorError) as error:
-        return f"is no {path.suffix} file: {error}"
+        return f"is not a valid {path.suffix} file: {error}"
     return None
 
 
@@ -99,7 +99,7 @@ _KINDS: dict[str, Callable[[Path], object]] = {
 def _check_state(folder: Path) -> None:
     step = read_state(folder).step
     if folder.name.startswith("step-") and folder.name != f"step-{step:08d}":
-        raise ValueError(f"{folder / STATE}: is of step {step}")
+        raise ValueError(f"{folder / STATE}: belongs to step {step}")
 
 
 def _check_weights(folder: Path) -> None:
@@ -117,7 +117,7 @@ def _check_optimizer(folder: Path) -> None:
     shapes = {name: tensor.shape for name, tensor in AdamW(model.named_parameters(), OptimizerSettings()).state.items()}
     saved = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER)).read_metadata().state_dict_metadata
     for name in sorted(saved.keys() ^ shapes.keys()):
-        raise ValueError(f"{folder / OPTIMIZER}: {name} is {'missing' if name in shapes else 'of no parameter'}")
+        raise ValueError(f"{folder / OPTIMIZER}: {name} {'is missing' if name in shapes else 'belongs to no parameter'}")
     for name, stored in saved.items():
         assert isinstance(stored, TensorStorageMetadata)
         row = 0

@@ -64,7 +64,7 @@ def test_one_flipped_bit_is_found_and_named(checkpoint, capsys, name):
     (checkpoint / name).write_bytes(content)
     status, said = verdict(checkpoint, capsys)
     assert status == 1
-    assert f"error: {checkpoint / name}: damaged, its bytes are not those that were written (SHA-256 " in said
+    assert f"error: {checkpoint / name}: damaged: its content has changed since it was written (SHA-256 " in said
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,20 @@ def second_shard(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda folder: (folder / "extra.json").write_bytes(pickle.dumps([1])), "/extra.json: begins as a pickle or"),
-        (lambda folder: torch.save([1], folder / "extra.model"), "/extra.model: begins as a pickle or an archive"),
+        (lambda folder: (folder / "extra.json").write_bytes(pickle.dumps([1])), "/extra.json: begins like a pickle or"),
+        (lambda folder: torch.save([1], folder / "extra.model"), "/extra.model: begins like a pickle or an archive"),
         (
             lambda folder: (folder / OPTIMIZER).write_bytes(pickle.dumps(0) + (folder / OPTIMIZER).read_bytes()),
-            f"/{OPTIMIZER}: begins as a pickle",
+            f"/{OPTIMIZER}: begins like a pickle",
         ),
-        (lambda folder: (folder / "extra.pt").write_bytes(b"1"), "/extra.pt: is none of .jinja, .json, .model, .safetensors"),
-        (lambda folder: (folder / "extra.json").write_bytes(b"{"), "/extra.json: is no .json file"),
+        (
+            lambda folder: (folder / "extra.pt").write_bytes(b"1"),
+            "/extra.pt: is not one of .jinja, .json, .model, .safetensors",
+        ),
+        (lambda folder: (folder / "extra.json").write_bytes(b"{"), "/extra.json: is not a valid .json file"),
         (
             lambda folder: save_file({"x": torch.ones(1)}, folder / "extra.safetensors", metadata={"code": "x"}),
-            "/extra.safetensors: is no .safetensors file: its header holds code",
+            "/extra.safetensors: is not a valid .safetensors file: its header holds code",
         ),
         (
             lambda folder: edit(folder / INDEX, lambda table: table["weight_map"].pop("lm_head.weight")),
@@ -139,10 +142,10 @@ def second_shard(folder):
         ),
         (
             lambda folder: rewrite(folder / OPTIMIZER, lambda tensors: tensors.update(other=torch.ones(1))),
-            "training/optimizer: other is of no parameter",
+            "training/optimizer: other belongs to no parameter",
         ),
         (second_shard, "training/optimizer: norm.weight.exp_avg: row 30 is in no shard, or in more than one"),
-        (lambda folder: edit(folder / STATE, lambda table: table.update(step=7)), f"/{STATE}: is of step 7"),
+        (lambda folder: edit(folder / STATE, lambda table: table.update(step=7)), f"/{STATE}: belongs to step 7"),
     ],
 )
 def test_wrong_content_is_found_although_the_fingerprints_agree(checkpoint, capsys, change, said):

@@ -185,7 +185,7 @@ def test_a_flipped_bit_stops_a_run_before_it_goes_on(settings, run_folder, name)
     content[-5] ^= 1
     (newest / name).write_bytes(content)
     lines = (run_folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=rf"{newest / name}: damaged, .*SHA-256 .*; delete {newest} to resume"):
+    with pytest.raises(ValueError, match=rf"{newest / name}: damaged: .*SHA-256 .*; delete {newest} to resume"):
         pretrain.run(settings)
     assert (run_folder / "metrics.jsonl").read_bytes() == lines
 
