@@ -51,6 +51,14 @@ def test_no_modules_import_each_other_in_a_circle():
         visit(name, ())
 
 
+def test_only_tests_of_benchmarks_import_benchmarks():
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.relative_to(ROOT / "tests").parts[0] != "benchmarks":
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            named = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+            assert not any(name.split(".")[0] == "benchmarks" for name in named), path
+
+
 def test_data_imports_nothing_above_it():
     above = tuple(f"engine.{room}" for room in ("estimate", "objectives", "optim", "distributed", "checkpoint", "observe"))
     assert not {
