@@ -200,10 +200,9 @@ def _split_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             visible = within(position[:, None] - token[None, :], window) & (token < last_token)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
-            peak, weights, kept = softmax_step(peak, scores, scale)
+            total, peak, weights, kept = softmax_step(total, peak, scores, scale)
             v = tl.load(values + kv_head * SIZE + slot * value_step + column[None, :], mask=there, other=0.0)
             acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-            total = total * kept + tl.sum(weights, axis=1)
     divisor = tl.where(total > 0, total, 1.0)
     result = (split.to(tl.int64) * tokens + new) * (KV_HEADS * GROUP) + head
     tl.store(log2_sum + result, tl.where(total > 0, peak * scale + tl.log2(divisor), float("-inf")), mask=inside)

@@ -103,10 +103,9 @@ def _forward_kernel(
                     place = first + tl.arange(0, BLOCK)
                     visible = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
                     scores = tl.where(visible, scores, float("-inf"))
-                peak, weights, kept = softmax_step(peak, scores, scale_log2)
+                total, peak, weights, kept = softmax_step(total, peak, scores, scale_log2)
                 v = load_rows(value, value_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
                 acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-                total = total * kept + tl.sum(weights, axis=1)
     seen = total > 0
     divisor = tl.where(seen, total, 1.0)
     lse = tl.where(seen, (peak * scale_log2 + tl.log2(divisor)) / LOG2_E, float("-inf"))

@@ -188,12 +188,12 @@ def store_rows(
 
 
 @triton.jit
-def softmax_step(peak, scores, scale):
-    """Take a block of scores into a running softmax: (new peak, weights of the block, factor of all earlier weights).
+def softmax_step(total, peak, scores, scale):
+    """Take a block of scores into a running softmax: (sum of weights, peak, weights of the block, factor of earlier weights).
 
-    peak: largest score of each row so far. scale: of the scores, times log2(e).
+    total, peak: sum of weights and largest score of each row so far. scale: of the scores, times log2(e).
     """
     raised = tl.maximum(peak, tl.max(scores, axis=1))
     kept = tl.exp2((peak - raised) * scale)
     weights = tl.exp2(scores * scale - (raised * scale)[:, None])
-    return raised, weights, kept
+    return total * kept + tl.sum(weights, axis=1), raised, weights, kept
