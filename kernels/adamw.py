@@ -1,15 +1,17 @@
 """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2) with exact float32 master weights.
 
-A bfloat16 parameter is stored with the 16 bits that rounding cut off, together the float32 master bit for bit, in 2 + 2 bytes.
-The parameter is the master rounded half away from zero: the high half of the bits, plus one where the low half's top bit
-is set. That bit tells the way back, so no tie is ambiguous; rounding half to even would not be reversible.
+Masters. A bfloat16 parameter is stored beside the 16 bits that rounding cut off: 2 + 2 bytes hold the float32 master bit for
+bit. The parameter is the master rounded half away from zero: the high half of the master's bits, plus one where the top bit of
+the low half is set. The same bit undoes the rounding, so no tie is ambiguous. Rounding half to even could not be undone.
 
-Moments are float32, or bfloat16 rounded stochastically, so that what is too small for bfloat16 counts on average. One Philox
-call is made for each four elements: its key is (seed, step), its counter (low and high word of index / 4, parameter, 0), where
-index is the element's in the unsharded tensor. Word w is of element 4 * (index / 4) + w: its low half rounds the first moment,
-its high half the second.
+Moments are float32, or bfloat16 with stochastic rounding, which keeps the mean of changes too small for bfloat16. One Philox
+call serves four elements. Its key is (seed, step); its counter is (low word of index / 4, high word, parameter, 0), where index
+is the element's place in the unsharded tensor. Word w belongs to element 4 * (index / 4) + w: its low half rounds the first
+moment, its high half the second.
 
-Kernel and reference do the same operations in the same order, each rounded by itself, and give the same bits.
+Three ways compute the update. The Triton kernel and the eager reference do the same operations in the same order, each rounded
+by itself, and give the same bits. On a CPU, float32 moments take torch's fused operator instead: one pass over memory, within
+rounding of the reference.
 """
 
 from typing import NamedTuple
@@ -23,17 +25,17 @@ from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
 from kernels.philox import philox
 
-# Elements of one pass of the reference on a CPU: few enough that a block's arrays stay in the cache between operations. A GPU
-# takes 128 times as many, or it would wait for the host.
+# Elements of one eager pass on a CPU: a block's arrays stay in the cache between operations. A GPU takes 128 times as many,
+# because small blocks would leave it waiting for the host.
 _BLOCK = 1 << 17
 _QUIET_NAN = 0x7FC0
 _WORD = 0xFFFFFFFF
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 master as (bfloat16 parameter, int16 remainder).
+    """Split a float32 master into (bfloat16 parameter, int16 remainder).
 
-    Exact for every finite value, -0, denormals, infinities, and finite values that round to infinity; a NaN stays a NaN.
+    Exact for every number: -0, denormals, infinities, and finite values that round to infinity. A NaN stays a NaN.
     """
     bits = master.view(torch.int32)
     high = (bits + 0x8000) >> 16
@@ -52,51 +54,62 @@ def join_master(parameter: Tensor, remainder: Tensor) -> Tensor:
 
 
 def adamw_(
+    parameter: Tensor,  # contiguous; float32, or bfloat16 with a remainder
+    remainder: Tensor | None,  # int16 for a bfloat16 parameter, None for float32
+    gradient: Tensor,  # float32 or bfloat16, of any strides
+    exp_avg: Tensor,  # contiguous; float32 or bfloat16
+    exp_avg_sq: Tensor,  # contiguous; dtype of exp_avg
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,  # decoupled; multiplied by the learning rate
+    step: int,  # of this update, from 1, for the bias corrections
+    gradient_scale: Tensor,  # float32 scalar on the parameter's device
+    seed: int = 0,
+    parameter_id: int = 0,
+    first_index: int = 0,
+) -> None:
+    """Update a parameter and its moments in place; all five tensors have one shape.
+
+    Args:
+        exp_avg, exp_avg_sq: bfloat16 moments are rounded stochastically, after the update has used their exact values.
+        gradient_scale: multiplies the gradient (the clip factor). A negative value skips the update: every tensor stays as it
+            is. The device reads the value, so the host never waits for it.
+        seed, parameter_id: key the stochastic rounding together with the step; 32 bits of each count.
+        first_index: place of this shard's first element in the unsharded tensor, so that shards round as the whole does.
+    Raises: ValueError for other dtypes, differing shapes, and an updated tensor that is not contiguous.
+    """
+    _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale)
+    tensors = (parameter, remainder, gradient, exp_avg, exp_avg_sq)
+    if runs_triton(parameter):
+        rounding = (seed & _WORD, parameter_id & _WORD, first_index)
+        _adamw(*tensors, gradient_scale, learning_rate, *betas, eps, weight_decay, step, *rounding)
+    elif parameter.device.type == "cpu" and exp_avg.dtype == torch.float32:
+        _adamw_fused_(*tensors, gradient_scale, learning_rate, betas, eps, weight_decay, step)
+    else:
+        adamw_reference_(
+            *tensors,
+            learning_rate=learning_rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+            gradient_scale=gradient_scale,
+            seed=seed,
+            parameter_id=parameter_id,
+            first_index=first_index,
+        )
+
+
+def _check(
     parameter: Tensor,
     remainder: Tensor | None,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
     gradient_scale: Tensor,
-    seed: int = 0,
-    parameter_id: int = 0,
-    first_index: int = 0,
 ) -> None:
-    """One AdamW update in place.
-
-    Args:
-        parameter: contiguous; float32 with remainder None, or bfloat16 with its int16 remainder of equal shape.
-        gradient: of the parameter's shape, float32 or bfloat16.
-        exp_avg, exp_avg_sq: moments of the parameter's shape, both float32 or both bfloat16; the latter are rounded
-            stochastically, and the update is computed from what they were before that.
-        step: of this update, from 1, for the bias corrections. weight_decay: decoupled, times the learning rate.
-        gradient_scale: float32 scalar tensor that multiplies the gradient (the clip factor), read where the data is. Below 0 it
-            says that there is to be no update: everything stays as it is, and no host had to know.
-        seed, parameter_id: what keys the stochastic rounding together with the step; 32 bits of each are used.
-        first_index: of this shard's first element in the unsharded tensor, so that shards are rounded as the whole is.
-    Raises: ValueError for other dtypes, for shapes that differ, and for what is updated but not contiguous.
-    """
-    _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale)
-    if runs_triton(parameter):
-        _adamw(
-            parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, learning_rate, betas[0], betas[1], eps,
-            weight_decay, step, seed & _WORD, parameter_id & _WORD, first_index,
-        )  # fmt: skip
-    else:
-        adamw_reference_(
-            parameter, remainder, gradient, exp_avg, exp_avg_sq, learning_rate=learning_rate, betas=betas, eps=eps,
-            weight_decay=weight_decay, step=step, gradient_scale=gradient_scale, seed=seed, parameter_id=parameter_id,
-            first_index=first_index,
-        )  # fmt: skip
-
-
-def _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale) -> None:
     allowed = (torch.float32, torch.bfloat16)
     if parameter.dtype not in allowed or gradient.dtype not in allowed:
         raise ValueError(f"parameter {parameter.dtype}, gradient {gradient.dtype}: each must be float32 or bfloat16")
@@ -113,11 +126,11 @@ def _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale) 
             raise ValueError(f"{name} {list(tensor.shape)}: must have the parameter's shape, {list(parameter.shape)}")
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}: must be contiguous, as it is updated in place")
+            raise ValueError(f"{name} has strides {tensor.stride()}: is updated in place, so it must be contiguous")
 
 
 class _Factors(NamedTuple):
-    """The numbers of an update that are the same for every element, in the precision of Python's float."""
+    """The numbers of an update that all elements share, in the precision of Python's float."""
 
     decay: float
     step_size: float
@@ -127,7 +140,7 @@ class _Factors(NamedTuple):
     second_weight: float
 
 
-def _factors(learning_rate, betas, eps, weight_decay, step) -> _Factors:
+def _factors(learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> _Factors:
     beta1, beta2 = betas
     # Both bias corrections become scalars: m / c1 / (sqrt(v / c2) + eps) = m * (r / c1) / (sqrt(v) + eps * r), r = sqrt(c2).
     root = (1 - beta2**step) ** 0.5
@@ -137,42 +150,119 @@ def _factors(learning_rate, betas, eps, weight_decay, step) -> _Factors:
 
 @torch.library.custom_op("komainu::adamw_", mutates_args=("parameter", "remainder", "exp_avg", "exp_avg_sq"))
 def _adamw(
-    parameter: Tensor, remainder: Tensor | None, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient_scale: Tensor,
-    learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int, parameter_id: int,
+    parameter: Tensor,
+    remainder: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient_scale: Tensor,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    parameter_id: int,
     first_index: int,
-) -> None:  # fmt: skip
+) -> None:
     elements, device = parameter.numel(), parameter.device
-    factors = _factors(learning_rate, (beta1, beta2), eps, weight_decay, step)
     config = configuration("adamw", device)
     # Programs are aligned to groups of four of the absolute index.
     shift = first_index % 4
-    # As a signed number, which is what 64-bit arguments are.
+    # 64-bit arguments are signed.
     key = (step & _WORD) << 32 | seed
     key -= (key >> 63) << 64
+    tensors = (_bits(parameter), remainder, _bits(gradient.contiguous()), _bits(exp_avg), _bits(exp_avg_sq), gradient_scale)
     launch(
-        _adamw_kernel, (triton.cdiv(elements + shift, config.block),), _bits(parameter), remainder,
-        _bits(gradient.contiguous()), _bits(exp_avg), _bits(exp_avg_sq), gradient_scale, *factors, key, parameter_id,
-        first_index // 4, elements, SHIFT=shift, BLOCK=config.block, device=device, warps=config.warps, fusion=False,
-    )  # fmt: skip
+        _adamw_kernel,
+        (triton.cdiv(elements + shift, config.block),),
+        *tensors,
+        *_factors(learning_rate, (beta1, beta2), eps, weight_decay, step),
+        key,
+        parameter_id,
+        first_index // 4,
+        elements,
+        SHIFT=shift,
+        BLOCK=config.block,
+        device=device,
+        warps=config.warps,
+        fusion=False,
+    )
 
 
 @_adamw.register_fake
-def _(
-    parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, learning_rate, beta1, beta2, eps, weight_decay, step,
-    seed, parameter_id, first_index,
-):  # fmt: skip
+def _(*_arguments):
     return None
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """bfloat16 as integers, which kernels convert themselves: casts of a backend may round as they like."""
+    """bfloat16 as integers: the kernels convert them, because a backend's casts may round as they like."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
+def _adamw_fused_(
+    parameter: Tensor,
+    remainder: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient_scale: Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """The update by torch's fused CPU operator: float32 moments; masters follow the float32 trajectory bit for bit."""
+    scale = gradient_scale.item()
+    if scale < 0:
+        return
+    arrays = [parameter.view(-1), gradient.reshape(-1), exp_avg.view(-1), exp_avg_sq.view(-1)]
+    size = max(1, parameter.numel())
+    if remainder is not None:
+        # Blocks are a multiple of the operator's vectors: each element is computed as in one pass over all.
+        arrays, size = [*arrays, remainder.view(-1)], _BLOCK
+    count = torch.tensor(float(step))
+    for value, grad, first, second, *low in zip(*(array.split(size) for array in arrays), strict=True):
+        master = join_master(value, low[0]) if low else value
+        grad = grad.float() if scale == 1 else grad.float() * gradient_scale
+        torch._fused_adamw_(
+            [master],
+            [grad],
+            [first],
+            [second],
+            [],
+            [count],
+            lr=learning_rate,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if low:
+            _write_master(master, value, low[0])
+
+
 def adamw_reference_(
-    parameter, remainder, gradient, exp_avg, exp_avg_sq, *, learning_rate, betas, eps, weight_decay, step, gradient_scale,
-    seed=0, parameter_id=0, first_index=0,
-) -> None:  # fmt: skip
+    parameter: Tensor,
+    remainder: Tensor | None,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    gradient_scale: Tensor,
+    seed: int = 0,
+    parameter_id: int = 0,
+    first_index: int = 0,
+) -> None:
     if gradient_scale < 0:
         return
     factors = _factors(learning_rate, betas, eps, weight_decay, step)
@@ -181,20 +271,18 @@ def adamw_reference_(
         arrays.append(remainder.view(-1))
     size = _BLOCK if parameter.device.type == "cpu" else 128 * _BLOCK
     for number, block in enumerate(zip(*(array.split(size) for array in arrays), strict=True)):
-        value, grad, first, second = block[:4]
-        master = value if remainder is None else join_master(value, block[4])
+        value, grad, first, second, *low = block
+        master = join_master(value, low[0]) if low else value
         wide_first, wide_second = first.float(), second.float()
         grad = grad.float() * gradient_scale
         wide_first.add_((grad - wide_first).mul_(factors.first_weight))
         wide_second.mul_(factors.second_decay).add_(grad.mul_(grad).mul_(factors.second_weight))
-        # By way of float64, as float32 roots of the CPU's library are not correctly rounded.
+        # In float64, because float32 roots of the CPU's library are not correctly rounded.
         root = wide_second.double().sqrt_().float()
         change = (wide_first * factors.step_size).div_(root.add_(factors.eps))
         master.mul_(factors.decay).sub_(change)
-        if remainder is not None:
-            rounded, low = split_master(master)
-            value.copy_(rounded)
-            block[4].copy_(low)
+        if low:
+            _write_master(master, value, low[0])
         if first.dtype == torch.bfloat16:
             start = first_index + number * size
             noise = _noise(start, start + len(first), parameter_id & _WORD, (seed & _WORD, step & _WORD), first.device)
@@ -202,8 +290,14 @@ def adamw_reference_(
             second.copy_(_round_stochastically(wide_second, noise >> 16))
 
 
+def _write_master(master: Tensor, parameter: Tensor, remainder: Tensor) -> None:
+    rounded, low = split_master(master)
+    parameter.copy_(rounded)
+    remainder.copy_(low)
+
+
 def _noise(start: int, stop: int, parameter_id: int, key: tuple[int, int], device: torch.device) -> Tensor:
-    """32 random bits of each of the elements `start` to `stop` of a parameter."""
+    """32 random bits for each element from `start` to `stop` of a parameter."""
     group = torch.arange(start // 4, triton.cdiv(stop, 4), device=device)
     zero = torch.zeros_like(group)
     words = philox((group & _WORD, group >> 32, zero + parameter_id, zero), key)
@@ -211,43 +305,53 @@ def _noise(start: int, stop: int, parameter_id: int, key: tuple[int, int], devic
 
 
 def _round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down with the probability that keeps the mean, by 16 random bits of each."""
+    """float32 to bfloat16, up or down with the probability that keeps the mean; `noise` holds 16 random bits an element."""
     bits = value.view(torch.int32)
-    # Computed NaNs are quiet ones, of which the high half alone is a NaN as well.
+    # Computed NaNs are quiet: their high half alone is a NaN too.
     high = torch.where(value.isfinite(), bits + noise.to(torch.int32), bits) >> 16
     return high.to(torch.int16).view(torch.bfloat16)
 
 
 @triton.jit(do_not_specialize=["key", "parameter_id", "first_group", "elements"])
 def _adamw_kernel(
-    parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, decay, step_size, eps, first_weight, second_decay,
-    second_weight, key: tl.int64, parameter_id: tl.int64, first_group: tl.int64, elements: tl.int64,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    parameter,
+    remainder,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    gradient_scale,
+    decay,
+    step_size,
+    eps,
+    first_weight,
+    second_decay,
+    second_weight,
+    key: tl.int64,
+    parameter_id: tl.int64,
+    first_group: tl.int64,
+    elements: tl.int64,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     if tl.load(gradient_scale) < 0:
         return
     block = tl.program_id(0).to(tl.int64)
     start = block * BLOCK - SHIFT
     offset = start + tl.arange(0, BLOCK)
     group = first_group + block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-    # A mask of a number of elements that the compiler does not know would make every access narrow.
+    tensors = (parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale)
+    factors = (decay, step_size, eps, first_weight, second_decay, second_weight)
+    # Without a mask where none is needed: the compiler does not know `elements`, and such a mask makes every access narrow.
     if (start >= 0) & (start + BLOCK <= elements):
-        _update(
-            parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, decay, step_size, eps, first_weight,
-            second_decay, second_weight, key, parameter_id, group, offset, None,
-        )  # fmt: skip
+        _update(tensors, factors, key, parameter_id, group, offset, None)
     else:
-        _update(
-            parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, decay, step_size, eps, first_weight,
-            second_decay, second_weight, key, parameter_id, group, offset, (offset >= 0) & (offset < elements),
-        )  # fmt: skip
+        _update(tensors, factors, key, parameter_id, group, offset, (offset >= 0) & (offset < elements))
 
 
 @triton.jit
-def _update(
-    parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale, decay, step_size, eps, first_weight, second_decay,
-    second_weight, key, parameter_id, group, offset, inside,
-):  # fmt: skip
+def _update(tensors, factors, key, parameter_id, group, offset, inside):
+    parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale = tensors
+    decay, step_size, eps, first_weight, second_decay, second_weight = factors
     grad = _load(gradient + offset, inside) * tl.load(gradient_scale)
     first = _load(exp_avg + offset, inside)
     first += (grad - first) * first_weight
@@ -283,7 +387,7 @@ def _update(
 
 @triton.jit
 def _load(pointer, inside):
-    """Float32 of float32, or of the bits of bfloat16."""
+    """float32 values of float32, or of the bits of bfloat16."""
     value = tl.load(pointer, mask=inside)
     if value.dtype == tl.int16:
         value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)

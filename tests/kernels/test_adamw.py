@@ -1,4 +1,4 @@
-"""Exact masters, and AdamW against torch's: the kernel and the eager reference give the same bits."""
+"""Exact masters, and AdamW against torch's: kernel and eager reference give the same bits, torch's fused operator nearly so."""
 
 import itertools
 
@@ -12,11 +12,12 @@ from kernels.adamw import adamw_, adamw_reference_, join_master, split_master
 from tests.kernels.last_program import launch_last_program, vast
 
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-SPECIAL = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF, 0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0xFF7FFFFF,
-           0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 0x3F807FFF]  # fmt: skip
+# Zeros, denormals, the largest numbers, infinities, ties.
+SPECIAL = [0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007FFFFF]
+SPECIAL += [0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x3F808000, 0x3F818000, 0x3F807FFF]
 NANS = [0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
 FLOATS = [torch.float32, torch.bfloat16]
-# The interpreter computes with NumPy.
+# The interpreter computes with NumPy, which warns.
 NO_WARNINGS = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 
@@ -26,7 +27,7 @@ def _floats(patterns):
 
 
 def state(shape, device, parameter=torch.bfloat16, gradient=torch.bfloat16, moments=torch.bfloat16):
-    """(parameter, remainder, gradient, exp_avg, exp_avg_sq), the same values for all dtypes."""
+    """(parameter, remainder, gradient, exp_avg, exp_avg_sq): the same values for all dtypes."""
     generator = torch.Generator().manual_seed(0)
     master, grad, first, second = (torch.randn(shape, generator=generator) for _ in range(4))
     value, remainder = split_master(master) if parameter == torch.bfloat16 else (master, None)
@@ -60,7 +61,7 @@ def same(one, other):
 @pytest.mark.parametrize("gradient", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
 def test_kernel_and_reference_give_the_same_bits(parameter, gradient, moments, triton_device):
-    """Over programs that are whole and programs that are not, at both ends."""
+    """In whole programs and in programs cut at either end."""
     for elements, first_index in ((1030, 0), (2060, 2**33 + 5), (3, 2)):
         tensors = state(elements, "cpu", parameter, gradient, moments)
         expected = updated(tensors, adamw_reference_, first_index=first_index)
@@ -68,16 +69,17 @@ def test_kernel_and_reference_give_the_same_bits(parameter, gradient, moments, t
         assert same(updated(given, first_index=first_index), expected)
 
 
+@pytest.mark.parametrize("moments", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
-def test_a_scale_below_0_is_no_update(parameter, device):
-    tensors = state(1030, device, parameter)
+def test_a_negative_scale_changes_nothing(parameter, moments, device):
+    tensors = state(1030, device, parameter, moments=moments)
     assert same(updated(tensors, gradient_scale=torch.tensor(-1.0, device=device)), tensors)
 
 
 @NO_WARNINGS
 @pytest.mark.parametrize("moments", FLOATS)
-def test_every_kind_of_number_is_kept(moments, device):
-    """A rate of 0 changes no bit; a NaN stays one."""
+def test_a_rate_of_0_keeps_every_kind_of_number(moments, device):
+    """No bit changes; a NaN stays a NaN."""
     master = _floats(SPECIAL + NANS).to(device)
     zero = torch.zeros(len(master), dtype=moments, device=device)
     for tensors in ([*split_master(master), zero, zero, zero], [master, None, zero, zero, zero]):
@@ -91,7 +93,7 @@ def test_every_kind_of_number_is_kept(moments, device):
 @NO_WARNINGS
 @pytest.mark.parametrize("moments", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
-def test_gradients_that_are_not_finite_show(parameter, moments, device):
+def test_non_finite_gradients_reach_moments_and_parameter(parameter, moments, device):
     tensors = state(2 + len(NANS), device, parameter, torch.float32, moments)
     tensors[2] = _floats([0x7F800000, 0xFF800000, *NANS]).to(device)
     value, _, _, first, second = updated(tensors)
@@ -102,8 +104,8 @@ def test_gradients_that_are_not_finite_show(parameter, moments, device):
 
 
 @pytest.mark.parametrize("parameter", FLOATS)
-def test_shards_are_rounded_as_the_whole_is(parameter, device):
-    """Of one memory, so that it would show if one wrote to its neighbours."""
+def test_shards_round_as_the_whole_does(parameter, device):
+    """The shards share one memory, so a write into a neighbour would show."""
     tensors = state(1050, device, parameter)
     whole = updated(tensors)
     for start, stop in itertools.pairwise((0, 5, 8, 21, 1047, 1050)):
@@ -112,24 +114,24 @@ def test_shards_are_rounded_as_the_whole_is(parameter, device):
     assert same(tensors, whole)
 
 
-def test_rounding_is_keyed_by_what_an_element_is(device):
+def test_rounding_is_keyed_by_seed_step_parameter_and_index(device):
     tensors = state(64, device)
     keys = [{}, {"seed": 12}, {"seed": -11}, {"step": 4}, {"parameter_id": 6}]
     keys += [{"first_index": index} for index in (1, 4, 64, 2**31, 2**32, 2**33, 2**34, 2**40)]
-    # The moments before they are rounded depend on none of these.
+    # Before rounding, the moments depend on none of these.
     moments = [updated(tensors, **key)[3:] for key in keys]
     for number in range(2):
         found = {tuple(pair[number].view(torch.int16).tolist()) for pair in moments}
         assert len(found) == len(keys)
-    # Of the seed and the parameter, 32 bits count.
+    # Seed and parameter count with 32 bits.
     assert same(updated(tensors), updated(tensors, seed=11 + 2**32, parameter_id=5 - 2**32))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
 def test_rounding_keeps_the_mean(share, device):
-    """Up as often as a value is near to its upper neighbour, each element and moment by itself."""
+    """The nearer a value is to its upper neighbour, the more often it is rounded up; elements and moments are independent."""
     count = 4096
-    # The next bfloat16 above 1 is 1/128 away. Averages of nothing: the moments are the gradient and its square.
+    # The next bfloat16 above 1 is 1/128 away. With betas of 0, the moments are the gradient and its square.
     gradient = torch.full((count,), -(1 + share / 128), device=device)
     tensors = [*split_master(gradient), gradient, *torch.zeros(2, count, device=device).bfloat16()]
     moments = updated(tensors, betas=(0.0, 0.0), gradient_scale=torch.ones((), device=device))[3:]
@@ -146,12 +148,12 @@ def test_rounding_keeps_the_mean(share, device):
         assert correlated.abs().max() < 4 / (count / 4) ** 0.5
 
 
-def _run(parameter, remainder, gradients, scale, moments=torch.float32):
+def _run(parameter, remainder, gradients, scale, moments=torch.float32, function=adamw_):
     first, second = torch.zeros_like(parameter, dtype=moments), torch.zeros_like(parameter, dtype=moments)
     scale = torch.tensor(scale, device=parameter.device)
     for step, gradient in enumerate(gradients, start=1):
-        adamw_(parameter, remainder, gradient, first, second, learning_rate=1e-2 / step, step=step, gradient_scale=scale,
-               **SETTINGS)  # fmt: skip
+        tensors = (parameter, remainder, gradient, first, second)
+        function(*tensors, learning_rate=1e-2 / step, step=step, gradient_scale=scale, **SETTINGS)
     return first, second
 
 
@@ -170,13 +172,15 @@ def test_split_masters_follow_the_float32_trajectory_bit_for_bit(moments, steps,
     assert not torch.equal(master.bfloat16(), start.bfloat16())
 
 
+@pytest.mark.parametrize("function", [adamw_, adamw_reference_])
 @pytest.mark.parametrize("split", [False, True])
-def test_equals_torch(split, device):
+def test_the_trajectory_is_torchs_in_float64(split, function, device):
+    """For the public function, which is torch's fused operator on a CPU, and for the reference."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1000, generator=generator).to(device)
     gradients = [torch.randn(1000, generator=generator).to(device) for _ in range(30)]
     ours, remainder = split_master(start) if split else (start.clone(), None)
-    _run(ours, remainder, gradients, 0.5)
+    _run(ours, remainder, gradients, 0.5, function=function)
     exact = torch.nn.Parameter(start.double())
     theirs = torch.optim.AdamW([exact], **SETTINGS)
     for step, gradient in enumerate(gradients, start=1):
@@ -187,14 +191,25 @@ def test_equals_torch(split, device):
     torch.testing.assert_close(master.double(), exact.detach(), rtol=1e-5, atol=1e-7)
 
 
+def test_masters_of_several_blocks_follow_the_float32_trajectory(monkeypatch):
+    """On a CPU a split master is updated block by block, a float32 parameter in one pass: the bits are the same."""
+    monkeypatch.setattr(module, "_BLOCK", 64)
+    master, _, *others = state(333, "cpu", torch.float32, torch.float32, torch.float32)
+    whole = updated([master, None, *others])
+    parameter, remainder, *moments = updated([*split_master(master), *others])
+    assert torch.equal(join_master(parameter, remainder), whole[0])
+    assert same(moments[1:], whole[3:])
+
+
 @pytest.mark.parametrize("moments", FLOATS)
 def test_two_runs_are_equal_to_the_bit(moments, device):
     tensors = state((30, 40), device, moments=moments)
     assert same(updated(tensors), updated(tensors))
 
 
-def test_layout_of_the_gradient_does_not_matter(device):
-    tensors = state((30, 40), device)
+@pytest.mark.parametrize("moments", FLOATS)
+def test_the_gradients_layout_does_not_matter(moments, device):
+    tensors = state((30, 40), device, moments=moments)
     for gradient in (tensors[2].T.contiguous().T, torch.stack((tensors[2], tensors[2]), dim=2)[..., 0]):
         assert not gradient.is_contiguous()
         given = [tensor.clone() for tensor in tensors]
@@ -203,11 +218,12 @@ def test_layout_of_the_gradient_does_not_matter(device):
         assert same(given, updated(tensors))
 
 
-def test_nothing_is_updated_without_elements(device):
-    assert all(tensor.shape == (0, 3) for tensor in updated(state((0, 3), device), first_index=2))
+def test_an_empty_shard_stays_empty(device):
+    for moments in FLOATS:
+        assert all(tensor.shape == (0, 3) for tensor in updated(state((0, 3), device, moments=moments), first_index=2))
 
 
-def test_what_cannot_be_updated_is_refused(device):
+def test_unsuitable_tensors_are_refused(device):
     good = dict(zip(("parameter", "remainder", "gradient", "exp_avg", "exp_avg_sq"), state((4, 6), device), strict=True))
     half = good["parameter"].half()
     for changes, message in [
@@ -218,8 +234,14 @@ def test_what_cannot_be_updated_is_refused(device):
         ({"remainder": None}, r"remainder None of a torch.bfloat16 parameter: must be torch.int16"),
         ({"parameter": half.float()}, r"remainder torch.int16 of a torch.float32 parameter: must be None"),
         ({"gradient": good["gradient"][:3]}, r"gradient \[3, 6\]: must have the parameter's shape, \[4, 6\]"),
-        ({"exp_avg": good["exp_avg"].T.contiguous().T}, r"exp_avg has strides \(1, 4\): must be contiguous"),
-        ({"remainder": good["remainder"].T.contiguous().T}, r"remainder has strides \(1, 4\): must be contiguous"),
+        (
+            {"exp_avg": good["exp_avg"].T.contiguous().T},
+            r"exp_avg has strides \(1, 4\): is updated in place, so it must be contiguous",
+        ),
+        (
+            {"remainder": good["remainder"].T.contiguous().T},
+            r"remainder has strides \(1, 4\): is updated in place, so it must be contiguous",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             adamw_(*{**good, **changes}.values(), learning_rate=1.0, step=1, gradient_scale=torch.ones(()), **SETTINGS)
@@ -228,7 +250,7 @@ def test_what_cannot_be_updated_is_refused(device):
             adamw_(*good.values(), learning_rate=1.0, step=1, gradient_scale=scale, **SETTINGS)
 
 
-def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
+def test_indices_beyond_31_bits_are_right(triton_device, monkeypatch):
     monkeypatch.setattr(module, "launch", launch_last_program)
     last = state(12, triton_device)
     long = [vast(2**31 + 12, tensor.dtype, triton_device) for tensor in last]
@@ -241,7 +263,7 @@ def test_more_than_31_bits_of_elements(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("moments", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
-def test_custom_operator_is_sound(parameter, moments, triton_device):
+def test_the_custom_operator_is_sound(parameter, moments, triton_device):
     scale = torch.ones((), device=triton_device)
     torch.library.opcheck(
         module._adamw,
@@ -249,8 +271,8 @@ def test_custom_operator_is_sound(parameter, moments, triton_device):
     )
 
 
-def test_the_host_waits_for_nothing(triton_device):
-    """On a GPU torch tells of every wait; the interpreter has nothing to wait for."""
+def test_the_host_never_waits(triton_device):
+    """On a GPU torch reports every wait; the interpreter has nothing to wait for."""
     tensors, scale = state(100, triton_device), torch.ones((), device=triton_device)
     # Compiling may wait.
     update_(tensors, gradient_scale=scale)
@@ -277,10 +299,10 @@ def test_split_is_reversible(patterns):
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_parameter_is_the_nearest_bfloat16(value):
+def test_the_parameter_is_the_nearest_bfloat16(value):
     master = torch.tensor([value], dtype=torch.float32)
     parameter, _ = split_master(master)
     nearest = master.bfloat16()
     error, least = (parameter.double() - master.double()).abs(), (nearest.double() - master.double()).abs()
-    # Ties may go either way: half away from zero is as near as torch's half to even.
+    # At a tie both neighbours are equally near: torch rounds half to even, we round half away from zero.
     assert error.item() == least.item() or (parameter.isinf() and nearest.isinf())
