@@ -1,112 +1,63 @@
-"""Log-probability of target tokens under a linear head, without keeping what is not needed.
+"""Log-probability of target tokens under a linear head, holding float32 logits for a chunk of rows at a time.
 
-Serves pre-training, supervised fine-tuning and preference tuning: each is a different function of the same log-probs.
+Pre-training, supervised fine-tuning and preference tuning are different functions of these log-probabilities.
 
-With logits x = hidden weight^T, P = softmax(x) and Y = 1 at the target, d log_prob / d x = Y - P: what a loss makes of a
-log-prob enters its gradient as a factor of the row. So there are three ways, by what is known when the logits are there and by
-memory:
+With logits x = hidden weight^T, P = softmax(x) and Y = 1 at the target, d log_prob / d x = Y - P. The derivative of a loss by a
+log-probability multiplies this row by a factor. Three ways follow, chosen by memory and by when the factors are known:
 
-    keep        P - Y is kept, rounded to the inputs' dtype; the backward pass is two products and two row scales (3 products)
-    recompute   the log-sum-exp of each row is kept; the backward pass computes the logits again (4 products)
-    known       the rows' gradients are known in the forward pass, as where the loss is a weighted sum (`linear_nll`): their
-                gradients are made there, and nothing is kept but these (3 products)
+    keep        keep P - Y in the inputs' dtype; the backward pass is two products and two row scales (3 products in all)
+    recompute   keep each row's log-sum-exp; the backward pass computes the logits again (4 products)
+    known       the loss is a weighted sum, so the factors are known beforehand (`linear_nll`): the forward pass makes the
+                gradients and keeps nothing else (3 products)
 
-float32 logits exist for a chunk of rows at a time. The weight's gradient is one product over all rows where their gradients by
-the logits are kept, else a sum over chunks in float32, rounded once.
+The weight's gradient is one product where the logits' gradients of all rows exist at once. Otherwise it is a float32 sum over
+chunks, rounded once.
 
-Shapes: T tokens, N listed rows, D width, V rows of the weight, of which the first `vocab_size` are real.
+Eager functions overwrite logits by their gradients where both have one dtype, and apply the factors of rows to the narrow
+[N, D] sides of the products: on a CPU each pass over [N, V] costs as much as a product.
+
+Shapes: T tokens, N listed rows, D width, V rows of the weight; the first `vocab_size` of them are real, the rest is padding.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kernels import accumulation_dtype
+from kernels.launch import runs_triton
+from kernels.logit_budget import Mode, default_budget, plan
 from kernels.row_log_prob import gather_rows, row_gradients, row_statistics, scale_in_place, scatter_rows
-
-Mode = Literal["auto", "keep", "recompute"]
-# Rows that a product needs to be efficient, of which a chunk is a multiple.
-_TILE = 128
-
-
-class Plan(NamedTuple):
-    """keep: whether the gradients by the logits of all rows are kept. chunk: rows whose logits exist at once."""
-
-    keep: bool
-    chunk: int
-
-
-def default_budget(device: torch.device) -> int:
-    """Bytes of logits and of their gradients: on CUDA 2.5 GiB, which keep 8,192 rows of 120,064; elsewhere 512 MiB."""
-    return 5 * 2**29 if device.type == "cuda" else 2**29
-
-
-def plan(rows: int, vocab: int, itemsize: int, budget_bytes: int, mode: Mode = "auto", *, backward: bool = True) -> Plan:
-    """What is kept and how many rows' logits exist at once under a budget.
-
-    Args: rows: listed ones, padding included. vocab: rows of the weight, padding included. itemsize: of the inputs' dtype.
-        mode: auto keeps what fits. backward: whether there will be a backward pass; without, nothing is kept.
-    Raises: ValueError for another mode, and for a budget too small for the mode.
-    """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode = {mode!r}: must be one of {', '.join(get_args(Mode))}")
-    logits, gradient = vocab * max(4, itemsize), vocab * itemsize
-    row = logits + gradient if backward else logits
-    if budget_bytes < row:
-        raise ValueError(f"budget_bytes = {budget_bytes}: one row of {vocab} takes {row}; give at least that")
-    if backward and mode != "recompute":
-        chunk = _whole_tiles((budget_bytes - rows * gradient) // logits, rows)
-        if chunk >= min(rows, 1 if mode == "keep" else _TILE):
-            return Plan(True, max(1, chunk))
-        if mode == "keep":
-            raise ValueError(
-                f"budget_bytes = {budget_bytes}: to keep {rows} rows of {vocab} takes {rows * gradient + logits}; give that or "
-                f"mode = 'recompute'"
-            )
-    return Plan(False, max(1, _whole_tiles(budget_bytes // row, rows)))
-
-
-def _whole_tiles(room: int, rows: int) -> int:
-    if room >= rows:
-        return rows
-    return room // _TILE * _TILE if room >= _TILE else room
 
 
 def linear_log_prob(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    rows_N: Tensor,
+    hidden_TD: Tensor,  # floating
+    weight_VD: Tensor,  # the head, of the same dtype; padding rows must be finite
+    target_T: Tensor,  # integer; only the listed rows' entries are read
+    rows_N: Tensor,  # integer: the rows to project, each at most once, padded with -1 anywhere
     *,
-    vocab_size: int | None = None,
+    vocab_size: int | None = None,  # columns from here on get neither probability nor gradient (default: V)
     budget_bytes: int | None = None,
-    mode: Mode = "auto",
+    mode: Mode = "auto",  # see the module; auto keeps what fits the budget
 ) -> Tensor:
-    """log softmax(hidden @ weight^T)[target], for the listed rows only, for any loss on it.
+    """log softmax(hidden @ weight^T)[target] of the listed rows, for any loss on it.
 
     Args:
-        hidden_TD: [T, D] floating. weight_VD: [V, D], the head, of the same dtype; finite in its padding as well.
-        target_T: integer [T]; only the listed rows' entries are read.
-        rows_N: integer [N], the rows to project, each at most once, padded with -1 at any place.
-        vocab_size: columns from here on are padding, take no probability and get no gradient (default: V).
-        budget_bytes: most bytes that logits and their gradients may take at once (default: `default_budget`). On top come a
-            float32 sum of the weight's gradient where it is made in chunks, and copies of a chunk in torch's eager functions.
-        mode: see the module; auto keeps what fits the budget.
+        budget_bytes: bound on logits and their gradients (default: `default_budget`). A float32 sum of the weight's gradient,
+            where chunks make it, and the copies inside torch's eager functions come on top.
     Returns: [T] float32 (float64 for float64 inputs), 0 outside the listed rows. Logits are never rounded below float32: in
         bf16 the sum over an answer would be off by up to 0.8 nats.
 
-    The gradients are rounded once to the inputs' dtype. Added up over M micro-batches in bf16, each sum is rounded again: by at
-    most 2^-9 of the largest partial sum each time, in all about M 2^-9 of the largest value, after which an addend smaller than
-    2^-9 of the sum is lost. Add up in float32 where that is too much.
+    Gradients are rounded once to the inputs' dtype. A bf16 sum of gradients over M micro-batches rounds again at each addition,
+    by at most 2^-9 of the largest partial sum: about M 2^-9 of the largest value in all. From then on, addends below 2^-9 of
+    the sum are lost. Accumulate in float32 where that is too much.
 
-    Raises: ValueError for a target of a listed row that is not in [0, vocab_size), on CUDA, where nothing is waited for, a
-        device assertion; for a wrong mode; for a budget too small for it.
+    Raises: ValueError for a listed row's target outside [0, vocab_size) (on CUDA a device assertion, so the host need not
+        wait), for an unknown mode, and for a budget too small for the mode.
     """
     backward = any(_needed(hidden_TD, weight_VD))
     sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, mode, backward=backward)
-    return _log_prob(hidden_TD, weight_VD, target_T, _some(rows_N, hidden_TD), *sizes, False)[0]
+    return _log_prob(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), *sizes, False)[0]
 
 
 def linear_log_prob_statistics(
@@ -118,13 +69,13 @@ def linear_log_prob_statistics(
     vocab_size: int | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, log-sum-exps, entropies in nats) of the listed rows, without gradients.
+    """(log-probabilities, log-sum-exps, entropies in nats) of the listed rows, without gradients.
 
     Arguments, dtype and errors are those of `linear_log_prob`. Returns: three times [T], 0 outside the listed rows.
     """
     sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", backward=False)
     with torch.no_grad():
-        return _log_prob(hidden_TD, weight_VD, target_T, _some(rows_N, hidden_TD), *sizes, True)[:3]
+        return _log_prob(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), *sizes, True)[:3]
 
 
 def linear_nll(
@@ -132,22 +83,23 @@ def linear_nll(
     weight_VD: Tensor,
     target_T: Tensor,
     rows_N: Tensor,
-    weight_T: Tensor,
+    weight_T: Tensor,  # floating, finite; gets no gradient
     *,
     vocab_size: int | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted negative log-likelihood, whose gradients are made in the forward pass: the `known` way.
+    """Weighted negative log-likelihood; the forward pass makes the gradients (the `known` way).
 
-    Args: weight_T: floating [T], finite; it gets no gradient. The others, and errors, are those of `linear_log_prob`.
-    Returns: (sum(weight * -log_prob), a scalar; the log-probs [T], 0 outside the listed rows, without a gradient). The backward
-        pass multiplies the gradients by the loss's own, which costs nothing where that is 1: put any factor into `weight_T`. It
-        hands them out, so that a second one raises RuntimeError.
+    The other arguments and the errors are those of `linear_log_prob`.
+
+    Returns: (sum(weight * -log_prob), a scalar; the log-probabilities [T], 0 outside the listed rows, without a gradient).
+        The backward pass multiplies the gradients by the loss's own gradient, which is free where that is 1: put any factor
+        into `weight_T`. It hands the gradients out, so a second backward pass raises RuntimeError.
     """
     needed = _needed(hidden_TD, weight_VD)
     sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", backward=any(needed))
     weight_T = weight_T.detach().to(accumulation_dtype(hidden_TD.dtype)).contiguous()
-    return _nll(hidden_TD, weight_VD, target_T, _some(rows_N, hidden_TD), weight_T, *sizes, *needed)[:2]
+    return _nll(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), weight_T, *sizes, *needed)[:2]
 
 
 def linear_log_prob_reference(
@@ -168,24 +120,24 @@ def linear_nll_reference(
     return -(weight_T * log_prob_T).sum(), log_prob_T.detach()
 
 
-def wide_product(left_ND: Tensor, right_MD: Tensor) -> Tensor:
+def wide_product(left_ND: Tensor, right_MD: Tensor, out: Tensor | None = None) -> Tensor:
     """left @ right^T accumulated and returned in float32 (float64 for float64), whatever the inputs' dtype: [N, M]."""
     wide = accumulation_dtype(left_ND.dtype)
     if left_ND.is_cuda and left_ND.dtype != wide:
         return torch.mm(left_ND, right_MD.T, out_dtype=wide)
-    return torch.mm(left_ND.to(wide), right_MD.to(wide).T)
+    return torch.mm(left_ND.to(wide), right_MD.to(wide).T, out=out)
 
 
 def _needed(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[bool, bool]:
-    """Whether each will get a gradient."""
+    """Which of the two will get a gradient."""
     enabled = torch.is_grad_enabled()
     return enabled and hidden_TD.requires_grad, enabled and weight_VD.requires_grad
 
 
-def _some(rows_N: Tensor, hidden_TD: Tensor) -> Tensor:
-    """The list as kernels take it; empty where there are no tokens at all, of which even padding would read the first."""
+def _kernel_rows(rows_N: Tensor, hidden_TD: Tensor) -> Tensor:
+    """The list as kernels read it; empty where there are no tokens, because even padding reads token 0."""
     if rows_N.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Nothing waits for a CPU: its products need no padding.
+        # On a CPU a boolean mask is no host sync, and products need no padding.
         rows_N = rows_N[rows_N >= 0]
     rows_N = rows_N.to(torch.int32).contiguous()
     return rows_N if hidden_TD.shape[0] else rows_N[:0]
@@ -201,7 +153,7 @@ def _sizes(
     *,
     backward: bool,
 ) -> tuple[int, bool, int]:
-    """(real columns, whether to keep, rows of a chunk)."""
+    """(real columns, whether to keep the logits' gradients, rows of a chunk)."""
     vocab = weight_VD.shape[0]
     budget_bytes = default_budget(hidden_TD.device) if budget_bytes is None else budget_bytes
     keep, chunk = plan(rows_N.shape[0], vocab, hidden_TD.dtype.itemsize, budget_bytes, mode, backward=backward)
@@ -219,13 +171,21 @@ def _log_prob(
     chunk: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs [T], log-sum-exps [T], entropies [T] or nothing, P - Y [N, V] or nothing)."""
+    """(log-probabilities [T], log-sum-exps [T], entropies [T] or empty, P - Y [N, V] or empty)."""
     _check_targets(target_T, rows_N, vocab_size)
     log_prob_T, log_sum_exp_T, entropy_T, kept_NV = _log_prob_outputs(hidden_TD, weight_VD, rows_N, keep, with_entropy)
     _score(
-        gather_rows(hidden_TD, rows_N), weight_VD, target_T, rows_N, log_prob_T, log_sum_exp_T, vocab_size, chunk,
-        entropy_T=entropy_T if with_entropy else None, gradient_NV=kept_NV if keep else None,
-    )  # fmt: skip
+        gather_rows(hidden_TD, rows_N),
+        weight_VD,
+        target_T.contiguous(),
+        rows_N,
+        log_prob_T,
+        log_sum_exp_T,
+        vocab_size,
+        chunk,
+        entropy_T=entropy_T if with_entropy else None,
+        gradient_NV=kept_NV if keep else None,
+    )
     return log_prob_T, log_sum_exp_T, entropy_T, kept_NV
 
 
@@ -244,21 +204,33 @@ def _log_prob_backward(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the hidden states [T, D], of the weight [V, D]), nothing for one that is not needed."""
+    """Gradients of (the hidden states [T, D], the weight [V, D]); empty where not needed."""
     scale_T = (-grad_T).contiguous()
     target_T = target_T.contiguous()
     hidden_ND = gather_rows(hidden_TD, rows_N, scale_T if keep and needs_weight else None)
+    scaled_ND, eager = hidden_ND, not runs_triton(hidden_TD)
+    if eager and needs_weight and not keep:
+        scaled_ND = gather_rows(hidden_TD, rows_N, scale_T)
+    logits_of = _Logits(hidden_ND, weight_VD, chunk)
 
     def recomputed(part: slice) -> Tensor:
-        rows, logits_NV = rows_N[part], wide_product(hidden_ND[part], weight_VD)
-        gradient_NV = torch.empty(logits_NV.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
-        row_gradients(logits_NV, target_T, rows, log_sum_exp_T, gradient_NV, scale_T, vocab_size=vocab_size)
+        logits_NV = logits_of(part)
+        gradient_NV = _gradient_buffer(logits_NV, hidden_TD.dtype)
+        scale = None if eager else scale_T
+        row_gradients(logits_NV, target_T, rows_N[part], log_sum_exp_T, gradient_NV, scale, vocab_size=vocab_size)
         return gradient_NV
 
     return _gradients(
-        kept_NV.__getitem__ if keep else recomputed, _parts(len(rows_N), len(rows_N) if keep else chunk), hidden_ND, weight_VD,
-        rows_N, len(hidden_TD), scale_T if keep else None, needs_hidden, needs_weight,
-    )  # fmt: skip
+        kept_NV.__getitem__ if keep else recomputed,
+        _parts(len(rows_N), len(rows_N) if keep else chunk),
+        scaled_ND,
+        weight_VD,
+        rows_N,
+        len(hidden_TD),
+        scale_T if keep or eager else None,
+        needs_hidden,
+        needs_weight,
+    )
 
 
 @torch.library.custom_op("komainu::linear_nll", mutates_args=())
@@ -274,29 +246,70 @@ def _nll(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, log-probs [T], gradient of the hidden states [T, D], of the weight [V, D]), nothing for one that is not needed."""
+    """(loss, log-probabilities [T], gradients of the hidden states [T, D] and the weight [V, D], empty where not needed)."""
     _check_targets(target_T, rows_N, vocab_size)
     log_prob_T, log_sum_exp_T, _, _ = _log_prob_outputs(hidden_TD, weight_VD, rows_N, False, False)
-    hidden_ND = gather_rows(hidden_TD, rows_N)
+    hidden_ND, target_T = gather_rows(hidden_TD, rows_N), target_T.contiguous()
+    results = (log_prob_T, log_sum_exp_T, vocab_size)
+    eager = not runs_triton(hidden_TD)
+    logits_of = _Logits(hidden_ND, weight_VD, chunk)
 
     def scored(part: slice) -> Tensor:
         rows = rows_N[part]
-        gradient_NV = torch.empty((len(rows), len(weight_VD)), dtype=hidden_TD.dtype, device=hidden_TD.device)
-        _score(
-            hidden_ND[part], weight_VD, target_T, rows, log_prob_T, log_sum_exp_T, vocab_size, chunk, gradient_NV=gradient_NV,
-            scale_T=weight_T,
-        )  # fmt: skip
+        if eager:
+            logits_NV = logits_of(part)
+            gradient_NV = _gradient_buffer(logits_NV, hidden_TD.dtype)
+            row_statistics(logits_NV, target_T, rows, *results[:2], vocab_size=vocab_size, gradient_NV=gradient_NV)
+        else:
+            gradient_NV = hidden_TD.new_empty((len(rows), len(weight_VD)))
+            _score(hidden_ND[part], weight_VD, target_T, rows, *results, chunk, gradient_NV=gradient_NV, scale_T=weight_T)
         return gradient_NV
 
     if needs_hidden or needs_weight:
-        parts = _parts(len(rows_N), len(rows_N) if keep else chunk)
+        parts = _parts(len(rows_N), len(rows_N) if keep and not eager else chunk)
+        scaled_ND = gather_rows(hidden_TD, rows_N, weight_T) if eager and needs_weight else hidden_ND
         gradients = _gradients(
-            scored, parts, hidden_ND, weight_VD, rows_N, len(hidden_TD), None, needs_hidden, needs_weight
-        )  # fmt: skip
+            scored,
+            parts,
+            scaled_ND,
+            weight_VD,
+            rows_N,
+            len(hidden_TD),
+            weight_T if eager else None,
+            needs_hidden,
+            needs_weight,
+        )
     else:
-        _score(hidden_ND, weight_VD, target_T, rows_N, log_prob_T, log_sum_exp_T, vocab_size, chunk)
+        _score(hidden_ND, weight_VD, target_T, rows_N, *results, chunk)
         gradients = _no_gradients(hidden_TD, weight_VD, needs_hidden, needs_weight)
     return -(weight_T * log_prob_T).sum(), log_prob_T, *gradients
+
+
+class _Logits:
+    """The logits of a part of the rows, in float32.
+
+    On a CPU all parts share one buffer: the system would map new memory for each, page by page.
+    """
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, chunk: int) -> None:
+        self.hidden_ND, self.weight_VD, self.chunk = hidden_ND, weight_VD, chunk
+        self._buffer_NV: Tensor | None = None
+
+    def __call__(self, part: slice) -> Tensor:
+        hidden_ND = self.hidden_ND[part]
+        if hidden_ND.device.type != "cpu":
+            return wide_product(hidden_ND, self.weight_VD)
+        if self._buffer_NV is None:
+            rows = min(self.chunk, len(self.hidden_ND))
+            dtype = accumulation_dtype(hidden_ND.dtype)
+            self._buffer_NV = torch.empty((rows, len(self.weight_VD)), dtype=dtype)
+        return wide_product(hidden_ND, self.weight_VD, out=self._buffer_NV[: len(hidden_ND)])
+
+
+def _gradient_buffer(logits_NV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for the logits' gradients: the logits' own where an eager function can overwrite them."""
+    in_place = logits_NV.dtype == dtype and not runs_triton(logits_NV)
+    return logits_NV if in_place else torch.empty(logits_NV.shape, dtype=dtype, device=logits_NV.device)
 
 
 def _score(
@@ -312,31 +325,34 @@ def _score(
     gradient_NV: Tensor | None = None,
     scale_T: Tensor | None = None,
 ) -> None:
-    """`row_statistics` of the listed rows, whose logits exist for a chunk at a time."""
-    target_T = target_T.contiguous()
+    """`row_statistics` of the listed rows; logits exist for a chunk at a time."""
+    logits_of = _Logits(hidden_ND, weight_VD, chunk)
     for part in _parts(len(rows_N), chunk):
         row_statistics(
-            wide_product(hidden_ND[part], weight_VD), target_T, rows_N[part], log_prob_T, log_sum_exp_T, vocab_size=vocab_size,
-            entropy_T=entropy_T, gradient_NV=None if gradient_NV is None else gradient_NV[part], scale_T=scale_T,
-        )  # fmt: skip
+            logits_of(part),
+            target_T,
+            rows_N[part],
+            log_prob_T,
+            log_sum_exp_T,
+            vocab_size=vocab_size,
+            entropy_T=entropy_T,
+            gradient_NV=None if gradient_NV is None else gradient_NV[part],
+            scale_T=scale_T,
+        )
 
 
 def _gradients(
-    gradient_of: Callable[[slice], Tensor],
+    gradient_of: Callable[[slice], Tensor],  # a part's rows -> gradients by their logits
     parts: Sequence[slice],
-    hidden_ND: Tensor,
+    hidden_ND: Tensor,  # times scale_T where given and the weight's gradient is needed
     weight_VD: Tensor,
     rows_N: Tensor,
     tokens: int,
-    scale_T: Tensor | None,
+    scale_T: Tensor | None,  # factor that the rows of `gradient_of` still lack, None for none
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the hidden states [tokens, D], of the weight [V, D]), nothing for one that is not needed.
-
-    Args: gradient_of: gradients of a part's rows by their logits. scale_T: what is still missing in those of the hidden states.
-    """
-    dtype = hidden_ND.dtype
+    """Gradients of (the hidden states [tokens, D], the weight [V, D]); empty where not needed."""
     grad_hidden, grad_weight = _no_gradients(hidden_ND, weight_VD, False, False)
     product_ND = torch.empty_like(hidden_ND)
     for number, part in enumerate(parts):
@@ -345,20 +361,27 @@ def _gradients(
             torch.mm(gradient_NV, weight_VD, out=product_ND[part])
         if needs_weight and len(parts) == 1:
             grad_weight = torch.mm(gradient_NV.T, hidden_ND[part])
+        elif needs_weight and number == 0:
+            grad_weight = wide_product(gradient_NV.T, hidden_ND[part].T)
         elif needs_weight:
-            product_VD = wide_product(gradient_NV.T, hidden_ND[part].T)
-            grad_weight = product_VD if number == 0 else grad_weight.add_(product_VD)
-            # Else it is there until the next part's: as much as the sum itself, while logits are.
-            del product_VD
-        # Before those of the next part are made: the budget is for one.
+            _add_product_(grad_weight, gradient_NV.T, hidden_ND[part])
+        # Freed before the next part is made: the budget is for one part.
         del gradient_NV
     if needs_hidden:
         grad_hidden = scatter_rows(product_ND, rows_N, tokens, scale_T)
-    return grad_hidden, grad_weight.to(dtype)
+    return grad_hidden, grad_weight.to(hidden_ND.dtype)
+
+
+def _add_product_(sum_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> None:
+    """sum += left @ right in the sum's dtype."""
+    if runs_triton(sum_VD):
+        sum_VD.add_(wide_product(left_VN, right_ND.T))
+    else:
+        sum_VD.addmm_(left_VN.to(sum_VD.dtype), right_ND.to(sum_VD.dtype))
 
 
 def _parts(rows: int, size: int) -> list[slice]:
-    """Rows by at most `size`; one part without rows where there are none."""
+    """Cut rows into parts of at most `size`; no rows give one empty part."""
     return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), max(size, 1))]
 
 
@@ -385,7 +408,7 @@ def _log_prob_outputs(hidden_TD, weight_VD, rows_N, keep, with_entropy) -> tuple
 
 
 def _no_gradients(hidden_TD, weight_VD, *needed) -> tuple[Tensor, Tensor]:
-    """Where values are not: tensors of the gradients' shapes, and of none for one that is not needed."""
+    """Uninitialised tensors of the gradients' shapes, empty where a gradient is not needed."""
     tensors = zip((hidden_TD, weight_VD), needed, strict=True)
     hidden_shape, weight_shape = (tensor.shape if wanted else (0,) for tensor, wanted in tensors)
     return hidden_TD.new_empty(hidden_shape), weight_VD.new_empty(weight_shape)
@@ -412,7 +435,7 @@ def _save_log_prob(ctx, inputs, output) -> None:
     log_sum_exp_T, _, kept_NV = others
     ctx.save_for_backward(*tensors, log_sum_exp_T, kept_NV)
     ctx.mark_non_differentiable(*others)
-    # Else a gradient of zeros is made for each, of all the logits' size for the kept ones.
+    # Otherwise autograd makes zero gradients for them, one as large as all logits.
     ctx.set_materialize_grads(False)
 
 

@@ -97,7 +97,9 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     Args: tensor: floating [R, D], contiguous. factor: one element.
     """
     if not runs_triton(tensor):
-        tensor.mul_(factor)
+        # Reading the factor is no wait on a CPU.
+        if tensor.device.type != "cpu" or factor != 1:
+            tensor.mul_(factor)
         return
     config = configuration("scale_in_place", tensor.device)
     rows, width = tensor.shape
@@ -198,23 +200,23 @@ def _rows_eager(work: _RowWork) -> None:
         # Padding adds 0 to token 0; a boolean mask would force a host sync.
         result_T.index_add_(0, row_N, values_N.where(listed_N, 0))
 
-    # In place, so that statistics and gradients share one exponential of each logit.
-    weight_NV = logits_NV[:, :vocab_size]
-    peak_N = weight_NV.amax(dim=-1)
-    weight_NV.sub_(peak_N[:, None])
-    target_N = weight_NV.gather(1, target_N1)[:, 0]
-    shifted_NV = None if entropy_T is None else weight_NV.clone()
-    total_N = weight_NV.exp_().sum(dim=-1)
+    # In place: a pass over [N, V] costs a CPU as much as a product.
+    real_NV = logits_NV[:, :vocab_size]
+    logit_N = real_NV.gather(1, target_N1)[:, 0]
+    torch.log_softmax(real_NV, dim=-1, out=real_NV)
+    target_N = real_NV.gather(1, target_N1)[:, 0]
     if log_prob_T is not None:
-        put(log_prob_T, target_N - total_N.log())
-        put(log_sum_exp_T, peak_N + total_N.log())
-    if entropy_T is not None and shifted_NV is not None:
-        put(entropy_T, total_N.log() - shifted_NV.mul_(weight_NV).sum(dim=-1) / total_N)
+        put(log_prob_T, target_N)
+        put(log_sum_exp_T, logit_N - target_N)
+    if entropy_T is not None:
+        put(entropy_T, -(real_NV.exp() * real_NV).sum(dim=-1))
     if gradient_NV is not None:
-        scale_N = _scale_of(rows_N, scale_T, logits_NV.dtype)
-        weight_NV.mul_((scale_N / total_N)[:, None])
-        weight_NV[torch.arange(len(rows_N), device=rows_N.device), target_N1[:, 0]] -= scale_N
-        gradient_NV[:, :vocab_size] = weight_NV
+        real_NV.exp_()
+        real_NV.scatter_add_(1, target_N1, torch.full_like(target_N1, -1, dtype=logits_NV.dtype))
+        if scale_T is not None or rows_N.device.type != "cpu" or not listed_N.all():
+            real_NV.mul_(_scale_of(rows_N, scale_T, logits_NV.dtype)[:, None])
+        # torch copies nothing where the gradients overwrite the logits.
+        gradient_NV[:, :vocab_size] = real_NV
         gradient_NV[:, vocab_size:] = 0
 
 

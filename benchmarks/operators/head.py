@@ -12,7 +12,8 @@ from torch import Tensor
 
 import benchmarks.operators.operator as of
 from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
-from kernels.linear_log_prob import Mode, linear_log_prob, linear_nll
+from kernels.linear_log_prob import linear_log_prob, linear_nll
+from kernels.logit_budget import Mode
 
 # Rows of the exact computation at a time: float64 logits of a large vocabulary are large.
 _CHUNK = 512

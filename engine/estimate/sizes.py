@@ -11,8 +11,8 @@ import torch
 from engine.settings.sections import OptimizerSettings
 from kernels import padded_to_tiles
 from kernels.attention.work import AttentionWork, attention_work
-from kernels.linear_log_prob import default_budget
-from kernels.linear_log_prob import plan as head_plan
+from kernels.logit_budget import default_budget
+from kernels.logit_budget import plan as head_plan
 from kernels.recompute import Recompute
 from model.config import MistralConfig
 

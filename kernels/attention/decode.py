@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.sliding_window import masked_attention
+from kernels.attention.eager import masked_attention
 from kernels.attention.tiles import LOG2_E, NO_PEAK, columns, heads_side_by_side, softmax_step, within
 from kernels.attention.work import UNBOUNDED
 from kernels.configurations import configuration

@@ -236,11 +236,11 @@ def test_unsuitable_tensors_are_refused(device):
         ({"gradient": good["gradient"][:3]}, r"gradient \[3, 6\]: must have the parameter's shape, \[4, 6\]"),
         (
             {"exp_avg": good["exp_avg"].T.contiguous().T},
-            r"exp_avg has strides \(1, 4\): is updated in place, so it must be contiguous",
+            r"exp_avg has strides \(1, 4\): is updated in place",
         ),
         (
             {"remainder": good["remainder"].T.contiguous().T},
-            r"remainder has strides \(1, 4\): is updated in place, so it must be contiguous",
+            r"remainder has strides \(1, 4\): is updated in place",
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -8,13 +8,12 @@ import torch
 import kernels.linear_log_prob as module
 from kernels.launch import INTERPRETED
 from kernels.linear_log_prob import (
-    default_budget,
     linear_log_prob,
     linear_log_prob_reference,
     linear_log_prob_statistics,
     linear_nll,
-    plan,
-)  # fmt: skip
+)
+from kernels.logit_budget import default_budget, plan
 from tests.kernels.error_rule import check, random
 
 TOKENS, WIDTH, VOCABULARY = 10, 24, 131
@@ -66,7 +65,8 @@ def test_what_is_kept_and_how_many_rows_are_scored_at_once():
     gib = 2**30
     # 8,192 rows of Shisa 7B's vocabulary in bfloat16 are kept; 1,408 float32 rows have room beside them.
     assert plan(8192, 120064, 2, default_budget(torch.device("cuda"))) == (True, 1408)
-    assert plan(8192, 120064, 2, default_budget(torch.device("cpu"))) == (False, 640)
+    assert plan(8192, 120064, 2, default_budget(torch.device("cpu"))) == (False, 46)
+    assert plan(8192, 120064, 2, 2**29) == (False, 640)
     # Exactly a tile beside what is kept, and a byte less.
     enough = 1000 * 1024 * 2 + 128 * 1024 * 4
     assert plan(1000, 1024, 2, enough) == (True, 128)
