@@ -111,6 +111,9 @@ class _Step:
 
     def head_gradients(self, moment: str, *, scored: bool) -> None:
         """Gradients of the rows and of the head's weight, part by part. scored: the logits are made here too."""
+        if not self.training.kernels:
+            self.eager_head_gradients(moment, scored=scored)
+            return
         sizes, account, parts = self.sizes, self.account, self.sizes.head_parts
         part = sizes.head_rows if parts == 1 else sizes.chunks[1]
         chunk = min(sizes.chunks[1], part)
@@ -119,25 +122,30 @@ class _Step:
         weight = sizes.head_elements * sizes.item
         total = sizes.head_elements * FLOAT32 if parts > 1 else 0
         if scored:
-            account.pass_by(
-                moment,
-                both + sizes.widened_product(chunk),
-                logits=gradients + sizes.logits(chunk),
-                head_gradient=total,
-            )
-        if parts == 1:
-            account.pass_by(moment, both, logits=gradients, head_gradient=weight)
-        else:
-            copies = 0
-            if not self.training.kernels:
-                copies = sizes.widened(gradients) + sizes.widened(both // 2 * part // sizes.head_rows)
-            # A part's product is alive together with the sum.
-            account.pass_by(moment, both + copies, logits=gradients, head_gradient=2 * total)
-        scattered = sizes.hidden
-        if not self.training.kernels:
-            scattered += sizes.wide(both // 2) + sizes.widened(both // 2) // 2
-        account.pass_by(moment, both + scattered, head_gradient=total or weight)
+            account.pass_by(moment, both, logits=gradients + sizes.logits(chunk), head_gradient=total)
+        # A part's product is alive together with the sum.
+        account.pass_by(moment, both, logits=gradients, head_gradient=weight if parts == 1 else 2 * total)
         account.pass_by(moment, both + sizes.hidden, head_gradient=total + weight)
+
+    def eager_head_gradients(self, moment: str, *, scored: bool) -> None:
+        """The same with one buffer of logits for all parts, which float32 gradients overwrite."""
+        sizes, account, parts = self.sizes, self.account, self.sizes.head_parts
+        chunk = min(sizes.chunks[1], sizes.head_rows)
+        rows = (3 if scored else 2) * sizes.gathered_rows
+        buffer = sizes.logits(chunk) if scored else 0
+        gradients = sizes.widened(sizes.logit_gradients(chunk)) and sizes.logit_gradients(chunk) if scored else 0
+        weight = sizes.head_elements * sizes.item
+        total = sizes.head_elements * FLOAT32 if parts > 1 else 0
+        if scored:
+            account.pass_by(moment, rows + sizes.widened_product(chunk), logits=buffer + gradients, head_gradient=total)
+        if parts == 1:
+            account.pass_by(moment, rows, logits=buffer + gradients, head_gradient=weight)
+        else:
+            copies = sizes.widened(gradients) + sizes.widened(sizes.gathered_rows * chunk // sizes.head_rows)
+            account.pass_by(moment, rows + copies, logits=buffer + gradients, head_gradient=total)
+        scattered = sizes.hidden + sizes.wide(sizes.gathered_rows) + sizes.widened(sizes.gathered_rows) // 2
+        account.pass_by(moment, rows + scattered, logits=buffer, head_gradient=total or weight)
+        account.pass_by(moment, rows + sizes.hidden, logits=buffer, head_gradient=weight + (sizes.widened(weight) and total))
 
     def backward(self) -> None:
         """Head, final norm, blocks, embedding."""
@@ -180,7 +188,7 @@ class _Step:
         recompute, kernels = self.training.recompute, self.training.kernels
         again = 0  # activations that the backward pass computes again and has not yet freed
         if recompute == "block":
-            again = 3 * sizes.hidden + 2 * sizes.scale + sizes.qkv + sizes.attention_kept + 3 * sizes.inner
+            again = 3 * sizes.hidden + 2 * sizes.scale + sizes.qkv_kept + sizes.attention_kept + 3 * sizes.inner
             account.hold("transients", again, moment)
             account.pass_by(moment, 2 * sizes.hidden)
         kept = sizes.block_kept
@@ -207,14 +215,13 @@ class _Step:
         query_width = config.num_attention_heads * config.head_dim
         self.gradients(config.hidden_size * query_width, moment, sizes.query)
 
-        # Attention. The reference makes gradients of query, repeated key and value, each a sum of tensors of the whole row.
-        account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else 6 * sizes.query)
+        account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
         if recompute == "block":
-            account.release("transients", sizes.attention_kept + sizes.qkv)
-            again -= sizes.attention_kept + sizes.qkv
+            account.release("transients", sizes.attention_kept + sizes.qkv_kept)
+            again -= sizes.attention_kept + sizes.qkv_kept
         else:
-            account.release("activations", sizes.attention_kept + sizes.qkv)
-            kept -= sizes.attention_kept + sizes.qkv
+            account.release("activations", sizes.attention_kept + sizes.qkv_kept)
+            kept -= sizes.attention_kept + sizes.qkv_kept
 
         # Rotation, input projection, norm.
         packed_width = query_width + 2 * config.num_key_value_heads * config.head_dim

@@ -10,6 +10,7 @@ import torch
 
 from engine.settings.sections import OptimizerSettings
 from kernels import padded_to_tiles
+from kernels.attention.eager import EagerSizes, eager_sizes
 from kernels.attention.work import AttentionWork, attention_work
 from kernels.logit_budget import default_budget
 from kernels.logit_budget import plan as head_plan
@@ -81,31 +82,43 @@ class Sizes:
 
     @cached_property
     def tables(self) -> int:
-        """Rotary angles; with the references also the attention masks."""
+        """Rotary angles; with the eager functions also the masks and the lists of what attention gathers."""
         angles = self.training.tokens * self.config.head_dim * FLOAT32
-        return angles + (0 if self.training.kernels else self.masks[0])
+        if self.training.kernels:
+            return angles
+        made = self.eager_attention
+        return angles + made.pairs + 8 * (made.gathered_queries + made.gathered_keys + self.training.tokens)
 
     @cached_property
-    def masks(self) -> tuple[int, int]:
-        """(elements of the reference's masks, rows of the keys that its tiles copy)."""
+    def eager_attention(self) -> EagerSizes:
+        """What attention holds on a CPU."""
         work = self.training.documents or _whole_documents(self.training.tokens, self.config.sliding_window)
-        seen = copied = 0
-        for start, end, ranges in work.queries():
-            keys = sum(stop - begin for begin, stop, _ in ranges)
-            seen += (end - start) * keys
-            copied += keys if len(ranges) != 1 else 0
-        return seen, copied
+        return eager_sizes(work)
+
+    @property
+    def qkv_kept(self) -> int:
+        """Query, key and value for attention's backward pass; on a CPU it keeps the tiles' copies instead."""
+        return self.qkv if self.training.kernels or self.eager_attention.alone else 0
 
     @property
     def attention_kept(self) -> int:
         """Kept by attention for its backward pass, besides query, key and value."""
         if self.training.kernels:
             return self.query + self.log_sum_exp
-        # Keys and values repeated for each query head, copies for tiles of several ranges, masks as addends, the tiles' outputs
-        # and the joined output.
-        seen, copied = self.masks
-        copies = 2 * copied * self.query // self.training.tokens
-        return 2 * self.query + copies + seen * self.item + 2 * self.query + self.log_sum_exp
+        # The tiles' queries, keys and values (both repeated for each query head), masks as addends, the tiles' outputs and the
+        # joined output.
+        made = self.eager_attention
+        rows = made.gathered_queries + 2 * made.gathered_keys + made.outputs + self.training.tokens
+        tiles = rows * self.query + made.outputs * self.log_sum_exp
+        return tiles // self.training.tokens + made.pairs * self.item
+
+    @property
+    def eager_attention_backward(self) -> int:
+        """Gradients of the tiles' outputs, queries, and keys and values before and after the heads' repetition is summed."""
+        made = self.eager_attention
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        rows = made.outputs + made.gathered_queries + 2 * made.gathered_keys * (group + 1) // group
+        return rows * self.query // self.training.tokens
 
     @property
     def feed_forward_kept(self) -> int:
@@ -119,7 +132,7 @@ class Sizes:
         if self.training.recompute == "block":
             return self.hidden
         normed = self.hidden if self.training.recompute == "none" else 0
-        return 2 * (self.hidden + self.scale) + normed + self.qkv + self.attention_kept + self.feed_forward_kept
+        return 2 * (self.hidden + self.scale) + normed + self.qkv_kept + self.attention_kept + self.feed_forward_kept
 
     @property
     def block_transients(self) -> int:
@@ -131,7 +144,7 @@ class Sizes:
         if recompute in ("ffn", "block"):
             made += 2 * self.inner
         if recompute == "block":
-            made += self.qkv + self.attention_kept + self.hidden
+            made += self.qkv_kept + self.attention_kept + self.hidden
         return made
 
     @property
@@ -157,7 +170,8 @@ class Sizes:
     def head_parts(self) -> int:
         """Parts in which the head's gradients are computed."""
         keep, chunk = self.chunks
-        return 1 if keep else -(-self.head_rows // chunk)
+        at_once = keep and (self.training.kernels or self.training.log_probs)
+        return 1 if at_once else -(-self.head_rows // chunk)
 
     def logits(self, rows: int) -> int:
         return rows * self.config.vocab_size * FLOAT32

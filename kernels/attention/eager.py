@@ -11,6 +11,7 @@ queries and keys of all batches.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ _UNSEEN = 2**31 - 1
 
 def tiled_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork) -> Tensor:
     """The reference: [T, H, E], tile by tile; tokens that see nothing give 0."""
-    sources = _repeated(query_THE, key_TKE, value_TKE)
-    outputs = [_tile_attention(query_THE, *sources, tile) for tile in _tiles(work, query_THE.device)]
+    key_THE, value_THE = _repeated(query_THE, key_TKE, value_TKE)
+    outputs = [_tile_attention(query_THE, key_THE, value_THE, tile) for tile in _tiles(work, query_THE.device)]
     return torch.cat(outputs)
 
 
@@ -117,8 +118,8 @@ def batched_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, wor
         out_BHQE = F.scaled_dot_product_attention(query_BHQE, key_BHJE, value_BHJE, attn_mask=batch.mask_B1QJ)
         outputs.append(out_BHQE.transpose(1, 2).flatten(0, 1))
     if made.alone:
-        sources = _repeated(query_THE, key_TKE, value_TKE)
-        outputs += [_tile_attention(query_THE, *sources, tile) for tile in made.alone]
+        key_THE, value_THE = _repeated(query_THE, key_TKE, value_TKE)
+        outputs += [_tile_attention(query_THE, key_THE, value_THE, tile) for tile in made.alone]
     return F.embedding(made.place_T, torch.cat(outputs).flatten(1)).unflatten(1, (heads, size))
 
 
@@ -159,6 +160,26 @@ def _batches(work: AttentionWork, device: torch.device) -> _Batches:
     return _Batches(
         batches, alone, *(torch.tensor(tokens, dtype=torch.int64, device=device) for tokens in (query_N, key_M, place_T))
     )
+
+
+class EagerSizes(NamedTuple):
+    """Numbers of tokens and pairs that `batched_attention` holds, padding included."""
+
+    gathered_queries: int
+    gathered_keys: int  # with copies of whole rows for tiles alone
+    outputs: int
+    pairs: int  # elements of the masks
+    alone: bool  # whether tiles alone read the queries in their place
+
+
+def eager_sizes(work: AttentionWork) -> EagerSizes:
+    made = _batches(work, work.host.device)
+    queries, keys = len(made.query_N), len(made.key_M)
+    outputs = queries + sum(tile.end - tile.start for tile in made.alone)
+    copied = sum(tile.mask_QJ.shape[1] for tile in made.alone if len(tile.keys) > 1)
+    copied += work.tokens if made.alone else 0
+    pairs = sum(batch.mask_B1QJ.numel() for batch in made.batches) + sum(tile.mask_QJ.numel() for tile in made.alone)
+    return EagerSizes(queries, keys + copied, outputs, pairs, bool(made.alone))
 
 
 def _padded(count: int) -> int:
