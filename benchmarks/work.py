@@ -18,7 +18,7 @@ from benchmarks.measure import spread
 from engine.data.batch import Batch, Step
 from engine.estimate.flops import recomputed_flops, step_flops
 from kernels.attention.work import pairs_of
-from kernels.linear_log_prob import default_budget, plan
+from kernels.logit_budget import default_budget, plan
 from model.config import MistralConfig
 
 CPU = torch.device("cpu")

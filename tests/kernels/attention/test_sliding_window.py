@@ -264,7 +264,8 @@ def test_the_backend_named_reference_is_the_reference(dtype, device):
     elif device.type == "cuda":
         assert torch.equal(auto, found)
     else:
-        torch.testing.assert_close(auto, found)
+        # float16 sums of values near 1 are off by a rounding of the largest.
+        torch.testing.assert_close(auto, found, rtol=1e-5, atol=2 * torch.finfo(dtype).eps)
 
 
 # Beside small tiles, tiles of more keys than a CPU gathers; the long document sees all of itself.
