@@ -128,12 +128,13 @@ class _Step:
         account.pass_by(moment, both + sizes.hidden, head_gradient=total + weight)
 
     def eager_head_gradients(self, moment: str, *, scored: bool) -> None:
-        """The same with one buffer of logits for all parts, which float32 gradients overwrite."""
+        """`head_gradients` on a CPU: all parts share one buffer of logits, and float32 gradients overwrite the logits."""
         sizes, account, parts = self.sizes, self.account, self.sizes.head_parts
         chunk = min(sizes.chunks[1], sizes.head_rows)
         rows = (3 if scored else 2) * sizes.gathered_rows
         buffer = sizes.logits(chunk) if scored else 0
-        gradients = sizes.widened(sizes.logit_gradients(chunk)) and sizes.logit_gradients(chunk) if scored else 0
+        narrow = sizes.item < FLOAT32
+        gradients = sizes.logit_gradients(chunk) if scored and narrow else 0
         weight = sizes.head_elements * sizes.item
         total = sizes.head_elements * FLOAT32 if parts > 1 else 0
         if scored:
@@ -145,7 +146,7 @@ class _Step:
             account.pass_by(moment, rows + copies, logits=buffer + gradients, head_gradient=total)
         scattered = sizes.hidden + sizes.wide(sizes.gathered_rows) + sizes.widened(sizes.gathered_rows) // 2
         account.pass_by(moment, rows + scattered, logits=buffer, head_gradient=total or weight)
-        account.pass_by(moment, rows + sizes.hidden, logits=buffer, head_gradient=weight + (sizes.widened(weight) and total))
+        account.pass_by(moment, rows + sizes.hidden, logits=buffer, head_gradient=weight + (total if narrow else 0))
 
     def backward(self) -> None:
         """Head, final norm, blocks, embedding."""
