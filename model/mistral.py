@@ -102,22 +102,16 @@ class Block(nn.Module):
         recompute: Recompute,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after the block, again as the pair (residual, delta)."""
+
+        def run(residual_TD: Tensor, delta_TD: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor]:
+            residual_TD, delta_TD = self.self_attn(residual_TD, delta_TD, self.input_layernorm, rotary, attend, recompute)
+            return self.mlp(residual_TD, delta_TD, self.post_attention_layernorm, recompute)
+
         if recompute != "block" or not torch.is_grad_enabled():
-            return self._run(residual_TD, delta_TD, rotary, attend, recompute)
+            return run(residual_TD, delta_TD, recompute)
         if delta_TD is not None:
             residual_TD = residual_TD + delta_TD  # the backward pass keeps one tensor instead of two
-        return checkpoint(self._run, residual_TD, None, rotary, attend, "none", use_reentrant=False, preserve_rng_state=False)
-
-    def _run(
-        self,
-        residual_TD: Tensor,
-        delta_TD: Tensor | None,
-        rotary: RotaryTable,
-        attend: Attend,
-        recompute: Recompute,
-    ) -> tuple[Tensor, Tensor]:
-        residual_TD, delta_TD = self.self_attn(residual_TD, delta_TD, self.input_layernorm, rotary, attend, recompute)
-        return self.mlp(residual_TD, delta_TD, self.post_attention_layernorm, recompute)
+        return checkpoint(run, residual_TD, None, "none", use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
