@@ -17,7 +17,8 @@ from model.vocabulary.tokenizer import Tokenizer
 from recipes.example.facts import KINDS, LANGUAGES
 from recipes.example.text import Question
 
-PACK_TOKENS = 2048
+# Few enough that the logits' memory is used again: glibc maps more than 32 MiB anew each time.
+PACK_TOKENS = 768
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,11 @@ def _score_pack(model: Mistral, documents: list[_Document]) -> tuple[torch.Tenso
     hidden_TD = model(tokens_T, positions_T, packed_attention(cu_docs, model.config.sliding_window))
     logits_NV = model.logits(hidden_TD[torch.tensor(rows, device=device)])
     label_N = torch.tensor(labels, device=device)
-    log_prob_N = logits_NV.log_softmax(dim=-1).gather(1, label_N[:, None])[:, 0]
+    # On a CPU a maximum is three times as fast as its place, and new memory for each pass as slow as the product.
+    likeliest_N = logits_NV.gather(1, label_N[:, None])[:, 0] == logits_NV.amax(dim=-1)
+    torch.log_softmax(logits_NV, dim=-1, out=logits_NV)
+    log_prob_N = logits_NV.gather(1, label_N[:, None])[:, 0]
     owner_N = torch.tensor(owner, device=device)
     log_prob_B = torch.zeros(len(documents), device=device).index_add(0, owner_N, log_prob_N)
-    wrong_B = torch.zeros(len(documents), device=device).index_add(0, owner_N, (logits_NV.argmax(dim=-1) != label_N).float())
+    wrong_B = torch.zeros(len(documents), device=device).index_add(0, owner_N, (~likeliest_N).float())
     return log_prob_B.cpu(), (wrong_B == 0).cpu()
