@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
-from kernels.philox import philox
+from kernels.philox import philox, philox_words
 
 # Elements of one eager pass on a CPU: a block's arrays stay in the cache between operations. A GPU takes 128 times as many,
 # because small blocks would leave it waiting for the host.
@@ -173,7 +174,14 @@ def _adamw(
     # 64-bit arguments are signed.
     key = (step & _WORD) << 32 | seed
     key -= (key >> 63) << 64
-    tensors = (_bits(parameter), remainder, _bits(gradient.contiguous()), _bits(exp_avg), _bits(exp_avg_sq), gradient_scale)
+    tensors = (
+        bits_of(parameter),
+        remainder,
+        bits_of(gradient.contiguous()),
+        bits_of(exp_avg),
+        bits_of(exp_avg_sq),
+        gradient_scale,
+    )
     launch(
         _adamw_kernel,
         (triton.cdiv(elements + shift, config.block),),
@@ -194,11 +202,6 @@ def _adamw(
 @_adamw.register_fake
 def _(*_arguments):
     return None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """bfloat16 as integers: the kernels convert them, because a backend's casts may round as they like."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _adamw_fused_(
@@ -314,24 +317,24 @@ def _round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["key", "parameter_id", "first_group", "elements"])
 def _adamw_kernel(
-    parameter,
-    remainder,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
-    gradient_scale,
-    decay,
+    parameter,  # [elements] float32, or bfloat16 bits in int16; likewise gradient and moments
+    remainder,  # [elements] int16, or None for a float32 parameter
+    gradient,  # [elements]
+    exp_avg,  # [elements]
+    exp_avg_sq,  # [elements]
+    gradient_scale,  # one float32
+    decay,  # this and the next five: `_Factors`
     step_size,
     eps,
     first_weight,
     second_decay,
     second_weight,
-    key: tl.int64,
+    key: tl.int64,  # of Philox: (step, seed)
     parameter_id: tl.int64,
-    first_group: tl.int64,
+    first_group: tl.int64,  # first index / 4
     elements: tl.int64,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,  # first index % 4
+    BLOCK: tl.constexpr,  # elements of a program
 ):
     if tl.load(gradient_scale) < 0:
         return
@@ -352,13 +355,13 @@ def _adamw_kernel(
 def _update(tensors, factors, key, parameter_id, group, offset, inside):
     parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale = tensors
     decay, step_size, eps, first_weight, second_decay, second_weight = factors
-    grad = _load(gradient + offset, inside) * tl.load(gradient_scale)
-    first = _load(exp_avg + offset, inside)
+    grad = float32_of(tl.load(gradient + offset, mask=inside)) * tl.load(gradient_scale)
+    first = float32_of(tl.load(exp_avg + offset, mask=inside))
     first += (grad - first) * first_weight
-    second = _load(exp_avg_sq + offset, inside) * second_decay
+    second = float32_of(tl.load(exp_avg_sq + offset, mask=inside)) * second_decay
     second += grad * grad * second_weight
     if remainder is None:
-        master = _load(parameter + offset, inside)
+        master = float32_of(tl.load(parameter + offset, mask=inside))
     else:
         low = tl.load(remainder + offset, mask=inside).to(tl.int32) & 0xFFFF
         high = tl.load(parameter + offset, mask=inside).to(tl.int32) - (low >> 15)
@@ -377,21 +380,9 @@ def _update(tensors, factors, key, parameter_id, group, offset, inside):
         tl.store(exp_avg + offset, first, mask=inside)
         tl.store(exp_avg_sq + offset, second, mask=inside)
     else:
-        word0, word1, word2, word3 = tl.philox(
-            key, group.to(tl.uint32), (group >> 32).to(tl.uint32), parameter_id.to(tl.uint32), 0
-        )
-        noise = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+        noise = philox_words(key, group.to(tl.uint32), (group >> 32).to(tl.uint32), parameter_id.to(tl.uint32), 0)
         tl.store(exp_avg + offset, _round(first, noise & 0xFFFF), mask=inside)
         tl.store(exp_avg_sq + offset, _round(second, noise >> 16), mask=inside)
-
-
-@triton.jit
-def _load(pointer, inside):
-    """float32 values of float32, or of the bits of bfloat16."""
-    value = tl.load(pointer, mask=inside)
-    if value.dtype == tl.int16:
-        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return value
 
 
 @triton.jit

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from kernels import TILE
+
 Mode = Literal["auto", "keep", "recompute"]
-# Chunks are multiples of this, so that matrix products stay efficient.
-_TILE = 128
 
 
 class Plan(NamedTuple):
@@ -45,7 +45,7 @@ def plan(
         raise ValueError(f"budget_bytes = {budget_bytes}: one row of {vocab} takes {row}; give at least that")
     if backward and mode != "recompute":
         chunk = _whole_tiles((budget_bytes - rows * gradient) // logits, rows)
-        if chunk >= min(rows, 1 if mode == "keep" else _TILE):
+        if chunk >= min(rows, 1 if mode == "keep" else TILE):
             return Plan(True, max(1, chunk))
         if mode == "keep":
             raise ValueError(
@@ -56,6 +56,7 @@ def plan(
 
 
 def _whole_tiles(room: int, rows: int) -> int:
+    """Rows of a chunk: whole tiles if the room has any, so that matrix products stay efficient."""
     if room >= rows:
         return rows
-    return room // _TILE * _TILE if room >= _TILE else room
+    return room // TILE * TILE if room >= TILE else room

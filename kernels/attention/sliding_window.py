@@ -15,7 +15,6 @@ from kernels.attention.backward import attention_backward
 from kernels.attention.eager import batched_attention, log_sum_exps, tiled_attention
 from kernels.attention.forward import attention_forward
 from kernels.attention.work import AttentionWork, attention_work
-from kernels.launch import unit_stride
 
 
 def sliding_window_attention(
@@ -128,7 +127,6 @@ def _attention(
     window: int,
     tile: int,
 ) -> tuple[Tensor, Tensor]:
-    query_THE, key_TKE, value_TKE = map(unit_stride, (query_THE, key_TKE, value_TKE))
     return attention_forward(query_THE, key_TKE, value_TKE, work, query_tiles, key_tiles, window, tile)
 
 
@@ -146,7 +144,6 @@ def _attention_backward(
     window: int,
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_THE, query_THE, key_TKE, value_TKE = map(unit_stride, (grad_THE, query_THE, key_TKE, value_TKE))
     return attention_backward(
         grad_THE, query_THE, key_TKE, value_TKE, out_THE, log_sum_exp_HT, work, query_tiles, key_tiles, window, tile
     )
