@@ -32,10 +32,12 @@ def guarded(tensor: Tensor) -> Tensor:
 
 
 def guard_everything() -> None:
-    """From now on in this process, tensors from torch.empty and torch.zeros and the tests' random inputs are guarded."""
+    """From now on in this process, guard tensors from torch.empty, torch.zeros and torch.sort, and the tests' random inputs."""
 
     def after(make: Any) -> Any:
         return lambda *arguments, **settings: guarded(make(*arguments, **settings))
 
     torch.empty, torch.zeros, torch.empty_like = map(after, (torch.empty, torch.zeros, torch.empty_like))
+    sort = torch.sort
+    torch.sort = lambda *arguments, **settings: tuple(map(guarded, sort(*arguments, **settings)))
     tests.kernels.error_rule.random = after(tests.kernels.error_rule.random)

@@ -35,7 +35,7 @@ OUTCOMES = ROOT / "build" / "mutants.jsonl"
 # A test failed, or the process was killed for touching foreign memory, or for never ending.
 SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGXCPU)
 FOUND_OUT = (int(pytest.ExitCode.TESTS_FAILED), *(-number for number in SIGNALS))
-CPU_SECONDS = 120
+CPU_SECONDS = 60
 ARGUMENTS = ("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist")
 # Tests of the wiring around the kernels, which are slow and say nothing about a kernel's arithmetic.
 WIRING = "not custom_operator and not compiler and not compiles"
@@ -91,7 +91,7 @@ def start(module: Module, source: str, folder: Path, number: int) -> int:
         return child
     status = 1
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, 2 * CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         path = folder / f"mutant_{number}.py"
         path.write_text(source, encoding="utf-8")
