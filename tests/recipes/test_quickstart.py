@@ -163,7 +163,7 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(tmp_path, capsys, monke
     printed = capsys.readouterr().out
     for stage in quickstart.STAGES:
         assert f"python -m recipes.{stage.module} recipes/tiny/{stage.name}.toml" in printed
-    assert "250 steps" in printed
+    assert "200 steps" in printed
     assert not list(tmp_path.iterdir())
 
 
