@@ -3,6 +3,12 @@
 The manual is README.md beside this file.
 """
 
+import os
+
+# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and a run on a CPU would be several times slower
+# as soon as another program wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import kernels
 
 if not hasattr(kernels, "accumulation_dtype"):

@@ -7,13 +7,6 @@ Each stage is the recipe itself with its configuration from recipes/tiny; the pr
 goes to report.md, report.json and losses.png. A full run fails where the chat model misses its targets.
 """
 
-import os
-
-if __name__ == "__main__":
-    # OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and make the run several times slower
-    # as soon as another program wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import dataclasses
 import json
 import shutil
