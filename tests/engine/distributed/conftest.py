@@ -36,6 +36,9 @@ def run_ranks(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
         codes = json.loads(done.stdout.splitlines()[-1])
-        return {name: Ended(code, outputs[name].read_text()) for name, code in zip(jobs, codes, strict=True)}
+        return {
+            name: Ended(code, "".join(Path(f"{outputs[name]}.{rank}").read_text() for rank in range(len(code))))
+            for name, code in zip(jobs, codes, strict=True)
+        }
 
     return run

@@ -2,8 +2,8 @@
 
     python -m tests.engine.distributed.rank_runs JOBS.json
 
-A job is {"ranks", "output", "runs", "fault"}. Its ranks do the runs, [[stage, settings], ...], one after the other and print to
-the file `output`. The second rank misbehaves as `fault` says; null for no fault. Rank 0 prints the sizes and timeouts of its
+A job is {"ranks", "output", "runs", "fault"}. Its ranks do the runs, [[stage, settings], ...], one after the other; each prints to
+a file of its own, `output`.RANK. The second rank misbehaves as `fault` says; null for no fault. Rank 0 prints the sizes and timeouts of its
 mesh's groups. All jobs run at once. Prints each job's exit codes, negative for a signal.
 """
 
@@ -72,7 +72,8 @@ def print_groups():
 
 
 def rank_of(job, rank):
-    with open(job["output"], "ab") as file:
+    # A file each: two ranks that print their stacks at once would mix them letter by letter.
+    with open(f"{job['output']}.{rank}", "wb") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     print_groups()
