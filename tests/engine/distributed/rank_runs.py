@@ -2,9 +2,9 @@
 
     python -m tests.engine.distributed.rank_runs JOBS.json
 
-A job is {"ranks", "output", "runs", "fault"}. Its ranks do the runs, [[stage, settings], ...], one after the other; each prints to
-a file of its own, `output`.RANK. The second rank misbehaves as `fault` says; null for no fault. Rank 0 prints the sizes and timeouts of its
-mesh's groups. All jobs run at once. Prints each job's exit codes, negative for a signal.
+A job is {"ranks", "output", "runs", "fault"}. Its ranks do the runs, [[stage, settings], ...], one after the other; each rank
+prints to a file of its own, `output`.RANK. The second rank misbehaves as `fault` says; null for no fault. Rank 0 prints the
+sizes and timeouts of its mesh's groups. All jobs run at once. Prints each job's exit codes, negative for a signal.
 """
 
 import json
