@@ -5,8 +5,8 @@ The manual is README.md beside this file.
 
 import os
 
-# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and a run on a CPU would be several times slower
-# as soon as another program wants a core.
+# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and another program that wants a core would make
+# a run on a CPU several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import kernels
