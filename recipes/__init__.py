@@ -5,8 +5,8 @@ The manual is README.md beside this file.
 
 import os
 
-# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and another program that wants a core would make
-# a run on a CPU several times slower.
+# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, which makes a run on a CPU several times slower
+# as soon as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import kernels
