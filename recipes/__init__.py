@@ -5,8 +5,8 @@ The manual is README.md beside this file.
 
 import os
 
-# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, which makes a run on a CPU several times slower
-# as soon as another program wants a core.
+# OpenMP reads this when torch is imported. Waiting threads would otherwise spin, and slow a run on a CPU several times as soon
+# as another program wants a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import kernels
