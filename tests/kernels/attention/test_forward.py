@@ -4,7 +4,16 @@ import pytest
 import torch
 
 import kernels.attention.forward as module
-from tests.kernels.attention_rows import ROWS, WITH_DTYPES, Row, plain, small_blocks, with_unseen_changed
+from tests.kernels.attention_rows import (
+    NEIGHBOURS,
+    ROWS,
+    WITH_DTYPES,
+    WITHOUT_AND_WITH_DESCRIPTORS,
+    Row,
+    plain,
+    small_blocks,
+    with_unseen_changed,
+)
 from tests.kernels.error_rule import check, far_apart
 
 
@@ -70,3 +79,19 @@ def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatc
     for number in range(3):
         far = forward(row, *(far_apart(tensor) if i == number else tensor for i, tensor in enumerate(inputs)))
         assert all(torch.equal(one, other) for one, other in zip(near, far, strict=True))
+
+
+@WITHOUT_AND_WITH_DESCRIPTORS
+def test_a_document_of_nans_changes_no_bit_of_the_others(descriptors, triton_device, monkeypatch):
+    small_blocks(monkeypatch, descriptors=descriptors)
+    inputs = NEIGHBOURS.inputs(torch.float32, triton_device)
+    spoilt = [tensor.clone() for tensor in inputs]
+    for tensor in spoilt:
+        tensor[21:46] = float("nan")
+    others = torch.ones(NEIGHBOURS.tokens, dtype=torch.bool)
+    others[21:46] = False
+    found = []
+    for given in (inputs, spoilt):
+        out, lse = forward(NEIGHBOURS, *given[:3])
+        found.append([out[others], lse[:, others]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
