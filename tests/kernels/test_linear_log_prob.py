@@ -1,4 +1,4 @@
-"""The head's log-probs against autograd over materialised logits, in each of its ways."""
+"""The fused head, in each of its modes, against autograd over materialised logits."""
 
 import functools
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels.linear_log_prob as module
+from kernels import TILE
 from kernels.launch import INTERPRETED
 from kernels.linear_log_prob import (
     linear_log_prob,
@@ -17,7 +18,7 @@ from kernels.logit_budget import default_budget, plan
 from tests.kernels.error_rule import check, random
 
 TOKENS, WIDTH, VOCABULARY = 10, 24, 131
-# Half of the rows, out of order, with padding in between.
+# Half of the rows, out of order, with padding between them.
 HALF = [3, 9, -1, 0, -1, 6, 7, -1]
 ROWS = {"0 % excluded": [*range(TOKENS)], "50 %": HALF, "100 %": [-1] * 4, "no list": []}
 WAYS = ("keep", "recompute", "chunks", "known", "known, chunks")
@@ -33,12 +34,12 @@ def _inputs(dtype=torch.float64, rows=None, seed=0, *, device="cpu", tokens=TOKE
 
 
 def _bytes_of(rows, vocabulary, itemsize):
-    """A budget in which so many rows' logits and gradients have room, and no more."""
+    """The budget that holds the logits and gradients of exactly this many rows."""
     return rows * vocabulary * (max(4, itemsize) + itemsize)
 
 
 def _scored(way, hidden, weight, target, rows, grad, **settings):
-    """(log-probs, gradients of sum(grad * log_prob) by hidden and weight) in one of the ways."""
+    """(log-probs, gradients of sum(grad * log_prob) by hidden and weight), computed in the given way."""
     mode, _, chunks = way.partition(", ")
     if "chunks" in (mode, chunks):
         settings["budget_bytes"] = _bytes_of(5, len(weight), hidden.dtype.itemsize)
@@ -50,7 +51,7 @@ def _scored(way, hidden, weight, target, rows, grad, **settings):
 
 
 def _unfused(hidden, weight, target, rows, grad):
-    """The same by torch in the inputs' dtype, its logits rounded to it."""
+    """The same results from torch in the inputs' dtype, with logits rounded to that dtype."""
     listed = rows[rows >= 0].long()
     log_probs = (hidden @ weight.T)[listed].to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(dim=-1)
     zeros = torch.zeros(len(hidden), dtype=log_probs.dtype, device=hidden.device)
@@ -61,14 +62,14 @@ def _unfused(hidden, weight, target, rows, grad):
 NAMES = ("log_prob", "d hidden", "d weight")
 
 
-def test_what_is_kept_and_how_many_rows_are_scored_at_once():
+def test_the_plan_keeps_logits_and_sizes_chunks_by_the_budget():
     gib = 2**30
-    # 8,192 rows of Shisa 7B's vocabulary in bfloat16 are kept; 1,408 float32 rows have room beside them.
+    # Shisa 7B's vocabulary: 8,192 rows in bfloat16 are kept, and 1,408 float32 rows fit beside them.
     assert plan(8192, 120064, 2, default_budget(torch.device("cuda"))) == (True, 1408)
     assert plan(8192, 120064, 2, default_budget(torch.device("cpu"))) == (False, 46)
     assert plan(8192, 120064, 2, 2**29) == (False, 640)
-    # Exactly a tile beside what is kept, and a byte less.
-    enough = 1000 * 1024 * 2 + 128 * 1024 * 4
+    # The kept rows and exactly one tile, then a byte less.
+    enough = 1000 * 1024 * 2 + TILE * 1024 * 4
     assert plan(1000, 1024, 2, enough) == (True, 128)
     assert plan(1000, 1024, 2, enough - 1) == (False, 384)
     assert plan(1000, 1024, 2, enough - 1, "keep") == (True, 127)
@@ -77,7 +78,7 @@ def test_what_is_kept_and_how_many_rows_are_scored_at_once():
     assert plan(1000, 1024, 4, 8 * 1024 * 300, "recompute") == (False, 256)
     assert plan(1000, 1024, 8, 16 * 1024 * 7, "recompute") == (False, 7)
     assert plan(0, 1024, 2, gib) == (True, 1)
-    # Without a backward pass there are logits alone.
+    # Without a backward pass the budget holds logits only.
     assert plan(1000, 1024, 2, 4 * 1024 * 200, backward=False) == (False, 128)
     assert plan(1000, 1024, 2, 4 * 1024 * 1, backward=False) == (False, 1)
 
@@ -90,16 +91,16 @@ def test_what_is_kept_and_how_many_rows_are_scored_at_once():
         ((10, 1024, 2, 24575, "keep"), "to keep 10 rows of 1024 takes 24576; give that or mode = 'recompute'"),
     ],
 )
-def test_plans_that_cannot_be_are_named(arguments, message):
+def test_an_unknown_mode_and_too_small_a_budget_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(*arguments)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_are_those_of_the_unfused_computation(way, rows, dtype, device):
+def test_results_equal_the_unfused_computation(way, rows, dtype, device):
     hidden, weight, target, chosen, grad = _inputs(dtype, rows, device=device)
-    # Of a loss that scales rows differently, one of them not at all.
+    # The loss scales each row differently, and row 3 by 0.
     grad[3] = 0
     given = (target, chosen, grad)
     exact = _unfused(hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), *given)
@@ -133,7 +134,7 @@ def test_equals_autograd_in_float64(way, rows, reference_device):
     ("vocabulary", "tokens", "way"),
     [*((1031, 7, way) for way in WAYS), *((120_065, 3, way) for way in ("keep", "recompute", "known"))],
 )
-def test_vocabularies_that_no_block_divides(vocabulary, tokens, way, device):
+def test_vocabularies_of_any_size_keep_the_error_rule(vocabulary, tokens, way, device):
     hidden, weight, target, chosen, grad = _inputs(torch.float32, device=device, tokens=tokens, width=8, vocabulary=vocabulary)
     target[0], target[1] = vocabulary - 1, 0
     given = (target, chosen, grad)
@@ -148,7 +149,7 @@ def test_vocabularies_that_no_block_divides(vocabulary, tokens, way, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", WAYS)
-def test_padding_columns_take_no_probability(way, dtype, device):
+def test_padding_columns_get_no_probability_and_no_gradient(way, dtype, device):
     hidden, weight, target, chosen, grad = _inputs(dtype, device=device)
     real = 100
     target = target % real
@@ -162,7 +163,7 @@ def test_padding_columns_take_no_probability(way, dtype, device):
     assert (gradient[:real] != 0).all()
 
 
-def test_statistics(dtype, device):
+def test_statistics_equal_log_prob_log_sum_exp_and_entropy(dtype, device):
     hidden, weight, target, chosen, _ = _inputs(dtype, HALF, device=device)
     target = target % 120
 
@@ -171,8 +172,10 @@ def test_statistics(dtype, device):
         logits = hidden[listed] @ weight[:120].T
         log_probs = logits.log_softmax(dim=-1)
         values = (
-            log_probs.gather(1, target[listed, None])[:, 0], logits.logsumexp(dim=-1), -(log_probs.exp() * log_probs).sum(-1),
-        )  # fmt: skip
+            log_probs.gather(1, target[listed, None])[:, 0],
+            logits.logsumexp(dim=-1),
+            -(log_probs.exp() * log_probs).sum(-1),
+        )
         return [torch.zeros(TOKENS, dtype=hidden.dtype, device=device).index_put((listed,), value) for value in values]
 
     budget = 4 * VOCABULARY * 3
@@ -187,7 +190,7 @@ def test_statistics(dtype, device):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates to bfloat16")
 def test_bfloat16_logits_are_never_rounded(device):
-    """Within twice the error of the same computation by torch in float32, plus the products' rounding."""
+    """The error is at most twice the error of torch in float32, plus the rounding of the matrix products."""
     hidden, weight, target, chosen, grad = _inputs(torch.bfloat16, device=device)
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     exact = linear_log_prob_reference(*wide, target, chosen)
@@ -206,19 +209,19 @@ def test_bfloat16_logits_are_never_rounded(device):
 
 @pytest.mark.parametrize("score", [linear_log_prob, linear_log_prob_statistics, linear_nll])
 @pytest.mark.parametrize("wrong", [VOCABULARY, -1])
-def test_target_out_of_range_is_named(wrong, score):
+def test_a_target_outside_the_vocabulary_is_refused(wrong, score):
     hidden, weight, target, _, grad = _inputs()
     others = (grad,) if score is linear_nll else ()
     target[9] = wrong
-    # An unlisted row's target is never looked at.
+    # The target of an unlisted row is never read.
     score(hidden, weight, target, torch.tensor([1, 2, -1]), *others)
     with pytest.raises(ValueError, match=f"target {wrong} at row 9 is outside the vocabulary of {VOCABULARY}"):
         score(hidden, weight, target, torch.tensor([1, 9]), *others)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_layouts_do_not_matter(way, device):
-    """Rows of a wider matrix, transposed inputs, lists of other integers, and the gradient of a sum, whose strides are 0."""
+def test_memory_layouts_and_integer_types_do_not_matter(way, device):
+    """Rows of a wider matrix, transposed inputs, other integer types, and a gradient with strides of 0 (that of a sum)."""
     hidden, weight, target, chosen, _ = _inputs(torch.float32, HALF, device=device)
     grad = torch.ones((), device=device).expand(TOKENS)
     expected = _scored(way, hidden, weight, target, chosen, grad.contiguous())
@@ -227,7 +230,7 @@ def test_layouts_do_not_matter(way, device):
     for laid in (torch.cat((hidden, hidden), dim=1)[:, :WIDTH], hidden.detach().T.contiguous().T):
         turned = weight.detach().T.contiguous().T
         found = _scored(way, *(tensor.detach().requires_grad_() for tensor in (laid, turned)), spread.int(), rows, grad)
-        # Products of transposed operands may add up in another order.
+        # Products of transposed operands may sum in another order.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -239,7 +242,7 @@ def test_two_runs_are_equal_to_the_bit(way, dtype, device):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_tokens(way, device):
+def test_no_tokens_give_no_log_probs_and_a_zero_gradient(way, device):
     hidden, weight, target, _, grad = _inputs(torch.float32, device=device, tokens=0)
     rows = torch.full((4,), -1, dtype=torch.int32, device=device)
     log_prob, grad_hidden, grad_weight = _scored(way, hidden, weight, target, rows, grad.float())
@@ -248,14 +251,13 @@ def test_no_tokens(way, device):
 
 
 @pytest.mark.parametrize("budget", [None, _bytes_of(5, VOCABULARY, 4)])
-def test_a_loss_that_is_scaled_or_added_to(budget, device):
-    """The gradients of the forward pass times the loss's own, and one input alone."""
+def test_gradients_follow_a_scaled_loss(budget, device):
+    """Gradients from the forward pass are multiplied by the loss's own gradient; also with only one input to differentiate."""
     hidden, weight, target, chosen, weight_T = _inputs(torch.float32, HALF, device=device)
     weight_T = weight_T.float()
     nll = functools.partial(linear_nll, budget_bytes=budget)
-    expected = torch.autograd.grad(
-        -3 * (weight_T * linear_log_prob(hidden, weight, target, chosen)).sum(), (hidden, weight)
-    )  # fmt: skip
+    scaled = -3 * (weight_T * linear_log_prob(hidden, weight, target, chosen)).sum()
+    expected = torch.autograd.grad(scaled, (hidden, weight))
     loss, log_prob = nll(hidden, weight, target, chosen, weight_T)
     assert loss.dtype == torch.float32
     assert not log_prob.requires_grad
@@ -272,7 +274,7 @@ def test_a_loss_that_is_scaled_or_added_to(budget, device):
 
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
-def test_one_gradient_alone_and_a_second_backward(mode, device):
+def test_a_second_backward_and_a_single_input_give_the_same_gradients(mode, device):
     hidden, weight, target, chosen, grad = _inputs(torch.float32, HALF, device=device)
     grad = grad.float()
     out = linear_log_prob(hidden, weight, target, chosen, mode=mode)
@@ -284,7 +286,7 @@ def test_one_gradient_alone_and_a_second_backward(mode, device):
         assert torch.equal(torch.autograd.grad(out, given[number], grad)[0], first[number])
 
 
-def test_a_second_backward_raises():
+def test_a_second_backward_of_linear_nll_raises():
     hidden, weight, target, chosen, grad = _inputs()
     loss, _ = linear_nll(hidden, weight, target, chosen, grad)
     loss.backward(retain_graph=True)
@@ -292,8 +294,8 @@ def test_a_second_backward_raises():
         loss.backward()
 
 
-def test_without_gradients_nothing_is_kept(monkeypatch):
-    """The reference pass of preference tuning: logits alone, in chunks that its budget would not have beside what is kept."""
+def test_without_gradients_no_logits_are_kept(monkeypatch):
+    """A scoring pass, such as preference tuning's reference, needs no logits for a backward pass."""
     hidden, weight, target, chosen, _ = _inputs(torch.float32)
     plans = []
     monkeypatch.setattr(module, "plan", lambda *given, **settings: plans.append(plan(*given, **settings)) or plans[-1])
@@ -306,7 +308,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter truncates to bfloat16")
 def test_gradients_added_up_in_bfloat16_are_off_by_a_rounding_of_each_sum():
-    """Sixteen micro-batches against one product in float64: at most 2^-9 of the largest partial sum is lost each time."""
+    """Sixteen micro-batches against one product in float64: each addition loses at most 2^-9 of the largest partial sum."""
     batches, tokens = 16, 24
     hidden, weight, target, _, grad = _inputs(torch.bfloat16, tokens=batches * tokens)
     wide_hidden, wide_weight = hidden.detach().double(), weight.detach().double().requires_grad_()
@@ -319,16 +321,16 @@ def test_gradients_added_up_in_bfloat16_are_off_by_a_rounding_of_each_sum():
         (exact,) = torch.autograd.grad(-(grad * log_prob).sum(), wide_weight)
         largest = max(largest, float(exact.abs().max()))
     error = float((weight.grad.double() - exact).abs().max())
-    # Each addend is rounded once itself, and made of logits' gradients that were.
+    # The factor 2: each addend is also rounded, and so are the logit gradients it is made of.
     assert 2**-10 * largest < error <= 2 * batches * 2**-9 * largest
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_opcheck(triton_device):
     _check_operators(torch.float32, triton_device)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no part in it")
-def test_custom_operators_are_sound_on_references(device):
+@pytest.mark.skipif(INTERPRETED, reason="float64 runs the eager reference, not the interpreter")
+def test_custom_operators_pass_opcheck_with_the_eager_reference(device):
     _check_operators(torch.float64, device)
 
 
@@ -339,7 +341,7 @@ def _check_operators(dtype, device):
     plain = [tensor.detach() for tensor in given]
     for keep in (True, False):
         torch.library.opcheck(module._log_prob, (*given, 40, keep, 2, False))
-        # Its gradients, which the backward pass scales in place, are no results of the public function, compiled below.
+        # The backward pass scales _nll's gradients in place, which opcheck forbids; test_compiles_in_one_piece covers it.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(module._nll, (*given, grad, 40, keep, 2, True, True), test_utils=checks)
         _, log_sum_exp, _, kept = module._log_prob(*plain, 40, keep, 2, False)

@@ -1,4 +1,4 @@
-"""Attention as the model calls it, by every backend, against the formula in float64."""
+"""The public attention function, with every backend, against the formula in float64."""
 
 import importlib.util
 import sys
@@ -15,7 +15,7 @@ from kernels.launch import INTERPRETED
 from tests.kernels.attention_rows import ROWS, Row, plain, small_blocks, with_unseen_changed
 from tests.kernels.error_rule import check, compare
 
-# In the interpreter the files of the single kernels go through all rows.
+# The interpreter is slow: here it runs one row; test_forward.py and test_backward.py run all rows on it.
 FEW = ("prompt beyond the window",) if INTERPRETED else tuple(ROWS)
 NAMES = ("query", "key", "value")
 
@@ -37,20 +37,25 @@ def results(row, tensors, grad, **given):
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_is_right(name, dtype, device):
+def test_output_and_gradients_keep_the_error_rule(name, dtype, device):
     row = ROWS[name]
     tensors, grad = leaves(row, dtype, device)
     work, seen = row.work(device), row.visible()
-    # Of a window of 1 the scores have no gradient: what is left of equal sums has no size to be measured by.
+    # With a window of 1 the gradients of query and key are 0: the error rule has no size to compare their rounding with.
     given = {
         name: tensor if row.window != 1 or name == "value" else tensor.detach()
         for name, tensor in zip(NAMES, tensors, strict=True)
     }
-    # A key's gradient is added up over the query heads that read it, and over the segments that see it.
+    # A key's gradient is a sum over the query heads that read it and the segments that see it.
     segments = 1 + sum(prefix >= 0 for prefix in row.prefixes or ())
     sums = {f"d {name}": row.heads[0] // row.heads[1] * segments for name in NAMES}
-    compare(lambda *inputs: sliding_window_attention(*inputs, work=work), lambda *inputs: plain(*inputs, seen)[0], given,
-            {"out": grad}, sums)  # fmt: skip
+    compare(
+        lambda *inputs: sliding_window_attention(*inputs, work=work),
+        lambda *inputs: plain(*inputs, seen)[0],
+        given,
+        {"out": grad},
+        sums,
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -64,7 +69,7 @@ def test_equals_the_formula_in_float64(name, reference_device):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_log_sum_exp_has_no_gradient_and_the_output_is_the_same(dtype, device):
+def test_asking_for_the_log_sum_exp_changes_no_output_and_gives_it_no_gradient(dtype, device):
     row = Row((5, 0, 12), 7, 16, (2, 1), padding=2)
     tensors, _ = leaves(row, dtype, device)
     out, lse = sliding_window_attention_with_lse(*tensors, work=row.work(device))
@@ -74,7 +79,7 @@ def test_log_sum_exp_has_no_gradient_and_the_output_is_the_same(dtype, device):
     assert (out[-2:] == 0).all()
 
 
-def test_bounds_on_the_cpu_make_the_lists(device):
+def test_document_bounds_give_the_same_output_as_work_lists(device):
     row = Row((5, 0, 12), 7, 128, (2, 1), padding=2)
     tensors, _ = leaves(row, torch.float32, device)
     cu_docs = torch.tensor(row.bounds, dtype=torch.int32)
@@ -82,7 +87,7 @@ def test_bounds_on_the_cpu_make_the_lists(device):
     assert torch.equal(found, sliding_window_attention(*tensors, work=row.work(device)))
 
 
-def test_lists_must_be_there_and_fit(device):
+def test_missing_work_lists_and_lists_of_another_length_are_refused(device):
     row = Row((9,), 7, 16)
     tensors, _ = leaves(row, torch.float32, device)
     with pytest.raises(ValueError, match=r"needs work from attention_work\(...\)"):
@@ -94,8 +99,8 @@ def test_lists_must_be_there_and_fit(device):
             sliding_window_attention(*tensors, torch.tensor([0, 9], device=device), 7)
 
 
-def test_neighbours_change_no_bit(dtype, device):
-    """A document alone, behind a short one and behind a longer one; and beside large values."""
+def test_neighbouring_documents_change_no_bit(dtype, device):
+    """A document alone equals the same document behind a short document, behind a longer one, and beside large values."""
     alone = Row((21,), 9, 16, (2, 1))
     tensors, grad = leaves(alone, dtype, device)
     expected = results(alone, tensors, grad)
@@ -110,8 +115,8 @@ def test_neighbours_change_no_bit(dtype, device):
         assert all(torch.equal(one, other[own]) for one, other in zip(expected, found, strict=True))
 
 
-def test_the_other_answer_changes_no_bit(device):
-    """Of a shared prompt's answers, neither the contents nor the length of one changes another's output."""
+def test_an_answer_changes_no_bit_of_another_answer_to_the_same_prompt(device):
+    """Neither the contents nor the length of the first answer change the prompt's and the second answer's outputs."""
     one, other = (Row((20, length, 11), 16, 16, (1, 1), (-1, 0, 0)) for length in (3, 18))
     tensors, grad = leaves(one, torch.float32, device)
     expected = results(one, tensors, grad)
@@ -124,8 +129,8 @@ def test_the_other_answer_changes_no_bit(device):
     assert all(torch.equal(first[23:], second[38:]) for first, second in zip(expected[1:], found[1:], strict=True))
 
 
-def test_what_leaves_the_window_is_seen_no_more(device):
-    """Of a window of n places exactly the last n are seen: the n-th still, the one before no more."""
+def test_a_token_sees_exactly_the_last_n_tokens_of_a_window_of_n(device):
+    """A changed value changes the output of token 20 if and only if its token is in the window, 13 to 20."""
     row = Row((30,), 8, 16)
     tensors, grad = leaves(row, torch.float32, device)
     before = results(row, tensors, grad)[0]
@@ -143,8 +148,8 @@ def test_two_runs_are_equal_to_the_bit(device):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_layouts_do_not_matter(device):
-    """Views of a packed row, contiguous rows, rows apart, elements apart."""
+def test_memory_layouts_do_not_matter(device):
+    """Views of a packed row equal contiguous tensors, tensors with a gap between heads, and tensors with strided elements."""
     row = Row((9,), 5, 16, (2, 1))
     tensors, grad = leaves(row, torch.float32, device)
     assert not row.inputs(torch.float32, device)[0].is_contiguous()
@@ -159,25 +164,25 @@ def test_layouts_do_not_matter(device):
         found = results(row, given, layout(grad))
         if INTERPRETED:
             assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
-        # The eager products may choose another order of their sums for another layout.
+        # Eager matrix products may sum in another order for another layout.
         torch.testing.assert_close(expected, found)
 
 
 @pytest.mark.parametrize("row", [Row((), 4, 16, (2, 1)), Row((), 4, 16, (2, 1), padding=3), Row((0, 0), 4, 16)], ids=str)
-def test_nothing_to_see(row, dtype, device):
+def test_rows_without_tokens_give_zeros(row, dtype, device):
     tensors, grad = leaves(row, dtype, device)
     for found, tensor in zip(results(row, tensors, grad), [tensors[0], *tensors], strict=True):
         assert found.shape == tensor.shape
         assert (found == 0).all()
 
 
-def test_gradients_of_padding_are_zero(dtype, device):
+def test_outputs_and_gradients_of_padding_are_zero(dtype, device):
     row = Row((5,), 4, 16, (2, 1), padding=3)
     tensors, grad = leaves(row, dtype, device)
     assert all((found[5:] == 0).all() for found in results(row, tensors, grad))
 
 
-def test_custom_operators_are_sound(triton_device):
+def test_custom_operators_pass_opcheck(triton_device):
     row = Row((3,), 2, 16)
     tensors, grad = leaves(row, torch.float32, triton_device)
     lists = row.work(triton_device)
@@ -188,27 +193,41 @@ def test_custom_operators_are_sound(triton_device):
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_flex_is_right(name, reference_device):
+def test_flex_equals_the_formula(name, reference_device):
     row = ROWS[name]
     if reference_device.type == "cuda" and row.size < 16:
-        pytest.skip("compiled, FlexAttention takes heads of 16 elements and more")
+        pytest.skip("compiled FlexAttention needs heads of at least 16 elements")
     query, key, value, _ = row.inputs(torch.float32, reference_device)
     found = sliding_window_attention_with_lse(query, key, value, work=row.work(reference_device), backend="flex")
     expected = plain(*(tensor.double() for tensor in (query, key, value)), row.visible())
     torch.testing.assert_close([part.double() for part in found], list(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_flash_is_the_packages_where_torch_has_none(monkeypatch):
-    """By its interface: a window of n places is n - 1 to the left, log-sum-exps are [H, T], documents are given by bounds."""
+def test_flash_calls_the_flash_attn_package_where_torch_has_no_flash_attention(monkeypatch):
+    """The package's interface: a window of n tokens is n - 1 to the left, log-sum-exps are [H, T], documents are bounds."""
     row = Row((9, 0, 4), 3, 16, (4, 2), padding=2)
     query, key, value, _ = row.inputs(torch.float16, torch.device("cpu"))
     expected = sliding_window_attention_with_lse(query, key, value, work=row.work(), backend="reference")
     calls = []
 
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
+    def flash_attn_varlen_func(  # the signature of flash-attn 2.6
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
         calls.append((cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), max_seqlen_q, max_seqlen_k, window_size))
         assert (dropout_p, softmax_scale, causal, deterministic, return_attn_probs) == (0.0, None, True, True, True)
         assert cu_seqlens_q.dtype == torch.int32
@@ -228,7 +247,7 @@ def test_flash_is_the_packages_where_torch_has_none(monkeypatch):
 
 
 @pytest.mark.parametrize(("torchs", "package"), [(True, False), (False, True), (False, False)])
-def test_flash_needs_torchs_or_the_package(torchs, package, monkeypatch):
+def test_flash_needs_torchs_flash_attention_or_the_package(torchs, package, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: torchs)
     monkeypatch.setattr(backends, "_has_package", lambda: package)
     problem = backends.cannot("flash", torch.device("cuda"), torch.bfloat16, gradients=True, prefixes=False)
@@ -236,7 +255,7 @@ def test_flash_needs_torchs_or_the_package(torchs, package, monkeypatch):
     assert torchs or package or "or the package flash-attn 2.6 or newer" in problem
 
 
-def test_backends_say_what_they_cannot_do(device):
+def test_a_backend_refuses_the_dtypes_devices_and_layouts_it_lacks(device):
     row = Row((5, 4), 3, 16, (2, 1), (-1, 0))
     tensors, _ = leaves(row, torch.float32, device)
     work = row.work(device)
@@ -252,7 +271,7 @@ def test_backends_say_what_they_cannot_do(device):
             sliding_window_attention(*tensors, work=work, backend="flex")
 
 
-def test_the_backend_named_reference_is_the_reference(dtype, device):
+def test_backend_reference_is_the_reference_and_auto_chooses_by_device_and_dtype(dtype, device):
     row = Row((9, 4), 3, 16, (2, 1))
     tensors, _ = leaves(row, dtype, device)
     work = row.work(device)
@@ -264,11 +283,11 @@ def test_the_backend_named_reference_is_the_reference(dtype, device):
     elif device.type == "cuda":
         assert torch.equal(auto, found)
     else:
-        # float16 sums of values near 1 are off by a rounding of the largest.
+        # Sums in float16 differ by a rounding of their largest value, here near 1.
         torch.testing.assert_close(auto, found, rtol=1e-5, atol=2 * torch.finfo(dtype).eps)
 
 
-# Beside small tiles, tiles of more keys than a CPU gathers; the long document sees all of itself.
+# Small tiles, and tiles with more keys than the CPU path gathers at a time. The long document sees all of itself.
 MIXED = Row((21, 300, 5, 40, 16), None, 128, (4, 2), (-1, -1, -1, 2, 2), padding=3)
 
 
@@ -295,20 +314,23 @@ def test_a_document_of_nans_changes_no_bit_of_the_others(broken, reference_devic
     assert found[0][broken].isnan().all()
 
 
-LITERAL = [
-    Row((4095, 4096, 4097, 1), 4096, 128, (2, 1), size=128), Row((4500,), 4095, 128, (2, 2), size=64),
-    Row((300, 4097, 127, 128, 129), 4097, 128, (2, 1), size=64), Row((640,), 1, 128, (8, 1), size=128),
-    Row((1000, 700, 1300), 512, 128, (4, 1), (-1, 0, 0), size=128), Row((700, 5, 300), 128, 128, (2, 2), (-1, 0, 0), size=64),
-]  # fmt: skip
+FULL_SIZES = [
+    Row((4095, 4096, 4097, 1), 4096, 128, (2, 1), size=128),
+    Row((4500,), 4095, 128, (2, 2), size=64),
+    Row((300, 4097, 127, 128, 129), 4097, 128, (2, 1), size=64),
+    Row((640,), 1, 128, (8, 1), size=128),
+    Row((1000, 700, 1300), 512, 128, (4, 1), (-1, 0, 0), size=128),
+    Row((700, 5, 300), 128, 128, (2, 2), (-1, 0, 0), size=64),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
-@pytest.mark.parametrize("row", LITERAL, ids=str)
-def test_on_a_gpu_the_models_windows_are_right(row, backend, monkeypatch):
+@pytest.mark.parametrize("row", FULL_SIZES, ids=str)
+def test_full_size_windows_keep_the_error_rule_on_a_gpu(row, backend, monkeypatch):
     monkeypatch.undo()
     if backend == "flash" and (row.prefixes or importlib.util.find_spec("torch.nn.attention.varlen") is None):
-        pytest.skip("cannot share prefixes")
+        pytest.skip("flash cannot share prefixes, or this torch has no variable-length attention")
     device, dtype = torch.device("cuda"), torch.bfloat16
     tensors, grad = leaves(row, dtype, device)
     found = results(row, tensors, grad, backend=backend)
