@@ -29,7 +29,7 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
 PRESET = "preset:"
-# The memory plan looks at this many steps and the last one, evenly spread over the run.
+# The memory plan covers the last step and this many steps, evenly spread over the run.
 _PLANNED_STEPS = 8
 
 
@@ -211,7 +211,7 @@ def _check_sizes(run: Run) -> None:
 def _resumed(run: Run) -> Run:
     """The run, continued from its newest checkpoint where it has one."""
     settings = run.settings
-    # Rank 0 decides, because a folder may change between two looks.
+    # Rank 0 decides for all ranks, because the folder may change between two reads.
     name = run.ranks.from_main(_starting_point(settings))
     if name is None:
         return run
@@ -223,7 +223,7 @@ def _resumed(run: Run) -> Run:
 
 
 def _starting_point(settings: TrainSettings) -> str | None:
-    """Name of the newest checkpoint; for a replay, of the newest one before the replayed step. None where there is none."""
+    """Name of the newest checkpoint (for a replay, the newest before the replayed step), or None."""
     names = [path.name for path in checkpoints(settings.out)]
     if settings.replay:
         names = [name for name in names if name < f"step-{settings.replay:08d}"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """A bfloat16 tensor as int16; any other tensor as it is."""
+    """A bfloat16 tensor as int16; any other tensor unchanged."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 

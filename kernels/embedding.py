@@ -30,8 +30,8 @@ class EmbeddingNoise:
     """NEFTune noise of one micro-batch, keyed by each token's identity, not by its place in the batch."""
 
     alpha: float  # the paper's scale: 5, 10 or 15
-    seed: int  # the run's seed, of which 32 bits are used
-    step: int  # the optimizer step, of which 32 bits are used
+    seed: int  # the run's seed; its low 32 bits are used
+    step: int  # the optimizer step; its low 32 bits are used
     document_T: Tensor  # int64, stable id of the document
     position_T: Tensor  # int64, position in the whole document, below 2^32
     length_T: Tensor  # int64, tokens of the whole document

@@ -71,7 +71,7 @@ def linear_log_prob_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probabilities, log-sum-exps, entropies in nats) of the listed rows, without gradients.
 
-    Arguments, dtype and errors are those of `linear_log_prob`. Returns: three times [T], 0 outside the listed rows.
+    Arguments, dtype and errors: see `linear_log_prob`. Returns: three times [T], 0 outside the listed rows.
     """
     sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", backward=False)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def linear_nll(
 ) -> tuple[Tensor, Tensor]:
     """Weighted negative log-likelihood; the forward pass makes the gradients (the `known` way).
 
-    The other arguments and the errors are those of `linear_log_prob`.
+    The other arguments and the errors: see `linear_log_prob`.
 
     Returns: (sum(weight * -log_prob), a scalar; the log-probabilities [T], 0 outside the listed rows, without a gradient).
         The backward pass multiplies the gradients by the loss's own gradient, which is free where that is 1: put any factor
@@ -129,7 +129,7 @@ def wide_product(left_ND: Tensor, right_MD: Tensor, out: Tensor | None = None) -
 
 
 def _needed(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[bool, bool]:
-    """Which of the two will get a gradient."""
+    """(whether the hidden states need a gradient, whether the weight needs one)."""
     enabled = torch.is_grad_enabled()
     return enabled and hidden_TD.requires_grad, enabled and weight_VD.requires_grad
 
@@ -348,7 +348,7 @@ def _gradients(
     weight_VD: Tensor,
     rows_N: Tensor,
     tokens: int,
-    scale_T: Tensor | None,  # factor that the rows of `gradient_of` still lack, None for none
+    scale_T: Tensor | None,  # factors still to be applied to the rows of `gradient_of`; None for 1
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:

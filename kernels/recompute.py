@@ -10,5 +10,5 @@ Recompute = Literal["none", "light", "ffn", "block"]
     ffn     as light, and the matrix product for gate and up
     block   everything but a block's input
 
-The same functions compute it again, so loss and gradients are to the bit the same in all modes.
+The same functions compute it again, so loss and gradients are bit-identical in all modes.
 """

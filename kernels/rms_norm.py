@@ -68,7 +68,7 @@ def norm_backward(
     """(gradient of the input rows [T, D], gradient of the weight [D]).
 
     Args:
-        grad_TD: gradient of the norm. grad_total_TD: gradient that the input rows get from their other use, None for none.
+        grad_TD: gradient of the norm. grad_total_TD: gradient of the input rows from their other use, or None.
         total_TD: the input rows. scale_T: s of each row.
     """
     step = _norm_backward if runs_triton(total_TD) else _norm_backward_eager

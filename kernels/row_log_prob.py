@@ -10,7 +10,7 @@ entropy = log(s) - t / s, which does not cancel for logits far from 0.
 
 `rows_N` lists the trained tokens: row n of the list is token rows_N[n]; -1 is padding.
 
-Shapes: T tokens, N listed rows, V columns of logits, of which the first `vocab_size` are real, D width.
+Shapes: T tokens, N listed rows, V columns of logits (the first `vocab_size` are real), D width.
 """
 
 from typing import NamedTuple

@@ -93,7 +93,7 @@ def _check_integer(name: str, value: object) -> None:
 MISTRAL_7B = MistralConfig()
 PRESETS: dict[str, MistralConfig] = {
     "mistral-7b": MISTRAL_7B,
-    # 88,000 Japanese pieces: 120,000, padded to 938 * 128.
+    # Mistral's 32,000 pieces and 88,000 Japanese pieces, padded to 938 whole tiles.
     "shisa-7b": replace(MISTRAL_7B, vocab_size=120064, unpadded_vocab_size=120000),
     # Trains on two CPU cores in minutes; nearly all of its cost is the head over the real vocabulary.
     "tiny": MistralConfig(
@@ -186,7 +186,7 @@ def read_config(folder: str | Path) -> MistralConfig:
 
 
 def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of `config.json`. Rotary base and dtype stand in both spellings, for `transformers` 4 and 5."""
+    """The content of `config.json`. Rotary base and dtype are written in both spellings, for `transformers` 4 and 5."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MistralForCausalLM"],

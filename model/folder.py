@@ -60,7 +60,7 @@ def sole_writer(folder: Path, name: Path) -> Iterator[None]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove the remains of a killed process, but not the folder itself, which bears the lock."""
+    """Remove the remains of a killed process, but not the folder itself, which holds the lock."""
     for left in folder.iterdir():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)

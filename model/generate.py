@@ -95,7 +95,7 @@ def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
 
 
 def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tensor:
-    """The scores to sample from; at temperature 0, to take the maximum of.
+    """The scores to sample from or, at temperature 0, to take the maximum of.
 
     Args: logits_V: float32; seen_V: boolean, the tokens of the prompt and of the answer so far.
     Returns: float32 [V], -inf for dropped tokens.
@@ -114,7 +114,7 @@ def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tenso
 
 
 class Past:
-    """The text that a model has read, with its cache. `generate` reads only what a new prompt adds to it, and updates it."""
+    """The text that a model has read, with its cache. `generate` reads only the new part of a prompt, and updates both."""
 
     def __init__(self, model: Mistral) -> None:
         weight = model.lm_head.weight
@@ -146,7 +146,7 @@ def generate(
 
     The answer ends after a stop token, which is yielded too, after max_new_tokens, or at the model's max_position_embeddings.
     The same model, prompt and sampling on the same device give the same tokens; global random state is neither read nor
-    changed. A past only saves time: its scores differ by rounding from those of a text that is read anew.
+    changed. A past only saves time: its scores equal the scores of a text that is read anew, up to rounding.
 
     Raises: ValueError, before any computation, for an empty prompt, an id outside the vocabulary, or a prompt that leaves no
         position for an answer; while generating, for scores that are not finite.

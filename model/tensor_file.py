@@ -109,7 +109,7 @@ class TensorFile:
 
 
 class TensorStream(NamedTuple):
-    """A tensor to write. Shape and dtype are known before; the values are computed when their turn comes."""
+    """A tensor to write. Its shape and dtype are known beforehand; its values are computed when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype  # in the file

@@ -111,7 +111,7 @@ class TensorFolder:
         surplus = [name for name in self.names if name not in shapes and not name.endswith("rotary_emb.inv_freq")]
         if surplus:
             raise ValueError(
-                f"{self.folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such); see config.json"
+                f"{self.folder}: weight {surplus[0]} has no place in this model ({len(surplus)} such weights); see config.json"
             )
         for name, shape in shapes.items():
             if self.shape(name) != shape:
@@ -192,7 +192,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device
 def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, tuple[Tensor, int]]) -> None:
     """Fill rows of a model's parameters from a Hugging Face folder, such as one rank's shards; only these rows are read.
 
-    Args: targets: our name of every parameter -> (rows to fill, number of the first of them in the whole parameter).
+    Args: targets: our name of every parameter -> (rows to fill, index of the first of them in the whole parameter).
     Raises: FileNotFoundError or ValueError as `load_model` does.
     """
     with TensorFolder(folder) as tensors:

@@ -87,7 +87,7 @@ def lengths_line(dataset: TokenDataset) -> str:
 
 
 def preview(dataset: TokenDataset, tokenizer: Tokenizer, count: int) -> Iterator[str]:
-    """The first `count` documents (pairs) as stored: runs of tokens, '+' in front of trained ones and '-' of the others."""
+    """The first `count` documents (pairs) as stored: runs of tokens, '+' before trained tokens, '-' before the others."""
     sides = 2 if dataset.kind == "preferences" else 1
     names = tokenizer.pieces()
     for document in range(min(count * sides, len(dataset))):

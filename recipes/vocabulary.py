@@ -167,7 +167,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
             coverage=settings.coverage,
             controls=CHATML if settings.chatml else (),
             source=base_name,
-            lap=stages.end,
+            finished=stages.end,
         )
         tokenizer = Tokenizer(merged.model_bytes)
         first_trained = Tokenizer(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)

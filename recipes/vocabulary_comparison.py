@@ -26,7 +26,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 CONTEXT = 4096  # tokens of a sequence, for the work of attention
 _CHARACTERS = 1_000_000  # characters whose cost is counted
-_OWN_SHARE = 0.2  # a text with fewer of its characters in the scripts counts as another language's
+_OWN_SHARE = 0.2  # below this share of characters in the scripts, a text counts as another language's
 
 
 @dataclass(frozen=True)

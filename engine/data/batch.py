@@ -56,7 +56,7 @@ class Batch:
     weight_T: Tensor  # float32: the weight of each label's loss, 0 where it is not trained on
     positions_T: Tensor  # int32: counted from 0 in each document (part); a side of a pair continues its shared prompt
     document_T: Tensor  # int64: index 0 .. B - 1 of each place's document; a shared prompt belongs to the chosen side
-    rows_N: Tensor  # int32: the places of non-zero weight, padded with -1 to a multiple of 128 (at least 128)
+    rows_N: Tensor  # int32: the places of non-zero weight, padded with -1 to whole tiles (at least one)
     attention: AttentionWork  # work lists for all layers; `segments` are the bounds of documents, shared prompts and sides
     document_B: Tensor  # int64: id of each document, counted through all sources of the run; -1 for a filler
     document_start_B: Tensor  # int64: first place of the part in its document

@@ -14,7 +14,7 @@ from engine.estimate.sizes import FLOAT32, Sizes, Training
 # cuBLAS's workspace under `use_deterministic_algorithms`: 8 x 4 MiB for each of two handles, as the backward pass's thread has
 # its own.
 _CUBLAS_WORKSPACE = 2 * 8 * 2**22
-# Elements that the optimizer's eager reference updates at once.
+# Elements of one eager pass of `kernels.adamw` on a CPU.
 _UPDATE_BLOCK = 2**17
 
 
@@ -282,11 +282,18 @@ class _Step:
         if self.training.kernels:
             self.account.pass_by("update", copied)
             return
-        # The reference's norm squares a whole parameter's gradient. Its update holds for each element of a block: gradient,
-        # change, root and its float64, or, to round bfloat16 moments, float32 copies of them and Philox's words; a split
-        # master's parts; and the previous block's results.
-        squares = largest * (FLOAT32 + (FLOAT32 if sizes.item < FLOAT32 else 0))
-        element = 56 if optimizer.moments == "bfloat16" else 16
-        element += 8 if sizes.item < FLOAT32 else 0
-        element += 8 if largest > _UPDATE_BLOCK else 0
-        self.account.pass_by("update", max(squares, copied + min(largest, _UPDATE_BLOCK) * element))
+        # The norm's eager reference squares a whole parameter's gradient; a bfloat16 gradient is copied to float32 first.
+        split = sizes.item < FLOAT32
+        squares = largest * (FLOAT32 + (FLOAT32 if split else 0))
+        block = min(largest, _UPDATE_BLOCK)
+        if optimizer.moments == "bfloat16":
+            # The eager reference, block by block: float32 gradient, moments, change and root, and Philox's words; a split
+            # master's parts; the previous block's results.
+            update = block * (56 + (4 if split else 0) + (8 if largest > block else 0))
+        elif split:
+            # torch's fused operator, block by block: float32 master and gradient, and the parts of the new master.
+            update = block * 20
+        else:
+            # torch's fused operator over the whole parameter: the clipped gradient.
+            update = largest * FLOAT32
+        self.account.pass_by("update", max(squares, copied + update))

@@ -168,7 +168,7 @@ class Sizes:
 
     @property
     def head_parts(self) -> int:
-        """Parts in which the head's gradients are computed."""
+        """Number of parts that the head's gradients are computed in."""
         keep, chunk = self.chunks
         at_once = keep and (self.training.kernels or self.training.log_probs)
         return 1 if at_once else -(-self.head_rows // chunk)

@@ -44,7 +44,7 @@ ASSUMPTIONS = (
     f"{_BACKWARD_PRODUCTS} products",
     "documents are as long as the context; all tokens reach the head",
     f"up to {NODE} GPUs shard the model over NVLink; beyond, each node holds a copy and nodes sum their gradients (HSDP)",
-    "400 Gb/s of network a GPU, of which 90 % arrive; all links are used at once",
+    "400 Gb/s of network a GPU, 90 % of it usable; all links are used at once",
     "hidden: a step takes the longer of computation and communication, plus the first gather and the last reduction",
     "not hidden: a step takes computation plus communication",
     "not counted: multiprocessors that collectives occupy, stragglers, waiting for data",

@@ -7,7 +7,7 @@ ipo-mean: the same on means per answer token, as its authors later advised and o
 hinge: SLiC-HF's rank loss on DPO's margin (Zhao et al. 2023, https://arxiv.org/abs/2305.10425; Liu et al. 2023,
     https://arxiv.org/abs/2309.06657, table 1).
 
-Shapes: T tokens, P pairs, B = 2P documents: the chosen sides at even indices, the rejected sides at odd ones.
+Shapes: T tokens, P pairs, B = 2P documents: the chosen sides at even indices, the rejected sides at odd indices.
 """
 
 from collections.abc import Callable, Sequence

@@ -167,13 +167,13 @@ class Metrics:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if "skipped" in line else 0
         if "skipped" in line:
             self.message(f"{what}: not finite, no update")
-        spike = self._spikes.look(line) if self._spikes is not None else None
+        spike = self._spikes.check(line) if self._spikes is not None else None
         if spike:
             self.message(spike)
         if self._skipped_in_a_row == self._facts.skip_limit:
             raise FloatingPointError(
                 f"{what}: training stopped. The weights are from before this step, and no checkpoint holds it. Resuming "
-                "would repeat it: look at the data, or start a run in another out with a lower learning rate (schedule.peak), "
+                "would repeat it: check the data, or start a run in another out with a lower learning rate (schedule.peak), "
                 "from an earlier checkpoint if there is one"
             )
 
@@ -263,7 +263,7 @@ def _console_line(line: Line, speed: Line, steps: int) -> str:
 
 
 class _Sink(Protocol):
-    """A place that lines are written to, besides the console."""
+    """A destination of lines, besides the console."""
 
     def write(self, lines: list[Line]) -> None: ...
 

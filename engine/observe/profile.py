@@ -180,7 +180,7 @@ def classified(events: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _forward_categories(events: Any) -> dict[int, str]:
-    """Category by sequence number, of the forward operations that ran inside a range."""
+    """The category of each forward operation that ran inside a range, by its sequence number."""
     found = {}
     for event in events:
         if event.sequence_nr >= 0 and not event.name.startswith(_BACKWARD):

@@ -29,7 +29,7 @@ class ReplayedObjective(Protocol):
 
 @dataclass(frozen=True)
 class _Document:
-    """A document or a part of one; for preference tuning the chosen side of a pair."""
+    """A document (part); in preference tuning, the chosen side of a pair."""
 
     loss: float
     number: int  # counted over all sources

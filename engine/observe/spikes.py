@@ -39,7 +39,7 @@ class SpikeLog:
         """Take the losses of earlier steps, so that a resumed run sees the spikes that an unbroken one would."""
         self._losses.extend(losses)
 
-    def look(self, line: dict[str, Any]) -> str | None:
+    def check(self, line: dict[str, Any]) -> str | None:
         """Take a step's logged values. Returns a message if the step stands out, else None."""
         if not self._settings.spike:
             return None

@@ -1,4 +1,4 @@
-"""Everything that looks on while a run trains, entered once: watchdog, stragglers, garbage collection, profiler."""
+"""The observers of a run, entered once around its steps: watchdog, stragglers, garbage collection, profiler."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

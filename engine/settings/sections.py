@@ -156,7 +156,7 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What the run warns of."""
+    """Warnings of a run: loss spikes and slow ranks."""
 
     spike: float = 8.0
     """A loss more than this many deviations above the median of the last `history` steps is noted in spikes.jsonl; 0: never. A
@@ -169,7 +169,7 @@ class GuardSettings:
     def __post_init__(self) -> None:
         for name in ("spike", "lag"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"guard.{name} = {getattr(self, name)}: must be above 0, or 0 to look for none")
+                raise ValueError(f"guard.{name} = {getattr(self, name)}: must be above 0, or 0 to turn it off")
         if self.history < LEAST_HISTORY:
             raise ValueError(f"guard.history = {self.history}: must be at least {LEAST_HISTORY} steps")
 

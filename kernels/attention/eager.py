@@ -96,14 +96,14 @@ class _Batches:
     alone: list[MaskedTile]
     query_N: Tensor  # the token of each query, batch after batch
     key_M: Tensor  # the token of each key, batch after batch
-    place_T: Tensor  # where each token's output lies: in the batches' outputs, then those of the tiles alone
+    place_T: Tensor  # row of each token's output; the batches' outputs come first, then the outputs of the tiles alone
 
 
 def batched_attention(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork) -> Tensor:
     """[T, H, E]: within rounding of `tiled_attention`; tokens that see nothing give 0."""
     made = work.once("batched", query_THE.device, _batches)
     _, heads, size = query_THE.shape
-    # As rows of an embedding, whose backward pass is quick and adds up in a fixed order.
+    # Gather by an embedding look-up: its backward pass is quick and sums in a fixed order.
     query_NHE, key_MKE, value_MKE = (
         F.embedding(tokens, source.flatten(1)).unflatten(1, (-1, size))
         for tokens, source in ((made.query_N, query_THE), (made.key_M, key_TKE), (made.key_M, value_TKE))
@@ -137,7 +137,7 @@ def _batches(work: AttentionWork, device: torch.device) -> _Batches:
     key_M: list[int] = []
     place_T = [0] * work.tokens
     for (queries, keys), tiles in sorted(by_size.items()):
-        # Places in the text, those of the keys as the tile's queries count them.
+        # Places in the text. The shift gives a key its place as the tile's queries count.
         query_places: list[int] = []
         key_places: list[int] = []
         for start, end, ranges in tiles:

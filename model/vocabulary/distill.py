@@ -1,4 +1,4 @@
-"""New rows learnt from text: the model with the merged vocabulary learns to say what it says with the base vocabulary.
+"""New rows learnt from text: the model with the merged vocabulary learns to predict as with the base vocabulary.
 
 The method. A merge keeps the base's merges, so the merged ids of a text are its base ids in groups. The hidden state after a
 group is therefore known: it is the base model's state after the group's last sub-piece. Adam trains two things alone: the new

@@ -5,10 +5,10 @@ SentencePiece joins the neighbours of the highest score first, so all merges of 
 merged ids of a text are its base ids, some neighbours joined, and a text from which no new piece can be built keeps its ids.
 
 A candidate is usable if it is not in the base, all of its characters are pieces, and it is reachable: its own text encodes to
-it alone. An unreachable piece occurs in no text at all, as whatever joins its span in a text joins it when it stands alone
-too. Leaving it out therefore changes no encoding.
+it alone. An unreachable piece occurs in no text: the joins that would produce it inside a text would also produce it from its
+own text. Leaving it out therefore changes no encoding.
 
-Which usable candidates get the places is the matter of `model.vocabulary.selection`.
+`model.vocabulary.selection` chooses among the usable candidates.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def extend(
     coverage: float = 0.9998,
     controls: Sequence[str] = (),
     source: str = "the base tokenizer",
-    lap: Callable[[str], None] = lambda stage: None,
+    finished: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Merged, Trained]:
-    """Train candidates on texts and merge `new_pieces` of them into the base: those that the texts use most widely.
+    """Train candidates on texts and merge the `new_pieces` candidates that the texts use most widely into the base.
 
-    Calls `lap` with the name of each finished stage: "train", then those of `merge`.
+    Calls `finished` with the name of each finished stage: "train", then the stages of `merge`.
 
     Raises:
         ValueError: see `train` and `merge`.
@@ -86,9 +86,9 @@ def extend(
     candidates = candidates_for(new_pieces)
     while True:
         trained = train(texts, candidates, scripts=scripts, coverage=coverage)
-        lap("train")
+        finished("train")
         try:
-            merged = merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source, lap=lap)
+            merged = merge(base, trained.pieces, new_pieces, texts=texts, controls=controls, source=source, finished=finished)
             return merged, trained
         except _TooFewPieces as error:
             if trained.exhausted:
@@ -109,9 +109,9 @@ def merge(
     texts: Sequence[str] | None = None,
     controls: Sequence[str] = (),
     source: str = "the base tokenizer",
-    lap: Callable[[str], None] = lambda stage: None,
+    finished: Callable[[str], None] = lambda stage: None,
 ) -> Merged:
-    """Append `new_pieces` of the usable candidates to the base: the first ones, or those that texts use most widely.
+    """Append `new_pieces` usable candidates to the base: the first, or with `texts` the most widely used.
 
     Characters take at most half of the new places while there are merges for the rest.
 
@@ -122,7 +122,8 @@ def merge(
         texts: documents to select by (see `select`); None takes the first candidates.
         controls: control pieces to append too, such as ChatML's; pieces of the base are left out.
         source: names the base in messages.
-        lap: called with the name of each finished stage: "merge" (twice: all candidates, then the selected), "prune", "select".
+        finished: called with the name of each finished stage: "merge" (twice: all candidates, then the selected), "prune",
+            "select".
 
     Raises:
         ValueError: the base cannot be extended (see `check_base`), or there are too few usable candidates.
@@ -137,12 +138,12 @@ def merge(
         pieces = _first_reachable(proto, spelled, new_pieces)
     else:
         with_candidates = _append(proto, spelled)
-        lap("merge")
+        finished("merge")
         lost = set(unreachable(with_candidates, first=base_size))
-        # An unreachable piece changes no encoding: `with_candidates` encodes as a model without it would.
+        # An unreachable piece changes no encoding: `with_candidates` encodes like a model without it.
         ids = [id for id in range(base_size, base_size + len(spelled)) if id not in lost]
         pieces = [spelled[id - base_size] for id in ids]
-    lap("prune")
+    finished("prune")
     dropped["unreachable"] = len(spelled) - len(pieces)
     if len(pieces) < new_pieces:
         raise _TooFewPieces(
@@ -156,10 +157,10 @@ def merge(
         encode = sentencepiece.SentencePieceProcessor(model_proto=with_candidates).encode
         scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
         pieces = select(pieces, new_pieces, texts, encode, ids, scores)
-        lap("select")
+        finished("select")
     new_controls = [control for control in controls if control not in known]
     merged = Merged(_append(proto, pieces, new_controls), base_size, pieces, new_controls, dropped)
-    lap("merge")
+    finished("merge")
     return merged
 
 
@@ -180,9 +181,9 @@ def _spelled(candidates: Sequence[str], known: set[str], new_pieces: int) -> tup
 
 
 def _first_reachable(proto: Any, pieces: list[str], new_pieces: int) -> list[str]:
-    """`pieces` without the unreachable among the first `new_pieces`.
+    """`pieces` without the unreachable pieces among the first `new_pieces`.
 
-    Only the first are looked at: a piece may be reachable through a later one alone, which the size leaves out.
+    The check uses the first `new_pieces` alone: a piece may be reachable only through a later piece, which will be left out.
     """
     base_size = len(proto.pieces)
     while lost := set(unreachable(_append(proto, pieces[:new_pieces]), first=base_size)):

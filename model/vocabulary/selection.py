@@ -20,7 +20,7 @@ from itertools import chain, pairwise
 import numpy as np
 import numpy.typing as npt
 
-CAP = 8000  # characters of a document that count: one book says no more about other texts than one letter does
+CAP = 8000  # characters of a document that count, so that one book does not outweigh many letters
 _BATCH = 512  # documents
 
 

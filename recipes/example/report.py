@@ -188,7 +188,7 @@ def markdown(table: dict[str, Any], drawn: bool) -> list[str]:
         "",
         f"{table['seconds']['total']:.0f} s on {table['machine']}, torch {table['torch']}. "
         f"Held out: {table['questions']['held_out']} combinations of fact or sum, phrasing and language that are in no "
-        f"training data; {table['questions']['trained']} others of the same facts and sums are.",
+        f"training data. Training has {table['questions']['trained']} other combinations of the same facts and sums.",
         "",
         "## Held-out questions",
         "",

@@ -103,7 +103,7 @@ class Example:
 
 
 def make_example(settings: ExampleSettings) -> Example:
-    """Divide all questions, by the Latin square, into trained and held-out ones."""
+    """Divide all questions into trained and held-out questions, by the Latin square."""
     facts = all_facts()[: settings.facts]
     sums = all_sums(settings.largest_first, settings.largest_second)
     draw = random.Random(f"split {settings.seed}")

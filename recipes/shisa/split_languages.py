@@ -69,7 +69,7 @@ def run(settings: SplitSettings) -> dict[str, Any]:
     """Write the two parts; returns the report, which is also written as split.json.
 
     User and assistant turns decide a conversation's language, without fenced code and system message. A request for translation
-    holds about twice as many English letters as Japanese ones, and so belongs to the rest. Unusable records are left out and
+    holds about twice as many English as Japanese letters, and so belongs to the rest. Unusable records are left out and
     counted. The same source gives the same bytes.
 
     Raises: ValueError or FileNotFoundError naming the source, also when a part would be empty.
@@ -94,7 +94,7 @@ def run(settings: SplitSettings) -> dict[str, Any]:
             if not count["records"]:
                 raise ValueError(
                     f"{', '.join(settings.paths)}: no record belongs to the part '{part}', so there is nothing to split: "
-                    "prepare the source as it is, or change least_share"
+                    "prepare the whole source, or change least_share"
                 )
         report = {"least_share": settings.least_share, "parts": counts, "skipped": skipped}
         write_file(folder / "split.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")

@@ -34,11 +34,11 @@ def test_a_spike_lies_a_number_of_deviations_above_the_median_of_the_steps_befor
     """The losses lie around 2; their median distance from it is 0.1, so a deviation is 0.1 / 0.6745."""
     log = spikes_of(spike=6.0, history=20)
     losses = [1.9, 2.0, 2.1] * 4
-    assert not any(log.look(logged(1 + i, loss)) for i, loss in enumerate(losses))
+    assert not any(log.check(logged(1 + i, loss)) for i, loss in enumerate(losses))
     edge = 2.0 + 6 * 0.1 / 0.6745
-    assert log.look(logged(13, edge - 0.01)) is None
-    assert log.look(logged(14, 0.0)) is None
-    said = log.look(logged(15, 2 * edge, gradient_norm=7.0))
+    assert log.check(logged(13, edge - 0.01)) is None
+    assert log.check(logged(14, 0.0)) is None
+    said = log.check(logged(15, 2 * edge, gradient_norm=7.0))
     assert re.search(r"step 15: loss 5.77.. is \d\d\.\d deviations above the median 2.0000", said)
     assert "--replay 15 runs it again" in said
     (note,) = lines_of(tmp_path / "spikes.jsonl")
@@ -49,15 +49,15 @@ def test_a_spike_lies_a_number_of_deviations_above_the_median_of_the_steps_befor
 def test_a_resumed_log_finds_the_spikes_of_an_unbroken_one(spikes_of):
     losses = [2.0 + i % 7 / 10 for i in range(30)]
     whole, resumed, fresh = spikes_of(history=12), spikes_of(history=12), spikes_of(history=12)
-    assert not any(whole.look(logged(1 + i, loss)) for i, loss in enumerate(losses))
+    assert not any(whole.check(logged(1 + i, loss)) for i, loss in enumerate(losses))
     resumed.resume(losses)
-    assert fresh.look(logged(31, 90.0)) is None
-    assert resumed.look(logged(31, 90.0)) == whole.look(logged(31, 90.0)) is not None
+    assert fresh.check(logged(31, 90.0)) is None
+    assert resumed.check(logged(31, 90.0)) == whole.check(logged(31, 90.0)) is not None
 
 
 def test_spike_0_looks_for_none(spikes_of):
     log = spikes_of(spike=0.0)
-    assert not any(log.look(logged(1 + i, 10.0**i)) for i in range(20))
+    assert not any(log.check(logged(1 + i, 10.0**i)) for i in range(20))
 
 
 @pytest.mark.parametrize("stage", KINDS)
