@@ -5,9 +5,9 @@ bit. The parameter is the master rounded half away from zero: the high half of t
 the low half is set. The same bit undoes the rounding, so no tie is ambiguous. Rounding half to even could not be undone.
 
 Moments are float32, or bfloat16 with stochastic rounding, which keeps the mean of changes too small for bfloat16. One Philox
-call serves four elements. Its key is (seed, step); its counter is (low word of index / 4, high word, parameter, 0), where index
-is the element's place in the unsharded tensor. Word w belongs to element 4 * (index / 4) + w: its low half rounds the first
-moment, its high half the second.
+call serves four elements. Its key is `philox.key_of(ROUNDING, seed, step)`; its counter is (low word of index / 4, high word,
+parameter, 0), where index is the element's place in the unsharded tensor. Word w belongs to element 4 * (index / 4) + w: its
+low half rounds the first moment, its high half the second.
 
 Three ways compute the update. The Triton kernel and the eager reference do the same operations in the same order, each rounded
 by itself, and give the same bits. On a CPU, float32 moments take torch's fused operator instead: one pass over memory, within
@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
-from kernels.philox import philox, philox_words
+from kernels.philox import ROUNDING, key_of, philox, philox_words
 
 # Elements of one eager pass on a CPU: a block's arrays stay in the cache between operations. A GPU takes 128 times as many,
 # because small blocks would leave it waiting for the host.
@@ -84,7 +84,7 @@ def adamw_(
     _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale)
     tensors = (parameter, remainder, gradient, exp_avg, exp_avg_sq)
     if runs_triton(parameter):
-        rounding = (seed & _WORD, parameter_id & _WORD, first_index)
+        rounding = (seed, parameter_id & _WORD, first_index)
         _adamw(*tensors, gradient_scale, learning_rate, *betas, eps, weight_decay, step, *rounding)
     elif parameter.device.type == "cpu" and exp_avg.dtype == torch.float32:
         _adamw_fused_(*tensors, gradient_scale, learning_rate, betas, eps, weight_decay, step)
@@ -171,8 +171,9 @@ def _adamw(
     config = configuration("adamw", device)
     # Programs are aligned to groups of four of the absolute index.
     shift = first_index % 4
+    low, high = key_of(ROUNDING, seed, step)
     # 64-bit arguments are signed.
-    key = (step & _WORD) << 32 | seed
+    key = high << 32 | low
     key -= (key >> 63) << 64
     tensors = (
         bits_of(parameter),
@@ -288,7 +289,7 @@ def adamw_reference_(
             _write_master(master, value, low[0])
         if first.dtype == torch.bfloat16:
             start = first_index + number * size
-            noise = _noise(start, start + len(first), parameter_id & _WORD, (seed & _WORD, step & _WORD), first.device)
+            noise = _noise(start, start + len(first), parameter_id & _WORD, key_of(ROUNDING, seed, step), first.device)
             first.copy_(_round_stochastically(wide_first, noise & 0xFFFF))
             second.copy_(_round_stochastically(wide_second, noise >> 16))
 
@@ -329,7 +330,7 @@ def _adamw_kernel(
     first_weight,
     second_decay,
     second_weight,
-    key: tl.int64,  # of Philox: (step, seed)
+    key: tl.int64,  # of Philox
     parameter_id: tl.int64,
     first_group: tl.int64,  # first index / 4
     elements: tl.int64,

@@ -20,12 +20,12 @@ from torch import Tensor
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton, unit_stride
-from kernels.philox import philox, philox_words, uniform_symmetric
+from kernels.philox import NEFTUNE, key_of, philox, philox_words, uniform_symmetric
 
 _WORD = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmbeddingNoise:
     """NEFTune noise of one micro-batch, keyed by each token's identity, not by its place in the batch."""
 
@@ -54,8 +54,8 @@ def embedding(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None 
         return embedding_reference(tokens_T, weight_VD, noise)
     if noise is None:
         return _embedding(tokens_T, weight_VD, None, None, None, 0, 0)
-    keys = (noise.seed & _WORD, noise.step & _WORD)
-    return _embedding(tokens_T, weight_VD, noise.scale_T(weight_VD.shape[1]), noise.document_T, noise.position_T, *keys)
+    key = key_of(NEFTUNE, noise.seed, noise.step)
+    return _embedding(tokens_T, weight_VD, noise.scale_T(weight_VD.shape[1]), noise.document_T, noise.position_T, *key)
 
 
 def embedding_reference(tokens_T: Tensor, weight_VD: Tensor, noise: EmbeddingNoise | None = None) -> Tensor:
@@ -70,13 +70,13 @@ def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
     """The noise, float32 [T, D].
 
     Column 4 n + w of a token comes from word w of the counter (n, position, low half of the document, high half) under the key
-    (seed, step).
+    of (NEFTUNE, seed, step).
     """
     group = torch.arange((width + 3) // 4, dtype=torch.int64, device=noise.position_T.device)[None, :]
     document_T = noise.document_T.to(torch.int64)[:, None]
     position_T = noise.position_T.to(torch.int64)[:, None]
     counter = (group, position_T, document_T & _WORD, (document_T >> 32) & _WORD)
-    words = philox(counter, (noise.seed & _WORD, noise.step & _WORD))
+    words = philox(counter, key_of(NEFTUNE, noise.seed, noise.step))
     uniform_TD = uniform_symmetric(torch.stack(words, dim=-1).flatten(1)[:, :width])
     return uniform_TD * noise.scale_T(width)[:, None]
 
@@ -88,8 +88,8 @@ def _embedding(
     scale_T: Tensor | None,
     document_T: Tensor | None,
     position_T: Tensor | None,
-    seed: int,
-    step: int,
+    key_low: int,  # words of `key_of`
+    key_high: int,
 ) -> Tensor:
     rows, width = weight_VD.shape
     device = weight_VD.device
@@ -110,8 +110,8 @@ def _embedding(
         *noise,
         out_TD,
         weight_VD.stride(0),
-        seed,
-        step,
+        key_low,
+        key_high,
         WIDTH=width,
         BLOCK=block,
         NOISY=scale_T is not None,
@@ -164,7 +164,7 @@ def _check_tokens(tokens_T: Tensor, rows: int) -> None:
 
 
 @_embedding.register_fake
-def _(tokens_T, weight_VD, scale_T, document_T, position_T, seed, step):
+def _(tokens_T, weight_VD, scale_T, document_T, position_T, key_low, key_high):
     return torch.empty((tokens_T.shape[0], weight_VD.shape[1]), dtype=weight_VD.dtype, device=weight_VD.device)
 
 
@@ -185,8 +185,8 @@ def _differentiate(ctx, grad_TD):
 _embedding.register_autograd(_differentiate, setup_context=_save)
 
 
-# Seed and step have fixed types and no specialised values, so that a new step compiles nothing.
-@triton.jit(do_not_specialize=["seed", "step"])
+# The key's words have fixed types and no specialised values, so that a new step compiles nothing.
+@triton.jit(do_not_specialize=["key_low", "key_high"])
 def _forward_kernel(
     tokens,  # [T] int64
     weight,  # [V, WIDTH]
@@ -195,8 +195,8 @@ def _forward_kernel(
     position,  # [T] int64
     out,  # [T, WIDTH]
     weight_stride,  # elements from row to row
-    seed: tl.int64,
-    step: tl.int64,
+    key_low: tl.int64,
+    key_high: tl.int64,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # columns of a program
     NOISY: tl.constexpr,
@@ -209,7 +209,7 @@ def _forward_kernel(
     if NOISY:
         group = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         number = tl.load(document + place)
-        key = (tl.cast(step, tl.int64) << 32) | seed
+        key = (tl.cast(key_high, tl.int64) << 32) | key_low
         position_word = tl.load(position + place).to(tl.int32)
         word = philox_words(key, group, position_word, number.to(tl.int32), (number >> 32).to(tl.int32))
         # `uniform_symmetric` of kernels.philox, from the signed upper 24 bits.

@@ -16,20 +16,20 @@ from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Square root of the sum of the squares of all elements.
 
-    Args: gradients: of any shapes and floating dtypes, on one device.
-    Returns: a float32 scalar on that device, without waiting for it: 0 for no gradients, infinite or NaN where a gradient is.
+    Args: gradients: of any shapes and floating dtypes, all on `device`.
+    Returns: a float32 scalar on the device, without waiting for it: 0 for no gradients, infinite or NaN where a gradient is.
     """
     if gradients and runs_triton(gradients[0]):
         return _norm(gradients)
-    return gradient_norm_reference(gradients)
+    return gradient_norm_reference(gradients, device)
 
 
-def gradient_norm_reference(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norm_reference(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     sums = [gradient.float().square().sum() for gradient in gradients]
-    return torch.stack(sums).double().sum().sqrt().float() if sums else torch.zeros(())
+    return torch.stack(sums).double().sum().sqrt().float() if sums else torch.zeros((), device=device)
 
 
 # An explicit schema: some versions of torch cannot infer the schema of a sequence.

@@ -52,8 +52,8 @@ def linear_log_prob(
     by at most 2^-9 of the largest partial sum: about M 2^-9 of the largest value in all. From then on, addends below 2^-9 of
     the sum are lost. Accumulate in float32 where that is too much.
 
-    Raises: ValueError for a listed row's target outside [0, vocab_size) (on CUDA a device assertion, so the host need not
-        wait), for an unknown mode, and for a budget too small for the mode.
+    Raises: ValueError for a row that is listed twice and for a listed row's target outside [0, vocab_size) (on CUDA device
+        assertions, so the host need not wait), for an unknown mode, and for a budget too small for the mode.
     """
     backward = any(_needed(hidden_TD, weight_VD))
     sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, mode, backward=backward)
@@ -172,6 +172,7 @@ def _log_prob(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probabilities [T], log-sum-exps [T], entropies [T] or empty, P - Y [N, V] or empty)."""
+    _check_rows(rows_N, len(hidden_TD))
     _check_targets(target_T, rows_N, vocab_size)
     log_prob_T, log_sum_exp_T, entropy_T, kept_NV = _log_prob_outputs(hidden_TD, weight_VD, rows_N, keep, with_entropy)
     _score(
@@ -247,6 +248,7 @@ def _nll(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, log-probabilities [T], gradients of the hidden states [T, D] and the weight [V, D], empty where not needed)."""
+    _check_rows(rows_N, len(hidden_TD))
     _check_targets(target_T, rows_N, vocab_size)
     log_prob_T, log_sum_exp_T, _, _ = _log_prob_outputs(hidden_TD, weight_VD, rows_N, False, False)
     hidden_ND, target_T = gather_rows(hidden_TD, rows_N), target_T.contiguous()
@@ -383,6 +385,20 @@ def _add_product_(sum_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> None:
 def _parts(rows: int, size: int) -> list[slice]:
     """Cut rows into parts of at most `size`; no rows give one empty part."""
     return [slice(first, min(first + size, rows)) for first in range(0, max(rows, 1), max(size, 1))]
+
+
+def _check_rows(rows_N: Tensor, tokens: int) -> None:
+    """Refuse a token that is listed twice: its gradient would be one of the two or their sum, as the device has it."""
+    if rows_N.device.type == "meta" or not len(rows_N):
+        return
+    listed_N = (rows_N >= 0).to(torch.int32)
+    count_T = torch.zeros(tokens, dtype=torch.int32, device=rows_N.device).index_add_(0, rows_N.clamp(min=0), listed_N)
+    repeated = (count_T > 1).any()
+    problem = "is listed more than once in rows_N: list each row at most once"
+    if rows_N.is_cuda:
+        torch._assert_async(~repeated, f"linear_log_prob: a row {problem}")
+    elif repeated:
+        raise ValueError(f"linear_log_prob: row {int(count_T.argmax())} {problem}")
 
 
 def _check_targets(target_T: Tensor, rows_N: Tensor, vocab_size: int) -> None:

@@ -2,6 +2,9 @@
 
 The bits are a pure function of key and counter. Noise keyed by a token's identity (seed, step, document, position, column) is
 therefore the same however the tokens are packed, sharded or resumed. Triton's `tl.philox` computes the same function.
+
+A run's uses share its seed and steps, and their counters overlap. So each use has a number of its own below, which changes the
+key (`key_of`): no two uses draw the same words.
 """
 
 import torch
@@ -12,6 +15,15 @@ from torch import Tensor
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+
+# The uses: the four letters of a name, as ASCII.
+NEFTUNE = 0x4E454654  # NEFT: noise on embeddings
+ROUNDING = 0x524F554E  # ROUN: stochastic rounding of moments
+
+
+def key_of(use: int, seed: int, step: int) -> tuple[int, int]:
+    """The key of a use of random numbers: (use xor seed, step), 32 bits of each."""
+    return (use ^ seed) & _MASK, step & _MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -39,7 +39,7 @@ _FRAGMENTATION = 0.02
 _LARGEST = 2**17
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outlook:
     """The prediction for one GPU of a run."""
 

@@ -74,3 +74,26 @@ def test_no_file_is_longer_than_500_lines_and_the_loop_is_shorter_than_250():
     sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
     assert not {str(path) for path, lines in sizes.items() if lines > 500}
     assert sizes[ROOT / "engine" / "loop.py"] < 250
+
+
+def test_dataclasses_of_tensors_are_compared_by_identity():
+    """A generated __eq__ would compare tensors, whose truth is ambiguous, and a generated __hash__ would not fit it."""
+    holders, found = {"Tensor", "ndarray"}, {}
+    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
+            if isinstance(node, ast.ClassDef) and any(name.startswith("dataclass") for name in decorators):
+                fields = [part.annotation for part in node.body if isinstance(part, ast.AnnAssign)]
+                found[node.name] = (path, {name for part in fields for name in names_in(part)}, decorators)
+    more = {"Tensor", "ndarray"}
+    while more:
+        more = {name for name, (_, fields, _) in found.items() if fields & holders} - holders
+        holders |= more
+    assert not {f"{found[name][0]}: {name}" for name in holders & found.keys() if "eq=False" not in " ".join(found[name][2])}
+
+
+def names_in(annotation: ast.expr) -> set[str]:
+    nodes = ast.walk(annotation)
+    return {
+        node.id if isinstance(node, ast.Name) else node.attr for node in nodes if isinstance(node, ast.Name | ast.Attribute)
+    }

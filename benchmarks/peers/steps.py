@@ -14,7 +14,7 @@ from torch import Tensor
 IGNORED = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One packed micro-batch; tensors are int64."""
 

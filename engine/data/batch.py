@@ -43,7 +43,7 @@ class Packing:
     """Pad packs to few different lengths, for a GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """One micro-batch: a packed row of documents.
 
@@ -92,7 +92,7 @@ class Batch:
         return Batch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One rank's part of a global step. The batches are this rank's; all numbers count the whole step over all ranks."""
 

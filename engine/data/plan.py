@@ -31,7 +31,7 @@ ORDER = 1
 MERGE_UNITS = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Units:
     """The segments of a step, in the order of the plan; for preferences, rows 2i and 2i + 1 are one pair, chosen first."""
 

@@ -64,7 +64,7 @@ def step_stream(
         thread.join()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Prefetched:
     """A step, and the event after its copies to the device, if there were any."""
 

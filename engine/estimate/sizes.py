@@ -21,7 +21,7 @@ from model.config import MistralConfig
 FLOAT32 = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     """Everything that a step's memory depends on."""
 

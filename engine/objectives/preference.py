@@ -37,7 +37,7 @@ def preference_loss(margin_P: Tensor, settings: PreferenceSettings) -> Tensor:
     return (margin_P - 1 / (2 * beta)).square()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Preference:
     """Mean preference loss over the pairs of a global step.
 

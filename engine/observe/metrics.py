@@ -35,7 +35,7 @@ _LARGEST = frozenset({"data_wait_seconds", "checkpoint_blocked_seconds"})
 Line = dict[str, Any]  # a line of metrics.jsonl: name -> value
 
 
-@dataclass
+@dataclass(eq=False)
 class StepRecord:
     """One training step. Its values stay on the device until a log line is due: reading them earlier would stall the host."""
 

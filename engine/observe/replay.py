@@ -1,5 +1,6 @@
 """Repeats one step of a run with the same data, and prints its loss by micro-batch and by document."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,7 +64,7 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
     ]
     group = host_group(ranks)
     batches = gather(batches, ranks, group)
-    worst = sorted(gather(documents, ranks, group), key=lambda document: -document.loss)[:_WORST]
+    worst = _worst(gather(documents, ranks, group))
     if ranks.main:
         lines = [_heading(run), *_compared(run, values), *batches, *(_described(run, document) for document in worst)]
         print("\n".join(lines))
@@ -76,6 +77,11 @@ def _documents(model: Mistral, objective: ReplayedObjective, batch: Batch, step:
     numbers, starts = batch.document_B[::every].tolist(), batch.document_start_B[::every].tolist()
     # Padding has a negative number.
     return [_Document(*found) for found in zip(losses, numbers, starts, strict=True) if found[1] >= 0]
+
+
+def _worst(documents: Sequence[_Document]) -> list[_Document]:
+    """The documents with the largest losses, NaN before any number."""
+    return sorted(documents, key=lambda document: (not math.isnan(document.loss), -document.loss))[:_WORST]
 
 
 def _heading(run: Run) -> str:

@@ -120,8 +120,9 @@ class AdamW:
 
 def norm_of_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Euclidean norm of the whole gradient over all ranks: a float32 scalar on the parameters' device."""
-    norm = gradient_norm([local(parameter.grad) for parameter in parameters if parameter.grad is not None])
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     sharded = parameters[0]
+    norm = gradient_norm(gradients, sharded.device)
     return sum_over_shards(norm.double().square(), sharded).sqrt().float() if isinstance(sharded, DTensor) else norm
 
 

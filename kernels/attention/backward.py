@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.attention.tiles import (
     LOG2_E,
     columns,
+    cut,
     launch_tiles,
     load_rows,
     own_range,
@@ -69,6 +70,7 @@ def attention_backward(
         tile,
         by_tile=(key_TKE, value_TKE),
         by_block=(query_THE, grad_THE),
+        blocks_by_pointer=True,
         rest=(size**-0.5, query_tiles, log_sum_exp_HT, delta_HT, grad_key_TKE, grad_value_TKE),
     )
     return grad_query_THE, grad_key_TKE, grad_value_TKE
@@ -116,9 +118,7 @@ def _query_kernel(
     d = tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
     at = head.to(tl.int64) * tokens + row
     tl.store(delta + at, d, mask=inside)
-    # Infinity for a row that sees nothing, and behind the tile's end: the weights are then 0.
-    lse = tl.load(log_sum_exp + at, mask=inside, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+    lse = tl.load(log_sum_exp + at, mask=inside, other=0.0) * LOG2_E
     acc = tl.zeros((TILE, columns(SIZE)), dtype=tl.float32)
     for listed in range(first_range, last_range):
         kv_start, kv_end, shift = own_range(work, ranges + listed, start, end, window)
@@ -129,11 +129,13 @@ def _query_kernel(
                 k = load_rows(key, key_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
                 v = load_rows(value, value_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
                 weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
+                grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - d[:, None])
                 if section != 1:
                     place = first + tl.arange(0, BLOCK)
                     visible = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
-                    weights = tl.where(visible, weights, 0.0)
-                grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - d[:, None])
+                    # The product, not the weights: values behind the range's end may be NaN.
+                    grad_scores = tl.where(visible, grad_scores, 0.0)
+                    k = cut(k, first, kv_end, BLOCK, DESCRIPTORS)
                 acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision="ieee")
     store_rows(grad_query, acc * scale, row, end, head, HEADS, SIZE)
 
@@ -142,7 +144,7 @@ def _query_kernel(
 def _key_kernel(
     key,  # [tokens, HEADS, SIZE]: a descriptor, or a pointer
     value,  # [tokens, HEADS, SIZE], likewise
-    query,  # [tokens, HEADS * GROUP, SIZE], likewise
+    query,  # [tokens, HEADS * GROUP, SIZE]: a pointer, so that zeros stand behind a range's end, not the next document
     grad,  # [tokens, HEADS * GROUP, SIZE], likewise: gradient of the output
     key_stride,  # elements from token to token
     value_stride,
@@ -165,7 +167,7 @@ def _key_kernel(
     TILE: tl.constexpr,  # keys of a program
     PARTS: tl.constexpr,  # programs for a tile of the lists
     BLOCK: tl.constexpr,  # queries of a step
-    DESCRIPTORS: tl.constexpr,  # whether the four sources are descriptors
+    DESCRIPTORS: tl.constexpr,  # whether key and value are descriptors
 ):
     """Gradients of a tile of keys and values, over all query heads that read them."""
     kv_head, start, end, first_range, last_range = own_tile(work, first_tile, HEADS, TILE, PARTS)
@@ -189,9 +191,9 @@ def _key_kernel(
                 first = query_start + block * BLOCK
                 row = first + tl.arange(0, BLOCK)
                 inside = row < query_end
-                q = load_rows(query, query_stride, head, first, query_end, BLOCK, SIZE, DESCRIPTORS)
-                g = load_rows(grad, grad_stride, head, first, query_end, BLOCK, SIZE, DESCRIPTORS)
-                # Infinity behind the range's end: the weights are 0 there, whatever the rows hold.
+                q = load_rows(query, query_stride, head, first, query_end, BLOCK, SIZE, False)
+                g = load_rows(grad, grad_stride, head, first, query_end, BLOCK, SIZE, False)
+                # Infinity behind the range's end: the weights are 0 there, because the rows are zeros.
                 lse = tl.load(log_sum_exp + base + row, mask=inside, other=float("inf")) * LOG2_E
                 d = tl.load(delta + base + row, mask=inside, other=0.0)
                 weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])

@@ -78,7 +78,7 @@ def _tile_attention(query_THE: Tensor, key_THE: Tensor, value_THE: Tensor, tile:
     return masked_attention(query_HQE, key_HJE, value_HJE, tile.mask_QJ).transpose(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batch:
     """Tiles of one padded size; mask_B1QJ says which query sees which key."""
 
@@ -88,7 +88,7 @@ class _Batch:
     mask_B1QJ: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batches:
     """What `batched_attention` gathers and computes, made once for all layers."""
 

@@ -15,6 +15,7 @@ from kernels.attention.tiles import (
     LOG2_E,
     NO_PEAK,
     columns,
+    cut,
     launch_tiles,
     load_rows,
     own_range,
@@ -105,9 +106,12 @@ def _forward_kernel(
                     scores = tl.where(visible, scores, float("-inf"))
                 total, peak, weights, kept = softmax_step(total, peak, scores, scale_log2)
                 v = load_rows(value, value_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
+                if section != 1:
+                    v = cut(v, first, kv_end, BLOCK, DESCRIPTORS)
                 acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision="ieee")
-    seen = total > 0
-    divisor = tl.where(seen, total, 1.0)
-    lse = tl.where(seen, (peak * scale_log2 + tl.log2(divisor)) / LOG2_E, float("-inf"))
+    # Only padding sees nothing, and it has no ranges. A sum of weights that is 0 or NaN is no sign of it.
+    padding = first_range == last_range
+    divisor = tl.where(padding, 1.0, total)
+    lse = tl.where(padding, float("-inf"), (peak * scale_log2 + tl.log2(divisor)) / LOG2_E)
     tl.store(log_sum_exp + head.to(tl.int64) * tokens + row, lse, mask=row < end)
-    store_rows(out, tl.where(seen[:, None], acc / divisor[:, None], 0.0), row, end, head, HEADS, SIZE)
+    store_rows(out, acc / divisor[:, None], row, end, head, HEADS, SIZE)

@@ -46,22 +46,24 @@ def launch_tiles(
     by_tile: Sequence[Tensor],  # [T, heads, E]: a program reads its own tile of each
     by_block: Sequence[Tensor],  # [T, heads, E]: a program walks through these in blocks
     rest: Sequence[Tensor | int | float],
+    blocks_by_pointer: bool = False,  # `by_block` never as descriptors
 ) -> None:
     """Start a kernel with one program for each head of `by_tile` and tile, or part of a tile.
 
-    The kernel's arguments are: `by_tile` and `by_block` (all as descriptors, or all as pointers), their strides from token to
-    token, work, ranges, tokens, window, scale_log2, `rest`, and the constants below.
+    The kernel's arguments are: `by_tile` and `by_block` (as descriptors if DESCRIPTORS, else as pointers), their strides from
+    token to token, work, ranges, tokens, window, scale_log2, `rest`, and the constants below.
     """
     config = configuration(name, work.device)
     rows, parts = _rows_and_parts(tile, config)
     loads = [(heads_side_by_side(tensor), rows) for tensor in by_tile]
     loads += [(heads_side_by_side(tensor), config.block) for tensor in by_block]
     described = config.descriptors and all(_describable(tensor) for tensor, _ in loads)
+    last = len(by_tile) if blocks_by_pointer else len(loads)
     (tokens, heads, size), others = loads[0][0].shape, loads[-1][0].shape[1]
     launch(
         kernel,
         (tiles * parts * heads,),
-        *(_described(*load) if described else load[0] for load in loads),
+        *(_described(*load) if described and number < last else load[0] for number, load in enumerate(loads)),
         *(tensor.stride(0) for tensor, _ in loads),
         work,
         ranges,
@@ -131,8 +133,9 @@ def sections(start, end, kv_start, kv_end, shift, window, BLOCK: tl.constexpr):
     """Bounds of a range's three sections, in blocks of keys, for queries [start, end).
 
     Section 0: the window's edge cuts the block for some query. Section 1: every query sees the whole block. Section 2: the
-    diagonal or the range's end cuts the block. Only blocks of section 1 are certain to lie inside the range: the masks of the
-    others also hide the rows behind its end.
+    diagonal or the range's end cuts the block. Only blocks of section 1 are certain to lie inside the range. The other sections
+    mask their scores, and zero the rows behind the range's end that a product sums over: they may be another document's, and
+    a weight of 0 times NaN is NaN.
     """
     blocks = tl.cdiv(tl.maximum(kv_end - kv_start, 0), BLOCK)
     # The last query sees no key before this block.
@@ -168,6 +171,17 @@ def load_rows(
         inside = (row < limit)[:, None] & (column < SIZE)[None, :]
         offset = tl.cast(head, tl.int64) * SIZE + row.to(tl.int64)[:, None] * stride + column[None, :]
         rows = tl.load(source + offset, mask=inside, other=0.0)
+    return rows
+
+
+@triton.jit
+def cut(rows, first, limit, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """What `load_rows` gave, with zeros from row `limit` on: as the factor of a product that sums over rows.
+
+    The tile goes through registers, so only blocks that may cross a range's end are cut.
+    """
+    if DESCRIPTORS:
+        rows = tl.where((first + tl.arange(0, ROWS) < limit)[:, None], rows, 0.0)
     return rows
 
 

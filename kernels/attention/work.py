@@ -30,7 +30,7 @@ Range = tuple[int, int, int]
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionWork:
     """The work lists of a row, in one tensor, so that one copy takes them to a device.
 
@@ -80,7 +80,7 @@ class AttentionWork:
                 yield start, end, [(begin, stop, shift) for begin, stop, shift, _ in ranges[first:last]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskedTile:
     """A tile of queries, and which of its queries sees which key."""
 

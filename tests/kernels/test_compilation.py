@@ -27,7 +27,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes of spilled registers that a kernel may have on a chip. On sm_90 smaller blocks would avoid them, and were measured to be
 # slower (`benchmarks.tune`).
-SPILLS = {(80, "query_kernel"): 128, (80, "key_kernel"): 128, (90, "key_kernel"): 64}
+SPILLS = {
+    (80, "query_kernel"): 128,
+    (80, "key_kernel"): 128,
+    (90, "key_kernel"): 64,
+    # Outside of the loops over blocks.
+    (90, "query_kernel"): 64,
+    (100, "query_kernel"): 64,
+}
 # The instructions of warpgroups' matrix products that a kernel with products must have on these chips: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose tiles may have fewer rows than these instructions take: their cost is reading, not computing.

@@ -208,6 +208,14 @@ def test_bfloat16_logits_are_never_rounded(device):
 
 
 @pytest.mark.parametrize("score", [linear_log_prob, linear_log_prob_statistics, linear_nll])
+def test_a_row_that_is_listed_twice_is_refused(score):
+    hidden, weight, target, _, grad = _inputs()
+    others = (grad,) if score is linear_nll else ()
+    with pytest.raises(ValueError, match="row 2 is listed more than once in rows_N: list each row at most once"):
+        score(hidden, weight, target, torch.tensor([2, -1, 1, -1, 2]), *others)
+
+
+@pytest.mark.parametrize("score", [linear_log_prob, linear_log_prob_statistics, linear_nll])
 @pytest.mark.parametrize("wrong", [VOCABULARY, -1])
 def test_a_target_outside_the_vocabulary_is_refused(wrong, score):
     hidden, weight, target, _, grad = _inputs()

@@ -5,8 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.adamw import _noise
+from kernels.embedding import EmbeddingNoise, noise_reference
 from kernels.launch import launch
-from kernels.philox import philox, philox_words, uniform_symmetric
+from kernels.philox import NEFTUNE, ROUNDING, key_of, philox, philox_words, uniform_symmetric
 
 # The known-answer test of the Random123 library for philox4x32, 10 rounds.
 KNOWN = [
@@ -50,3 +52,17 @@ def test_uniform_is_symmetric_and_open():
     # Mean 0 and variance 1/3, within five standard errors of 400,000 draws.
     assert abs(values.mean()) < 5 * (1 / 3 / values.numel()) ** 0.5
     assert abs(values.var() - 1 / 3) < 5 * (4 / 45 / values.numel()) ** 0.5
+
+
+def test_noise_and_rounding_draw_different_words():
+    """With the same seed, step and counter: document 0 at place 0, and parameter 0 from its first element on."""
+    place = torch.zeros(1, dtype=torch.int64)
+    noise = noise_reference(EmbeddingNoise(1.0, 5, 9, place, place, place + 1), 4)[0]
+    rounding = uniform_symmetric(_noise(0, 4, 0, key_of(ROUNDING, 5, 9), torch.device("cpu"))) * 0.5
+    assert (noise != rounding).all()
+    # The same key would have given the same words.
+    assert torch.equal(noise, uniform_symmetric(_noise(0, 4, 0, key_of(NEFTUNE, 5, 9), torch.device("cpu"))) * 0.5)
+
+
+def test_a_key_takes_32_bits_of_seed_and_step():
+    assert key_of(NEFTUNE, -1, 2**32 + 7) == (NEFTUNE ^ 0xFFFFFFFF, 7)

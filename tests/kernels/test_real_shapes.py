@@ -296,4 +296,4 @@ def test_norm_of_all_gradients_is_right(shapes):
     sizes = [(shapes.rows, shapes.width), (2 * shapes.inner, shapes.width), (shapes.width,), (1,)]
     gradients = [shapes.random(*size, seed=seed) for seed, size in enumerate(sizes)]
     exact = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
-    torch.testing.assert_close(gradient_norm(gradients).double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient_norm(gradients, gradients[0].device).double(), exact, rtol=1e-6, atol=0)

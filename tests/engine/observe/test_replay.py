@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import engine.loop
+from engine.observe.replay import _Document, _worst
 from engine.observe.spikes import documents_of
 from engine.run import open_run
 from recipes import dpo, pretrain, sft
@@ -17,6 +18,12 @@ STAGES = {"pretrain": (pretrain, "text"), "sft": (sft, "conversations"), "dpo": 
 
 def spikes_in(out):
     return [json.loads(line) for line in (out / "spikes.jsonl").read_text().splitlines()]
+
+
+def test_documents_of_nan_loss_are_the_worst():
+    losses = (2.0, float("nan"), 9.0, float("inf"), 1.0, float("nan"), -3.0)
+    worst = _worst([_Document(loss, number, 0) for number, loss in enumerate(losses)])
+    assert [document.number for document in worst] == [1, 5, 3, 2, 0]
 
 
 def loss_in(said):
