@@ -127,6 +127,8 @@ def _query_kernel(
             for block in range(bounds[section], bounds[section + 1]):
                 first = kv_start + block * BLOCK
                 k = load_rows(key, key_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
+                if section != 1:
+                    k = cut(k, first, kv_end, BLOCK, DESCRIPTORS)
                 v = load_rows(value, value_stride, kv_head, first, kv_end, BLOCK, SIZE, DESCRIPTORS)
                 weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None])
                 grad_scores = weights * (tl.dot(g, tl.trans(v), input_precision="ieee") - d[:, None])
@@ -135,7 +137,6 @@ def _query_kernel(
                     visible = within((row - shift)[:, None] - place[None, :], window) & (place < kv_end)[None, :]
                     # The product, not the weights: values behind the range's end may be NaN.
                     grad_scores = tl.where(visible, grad_scores, 0.0)
-                    k = cut(k, first, kv_end, BLOCK, DESCRIPTORS)
                 acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision="ieee")
     store_rows(grad_query, acc * scale, row, end, head, HEADS, SIZE)
 
