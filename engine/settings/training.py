@@ -1,5 +1,6 @@
 """The settings of a training run: one set of names for pre-training, fine-tuning and preference tuning."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from engine.settings.sections import (
     ProfileSettings,
     ScheduleSettings,
     Source,
+    check_finite,
 )
 from kernels.attention.backends import Backend
 from kernels.recompute import Recompute
@@ -124,7 +126,7 @@ class TrainSettings:
             )
         for name in ("steps", "epochs", "heldout_limit"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be above 0")
         for name in ("evaluate_every", "heldout_limit"):
             if getattr(self, name) and not self.heldout:
@@ -132,6 +134,5 @@ class TrainSettings:
 
 
 def check_neftune(alpha: float) -> None:
-    """Raises: ValueError for a negative NEFTune scale."""
-    if alpha < 0:
-        raise ValueError(f"neftune_alpha = {alpha}: must be 0 (no noise) or more; the paper uses 5 to 15")
+    """Raises: ValueError for a NEFTune scale that is negative or not finite."""
+    check_finite("neftune_alpha", alpha, remedy="; 0 is no noise, the paper uses 5 to 15")

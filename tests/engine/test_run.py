@@ -11,6 +11,7 @@ import torch
 
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.stream import step_stream
+from engine.observe.preview import describe
 from engine.run import open_run
 from engine.settings.training import FREE_ON_RESUME
 from model.config import read_config
@@ -244,6 +245,17 @@ def test_the_default_micro_batch_holds_the_longest_document_or_pair(tiny_setting
         run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=0), kinds)
         assert run.pack_tokens == expected
         assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_a_run_shorter_than_its_warm_up_says_how_far_it_gets(tiny_settings, tmp_path):
+    for warmup, expected in [
+        (500, "6 steps end within schedule.warmup_steps = 500, at 1.2% of the peak"),
+        (6, "after warm-up"),
+    ]:
+        settings = tiny_settings("sft", tmp_path / "run", schedule={"peak": 1e-3, "warmup_steps": warmup})
+        (line,) = (line for line in describe(open_run(settings, ("conversations",))) if line.startswith("schedule"))
+        assert expected in line
+        assert line.endswith("at last") == (warmup == 6)
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash", "flex"])
