@@ -192,15 +192,16 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     )
     run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, checkpoint=None, start=0)
     _check_sizes(run)
-    return _resumed(run)
+    run = _resumed(run)
+    if settings.replay > run.plan.steps:
+        raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
+    return run
 
 
 def _check_sizes(run: Run) -> None:
     settings, plan, limit = run.settings, run.plan, run.config.max_position_embeddings
     if settings.context_length > limit:
         raise ValueError(f"context_length = {settings.context_length} is above the model's max_position_embeddings = {limit}")
-    if settings.replay > plan.steps:
-        raise ValueError(f"replay = {settings.replay}: the run has {plan.steps} steps")
     if run.pack_tokens < plan.longest_unit:
         unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
         raise ValueError(
@@ -218,6 +219,9 @@ def _resumed(run: Run) -> Run:
     if settings.resume == "never" and not settings.replay:
         raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
     state = read_state(run.out / name)
+    before = run.plan.unmerged()
+    if state.plan == before.fingerprint:
+        run = dataclasses.replace(run, plan=before)
     _check_same_run(run, state)
     return dataclasses.replace(run, checkpoint=run.out / name, start=state.step)
 

@@ -215,6 +215,10 @@ def _decode(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         if error.lineno > 1:
             place = f"{place}:{error.lineno}"
+        if text[error.pos : error.pos + 1] == "\ufeff":
+            raise ValueError(
+                f"{place}: a byte-order mark inside the file, where two files were joined: remove these three bytes"
+            ) from None
         raise ValueError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{place}: JSON that cannot be read: {error}") from None

@@ -32,6 +32,8 @@ def test_gzip_and_byte_order_mark_change_nothing(tmp_path):
     plain.write_bytes(TEXT.encode())
     packed.write_bytes(gzip.compress(TEXT.encode("utf-8-sig")))
     assert read(plain) == read(packed)
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert read(tmp_path / "c.jsonl") == [(":1", {"text": "a"})]
 
 
 def test_jsonl_and_json_arrays_give_their_values(tmp_path):
@@ -49,6 +51,8 @@ def test_jsonl_and_json_arrays_give_their_values(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl:2: JSON that cannot be read"),
         ("a.json", b'[\n{"a": 1},\n{"b" 2}]', r"a\.json:3: broken JSON"),
+        ("a.jsonl", b'{"a": 1}\n\xef\xbb\xbf{"a": 2}\n', r"a\.jsonl:2: a byte-order mark inside the file"),
+        ("a.json", b'[{"a": 1},\n\xef\xbb\xbf{"a": 2}]', r"a\.json:2: a byte-order mark inside the file"),
         ("a.json", b'{"a": 1}', r"a\.json: holds a JSON dict, not an array"),
         ("a.txt", b"fine\n\xe3\x81\n", r"a\.txt:2: byte 0 of the line is not UTF-8"),
         ("a.txt", "文字".encode("cp932"), r"a\.txt:1: .*convert"),
