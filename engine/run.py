@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from engine.distributed.ranks import Ranks, join
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
-from engine.settings.toml import to_table
+from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
@@ -29,6 +30,8 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
 PRESET = "preset:"
+# Paths that may change on resuming: the plan's fingerprint covers the content of data and tokenizer.
+_CONTENT_COUNTS = re.compile(r"tokenizer|sources\.\d+\.path")
 # The memory plan looks at this many steps and the last one, evenly spread over the run.
 _PLANNED_STEPS = 8
 
@@ -287,7 +290,11 @@ def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> To
 def _check_same_run(run: Run, state: TrainingState) -> None:
     now = run.state(0)
     asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
+    # A setting that an older version did not know had the effect of its default.
+    began = dict(_named(defaults(type(run.settings)))) | began
     for name in sorted({*asked, *began}):
+        if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
+            continue
         if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
             raise ValueError(
                 f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}; "
