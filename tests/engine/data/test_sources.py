@@ -131,14 +131,22 @@ def test_hub_datasets_are_read_by_the_package_datasets(monkeypatch):
 
     asked = []
 
-    def load(name, *, split, revision):
-        asked.append((name, split, revision))
+    def load(name, configuration=None, *, split, revision):
+        if configuration == "none":
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['ja']")
+        asked.append((name, configuration, split, revision))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     class Api:
-        def dataset_info(self, name):
+        def dataset_info(self, name, *, revision=None):
             if name == "owner/missing":
                 raise OSError("no such\nrepository")
+            if name == "owner/gated":
+                error = OSError("403 Client Error (Request ID: x)\n\nCannot access gated repo for url u")
+                error.server_message = "Access to dataset owner/gated is restricted. Please log in."
+                raise error
+            if revision is not None:
+                return huggingface_hub.DatasetInfo(id=name, sha=revision, private=False, downloads=0, likes=0, tags=[])
             return huggingface_hub.DatasetInfo(id=name, sha="0123abc", private=False, downloads=0, likes=0, tags=[])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -150,7 +158,17 @@ def test_hub_datasets_are_read_by_the_package_datasets(monkeypatch):
     ]
     assert source.identity() == {"name": "hub:owner/name:validation", "revision": "0123abc", "rows": 2}
     find_sources(["hub:owner/name"], TEXT_SUFFIXES)
-    assert asked == [("owner/name", "validation", "0123abc"), ("owner/name", "train", "0123abc")]
+    assert asked == [("owner/name", None, "validation", "0123abc"), ("owner/name", None, "train", "0123abc")]
+    del asked[:]
+    find_sources(["hub:owner/name:ja:test", "hub:owner/name@v2:ja:"], TEXT_SUFFIXES)
+    assert asked == [("owner/name", "ja", "test", "0123abc"), ("owner/name", "ja", "train", "v2")]
+    for wrong, message in [
+        ("owner/gated", r"hub:owner/gated: not available: Access to dataset owner/gated is restricted. Please log in.$"),
+        ("owner/name:none:train", r"available configs: \['ja'\]; name one as hub:owner/name:configuration:split$"),
+        ("owner/name:a:b:c", r"must be hub:owner/name\[@revision\], then :split or :configuration:split$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_sources([f"hub:{wrong}"], TEXT_SUFFIXES)
     with pytest.raises(ValueError, match="hub:owner/missing: not available: no such repository"):
         find_sources(["hub:owner/missing"], TEXT_SUFFIXES)
 
