@@ -199,7 +199,7 @@ class Metrics:
             "step_seconds_p95": sorted(self._recent_seconds)[math.ceil(0.95 * len(self._recent_seconds)) - 1],
             "data_wait_seconds": data_wait / steps,
             "checkpoint_blocked_seconds": self._blocked_seconds,
-            **_memory(),
+            **_memory(self._ranks.device),
             "memory_planned_gib": facts.planned_bytes / 2**30,
         }
         waited = self._waits() / steps
@@ -238,8 +238,8 @@ def _step_line(record: StepRecord) -> Line:
     return {"step": record.step, "learning_rate": record.learning_rate, "tokens": record.tokens, **saved, **values}
 
 
-def _memory() -> dict[str, float]:
-    if torch.cuda.is_available():
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type == "cuda":
         return {
             "memory_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
@@ -313,6 +313,13 @@ def logged_steps(file: Path) -> Iterator[Line]:
             line = json.loads(text)
             if "loss" in line:
                 yield line
+
+
+def was_evaluated(file: Path, step: int) -> bool:
+    """Whether a metrics.jsonl holds the validation values of a step, or no longer holds the step itself."""
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    mine = [line for line in lines if line["step"] == step]
+    return not mine or any(name.startswith("eval/") for line in mine for name in line)
 
 
 def _drop_lines_after(file: Path, step: int) -> None:

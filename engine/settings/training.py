@@ -17,10 +17,12 @@ from engine.settings.sections import (
 from kernels.attention.backends import Backend
 from kernels.recompute import Recompute
 
+DEFAULT_CHECKPOINT_MINUTES = 30.0
 # A resumed run may change these: they do not change the trajectory beyond rounding.
 FREE_ON_RESUME = frozenset(
     {
         "checkpoint_every",
+        "checkpoint_minutes",
         "device",
         "dry_run",
         "evaluate_every",
@@ -95,7 +97,9 @@ class TrainSettings:
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints; 0: by checkpoint_minutes alone. The last step always has one."""
+    checkpoint_minutes: float | None = None
+    """Minutes from one checkpoint to the next; 0: none by the clock; default: 30, or 0 with checkpoint_every."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep on disk."""
     keep_every: int = 0
@@ -119,6 +123,8 @@ class TrainSettings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.checkpoint_minutes is not None:
+            check_finite("checkpoint_minutes", self.checkpoint_minutes, remedy="; 0 saves none by the clock")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every = {self.keep_every}: must be a multiple of checkpoint_every = {self.checkpoint_every}, as there "
@@ -131,6 +137,12 @@ class TrainSettings:
         for name in ("evaluate_every", "heldout_limit"):
             if getattr(self, name) and not self.heldout:
                 raise ValueError(f"{name} has no effect without heldout; name prepared folders there or leave it out")
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Seconds between checkpoints by the clock; 0: none."""
+        default = 0.0 if self.checkpoint_every else DEFAULT_CHECKPOINT_MINUTES
+        return 60 * (default if self.checkpoint_minutes is None else self.checkpoint_minutes)
 
 
 def check_neftune(alpha: float) -> None:
