@@ -18,6 +18,7 @@ from engine.checkpoint.state import load_optimizer, point_latest_at
 from engine.checkpoint.writing import Checkpointer
 from engine.data.batch import Step
 from engine.distributed.ranks import Ranks, lost_ranks_named
+from engine.distributed.run_lock import run_lock
 from engine.distributed.sharding import reduce_after
 from engine.distributed.stop import NAMES, Interruption
 from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, step_flops
@@ -31,7 +32,7 @@ from engine.optim.adamw import AdamW
 from engine.optim.schedule import learning_rate
 from engine.run import Run
 from engine.settings.toml import to_table, to_toml
-from model.folder import sole_writer, write_file
+from model.folder import write_file
 from model.mistral import Mistral
 
 # Exit status after a signal, by the shell's convention: this plus the signal's number.
@@ -101,7 +102,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
     with ExitStack() as stack:
         if run.ranks.main:
             run.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sole_writer(run.out, run.out))
+            stack.enter_context(run_lock(run.out))
             write_file(run.out / "config.toml", to_toml(settings))
         watch = Watch(run, model)
         metrics = stack.enter_context(closing(open_metrics(run, watch)))
