@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
-NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 # torchrun's own default, in seconds.
 _SHUTDOWN_TIMEOUT = 30.0
 
