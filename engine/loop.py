@@ -105,7 +105,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             stack.enter_context(run_lock(run.out))
             write_file(run.out / "config.toml", to_toml(settings))
         watch = Watch(run, model)
-        metrics = stack.enter_context(closing(open_metrics(run, watch)))
+        metrics = stack.enter_context(open_metrics(run, watch))
         checkpointer = stack.enter_context(
             Checkpointer(
                 run.out,

@@ -21,6 +21,7 @@ from engine.distributed.ranks import Ranks, join
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
+from engine.observe.metrics import check_wandb
 from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
@@ -175,6 +176,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     ranks = join(choose_device(settings.device), settings.parallel)
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
+    check_wandb(settings.log)
     _check_same_settings(settings, ranks)
     dtype = _dtype(settings.dtype, ranks.device)
     problem = cannot(settings.backend, ranks.device, dtype, gradients=True, prefixes=share_prompts)

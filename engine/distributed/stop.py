@@ -122,7 +122,7 @@ def shutdown_timeout() -> float | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     arguments = _command_line(os.getppid())
-    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, _, value = option.partition("=")
         if name.replace("_", "-") == "--shutdown-timeout":
             return _number(value or following)
