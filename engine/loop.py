@@ -5,7 +5,6 @@ checkpoints, stopping. The plan decides which tokens a step trains on and the ob
 knows which of the three it trains. Every rank runs this loop over its own part of each step.
 """
 
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -14,16 +13,18 @@ from pathlib import Path
 from torch import Tensor
 from torch.profiler import record_function
 
+from engine.checkpoint.saving import PATIENCE, Saving
 from engine.checkpoint.state import load_optimizer, point_latest_at
 from engine.checkpoint.writing import Checkpointer
 from engine.data.batch import Step
 from engine.distributed.ranks import Ranks, lost_ranks_named
+from engine.distributed.run_lock import run_lock
 from engine.distributed.sharding import reduce_after
-from engine.distributed.stop import Interruption
+from engine.distributed.stop import NAMES, Interruption
 from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, step_flops
 from engine.objectives import Objective
 from engine.objectives.heldout import Evaluation, evaluate
-from engine.observe.metrics import Metrics, RunFacts, StepRecord
+from engine.observe.metrics import Metrics, RunFacts, StepRecord, was_evaluated
 from engine.observe.profile import OPTIMIZER
 from engine.observe.spikes import SpikeLog
 from engine.observe.watch import Watch
@@ -31,11 +32,11 @@ from engine.optim.adamw import AdamW
 from engine.optim.schedule import learning_rate
 from engine.run import Run
 from engine.settings.toml import to_table, to_toml
-from model.folder import sole_writer, write_file
+from model.folder import write_file
 from model.mistral import Mistral
 
-# Exit status after SIGTERM, by the shell's convention.
-STOPPED = 128 + signal.SIGTERM
+# Exit status after a signal, by the shell's convention: this plus the signal's number.
+STOPPED = 128
 
 
 def train_step(
@@ -83,8 +84,9 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
     """Train from the run's first step, or from where its checkpoint ended, to the last.
 
     Returns: the folder of the last checkpoint.
-    Raises: SystemExit with status 143 after SIGTERM, once a checkpoint is written; FloatingPointError for a loss or gradient
-        that is not finite; OSError for a checkpoint that could not be written; ConnectionError where another rank was lost.
+    Raises: SystemExit with status 143 after SIGTERM and 130 after Ctrl-C, once a checkpoint is written; FloatingPointError
+        for a loss or gradient that is not finite; OSError where the last checkpoint could not be written; ConnectionError
+        where another rank was lost.
     """
     settings, steps, last = run.settings, run.plan.steps, run.checkpoint
     if last is not None and run.ranks.main:
@@ -100,11 +102,10 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
     with ExitStack() as stack:
         if run.ranks.main:
             run.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sole_writer(run.out, run.out))
+            stack.enter_context(run_lock(run.out))
             write_file(run.out / "config.toml", to_toml(settings))
         watch = Watch(run, model)
-        metrics = stack.enter_context(closing(open_metrics(run, watch)))
-        interruption = stack.enter_context(Interruption(run.ranks))
+        metrics = stack.enter_context(open_metrics(run, watch))
         checkpointer = stack.enter_context(
             Checkpointer(
                 run.out,
@@ -116,30 +117,61 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
                 keep_every=settings.keep_every,
             )
         )
+        saving = Saving(checkpointer, metrics.message)
+        interruption = stack.enter_context(
+            Interruption(run.ranks, save_every=settings.checkpoint_seconds, failed=lambda: checkpointer.failed)
+        )
         # Entered after the checkpointer: its last checkpoint may take longer than the watchdog waits.
         stack.enter_context(watch)
-        if run.start == 0 and evaluations:
-            metrics.evaluation(0, evaluate(model, evaluations, run.ranks, watch.alive))
+
+        def evaluated(done: int) -> bool:
+            """Evaluate. Returns: False where a signal came meanwhile, so that nothing is logged."""
+            values = evaluate(model, evaluations, run.ranks, watch.alive, interruption.stopping)
+            if values is not None:
+                metrics.evaluation(done, values)
+            return values is not None
+
+        if evaluations and _evaluate_first(run) and not evaluated(run.start):
+            number = interruption.answer().stop
+            metrics.message(f"stopped by {NAMES[number]} after step {run.start}, before anything was trained")
+            raise SystemExit(STOPPED + number)
         stream = stack.enter_context(closing(run.stream()))
         for step, waited in _timed(stream):
             done, rate = step.index + 1, learning_rate(settings.schedule, step.index, steps)
             with watch.step(done):
                 values = train_step(model, objective, optimizer, step, rate, watch.ranks)
             metrics.step(record_of(run, step, rate, values, waited))
+            whole = True
             if evaluations and (done == steps or _due(done, settings.evaluate_every)):
-                metrics.evaluation(done, evaluate(model, evaluations, run.ranks, watch.alive))
-            stop = interruption.after_step(checkpointer.failed)
-            if stop or done == steps or _due(done, settings.checkpoint_every):
+                whole = evaluated(done)
+            wishes = interruption.answer()
+            again = saving.due_again(wishes.failed)
+            if wishes.stop or wishes.save or again or done == steps or _due(done, settings.checkpoint_every):
                 metrics.flush()
                 with watch.paused(), metrics.saving():
-                    last = checkpointer.save(run.state(done))
-            if stop and done < steps:
+                    last = saving.save(run.state(done))
+                interruption.saved()
+            if wishes.stop or done == steps:
                 with watch.paused():
-                    checkpointer.wait()
-                metrics.message(f"stopped by SIGTERM after step {done}; start again to continue from {last}")
-                raise SystemExit(STOPPED)
+                    # After a signal there is no time to wait for a disk to be freed.
+                    saving.finish(run.state(done), PATIENCE[:1] if wishes.stop else PATIENCE)
+            for remark in checkpointer.remarks():
+                metrics.message(remark)
+            if wishes.stop and not (done == steps and whole):
+                name = NAMES[wishes.stop]
+                metrics.message(f"stopped by {name} after step {done}; start again to continue from {last}")
+                raise SystemExit(STOPPED + wishes.stop)
+            interruption.ask()
     assert last is not None
     return last
+
+
+def _evaluate_first(run: Run) -> bool:
+    """Whether validation comes before this process's first step: in a fresh run, or where a signal cut it off."""
+    if run.start == 0:
+        return True
+    cut = _due(run.start, run.settings.evaluate_every) and not was_evaluated(run.out / "metrics.jsonl", run.start)
+    return bool(run.ranks.from_main(cut))
 
 
 def open_metrics(run: Run, watch: Watch) -> Metrics:

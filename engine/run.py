@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,16 +11,18 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.state import TrainingState, checkpoints, model_folder, read_state
+from engine.checkpoint.state import TrainingState, checkpoints, model_folder, newest_checkpoint, read_state
 from engine.data.batch import Batch, Packing, Step, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.data.stream import step_stream
+from engine.distributed.agreement import check_same, seen, weights_sample
 from engine.distributed.ranks import Ranks, join
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
-from engine.settings.toml import to_table
+from engine.observe.metrics import check_wandb
+from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
@@ -29,6 +32,8 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
 PRESET = "preset:"
+# Paths that may change on resuming: the plan's fingerprint covers the content of data and tokenizer.
+_CONTENT_COUNTS = re.compile(r"tokenizer|sources\.\d+\.path")
 # The memory plan covers the last step and this many steps, evenly spread over the run.
 _PLANNED_STEPS = 8
 
@@ -37,7 +42,8 @@ _PLANNED_STEPS = 8
 class Run:
     """Everything the loop needs, opened and checked.
 
-    start: steps already done. checkpoint: the folder that holds them; None for a fresh run.
+    config: the checkpoint's, where there is one. start: steps already done. checkpoint: the folder that holds them; None for a
+        fresh run. starting_model: its folder; None for a preset.
     """
 
     settings: TrainSettings
@@ -50,6 +56,7 @@ class Run:
     plan: Plan
     checkpoint: Path | None
     start: int
+    starting_model: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +136,8 @@ class Run:
 
     def load_initial_model(self) -> Mistral:
         """This rank's shard of the starting model. Preference tuning uses it as the reference."""
-        if not self.settings.model.startswith(PRESET):
-            return self._load(model_folder(self.settings.model))
+        if self.starting_model is not None:
+            return self._load(self.starting_model)
         model = self.empty_model()
         parameters = dict(model.named_parameters())
         for name, values in initial_weights(model, self.settings.seed):
@@ -169,13 +176,16 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     ranks = join(choose_device(settings.device), settings.parallel)
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
+    check_wandb(settings.log)
+    _check_same_settings(settings, ranks)
     dtype = _dtype(settings.dtype, ranks.device)
     problem = cannot(settings.backend, ranks.device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
-    tokenizer = Tokenizer.load(_tokenizer_folder(settings))
-    config = _config(settings, tokenizer)
+    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks)
+    tokenizer = Tokenizer.load(_folder(settings.tokenizer, ranks) if settings.tokenizer else _own_tokenizer(settings, model))
+    config = _config(settings, model, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
@@ -190,17 +200,19 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         epochs=settings.epochs,
         share_prompts=share_prompts,
     )
-    run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, checkpoint=None, start=0)
-    _check_sizes(run)
-    return _resumed(run)
+    fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, start=0, starting_model=model)
+    _check_sizes(fresh)
+    run = _resumed(fresh)
+    if settings.replay > run.plan.steps:
+        raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
+    _check_same_content(run)
+    return run
 
 
 def _check_sizes(run: Run) -> None:
     settings, plan, limit = run.settings, run.plan, run.config.max_position_embeddings
     if settings.context_length > limit:
         raise ValueError(f"context_length = {settings.context_length} is above the model's max_position_embeddings = {limit}")
-    if settings.replay > plan.steps:
-        raise ValueError(f"replay = {settings.replay}: the run has {plan.steps} steps")
     if run.pack_tokens < plan.longest_unit:
         unit = "both sides of the longest pair" if plan.paired else "the longest document or part of one"
         raise ValueError(
@@ -217,9 +229,46 @@ def _resumed(run: Run) -> Run:
         return run
     if settings.resume == "never" and not settings.replay:
         raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
-    state = read_state(run.out / name)
+    checkpoint = seen(run.out / name, run.ranks)
+    state = read_state(checkpoint)
+    before = run.plan.unmerged()
+    if state.plan == before.fingerprint:
+        run = dataclasses.replace(run, plan=before)
     _check_same_run(run, state)
-    return dataclasses.replace(run, checkpoint=run.out / name, start=state.step)
+    config = read_config(checkpoint)
+    differing = _differences(run.config, config)
+    if differing and run.ranks.main:
+        print(f"note       {settings.model}: its configuration changed since the run began: {differing}; the run keeps its own")
+    return dataclasses.replace(run, config=config, checkpoint=checkpoint, start=state.step)
+
+
+def _differences(now: MistralConfig, began: MistralConfig) -> str:
+    """The fields in which two configurations differ, with both values."""
+    names = [field.name for field in dataclasses.fields(now) if getattr(now, field.name) != getattr(began, field.name)]
+    return ", ".join(f"{name} = {getattr(now, name)}, was {getattr(began, name)}" for name in names)
+
+
+def _check_same_settings(settings: TrainSettings, ranks: Ranks) -> None:
+    if ranks.mesh is not None:
+        check_same(ranks, dict(_named(to_table(settings))), "start every rank with the same settings")
+
+
+def _check_same_content(run: Run) -> None:
+    """Every rank proves that it reads the same as rank 0."""
+    if run.ranks.mesh is None:
+        return
+    folder = run.checkpoint or run.starting_model
+    facts = {
+        "tokenizer": run.tokenizer.fingerprint,
+        "plan": run.plan.fingerprint,
+        "model configuration": str(run.config),
+        "steps done": run.start,
+        **{f"data {source.path}": data.fingerprint for source, data in zip(run.settings.sources, run.datasets, strict=True)},
+        **{f"heldout {name}": data.fingerprint for name, data in run.heldout.items()},
+    }
+    if folder is not None:
+        facts[f"weights {folder}"] = weights_sample(folder)
+    check_same(run.ranks, facts, "copy the same files to all machines, or use a disk that they share")
 
 
 def _starting_point(settings: TrainSettings) -> str | None:
@@ -245,16 +294,20 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _tokenizer_folder(settings: TrainSettings) -> Path:
-    if settings.tokenizer:
-        return model_folder(settings.tokenizer)
-    if settings.model.startswith(PRESET):
+def _folder(name: str, ranks: Ranks) -> Path:
+    """The folder of a model's name. Rank 0 decides which checkpoint of a run folder is the newest."""
+    newest = ranks.decided(lambda: str(newest_checkpoint(name) or ""))
+    return seen(Path(newest), ranks) if newest else model_folder(name)
+
+
+def _own_tokenizer(settings: TrainSettings, model: Path | None) -> Path:
+    if model is None:
         raise ValueError(f"model = {settings.model}: a preset has no tokenizer; name its folder as tokenizer")
-    return model_folder(settings.model)
+    return model
 
 
-def _config(settings: TrainSettings, tokenizer: Tokenizer) -> MistralConfig:
-    if settings.model.startswith(PRESET):
+def _config(settings: TrainSettings, model: Path | None, tokenizer: Tokenizer) -> MistralConfig:
+    if model is None:
         return dataclasses.replace(
             preset(settings.model.removeprefix(PRESET)),
             vocab_size=padded_to_tiles(tokenizer.vocab_size),
@@ -262,7 +315,7 @@ def _config(settings: TrainSettings, tokenizer: Tokenizer) -> MistralConfig:
             bos_token_id=tokenizer.bos_id,
             eos_token_id=tokenizer.eos_id,
         )
-    config = read_config(model_folder(settings.model))
+    config = read_config(model)
     if config.unpadded_vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model} only {config.unpadded_vocab_size}; "
@@ -283,7 +336,11 @@ def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> To
 def _check_same_run(run: Run, state: TrainingState) -> None:
     now = run.state(0)
     asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
+    # A setting that an older version did not know had the effect of its default.
+    began = dict(_named(defaults(type(run.settings)))) | began
     for name in sorted({*asked, *began}):
+        if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
+            continue
         if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
             raise ValueError(
                 f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}; "

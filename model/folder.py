@@ -4,12 +4,18 @@ Checkpoints, exports, tokenizers, token shards and reports are written to a hidd
 leaves at most the hidden sibling; the next writer of a folder removes it.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# A file system that lacks an operation answers with one of these.
+_LACKING = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 
 @contextmanager
@@ -43,18 +49,26 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 
 @contextmanager
-def sole_writer(folder: Path, name: Path) -> Iterator[None]:
+def sole_writer(folder: Path, name: Path) -> Iterator[bool]:
     """Hold the lock of an existing folder; the system releases a killed process's lock.
 
-    Raises: BlockingIOError naming `name` when another process holds the lock.
+    Yields: whether the file system has such locks. Without them a warning says so, and nothing keeps two writers apart.
+    Raises: BlockingIOError naming `name` when another process holds the lock; OSError naming it for another failure.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BlockingIOError(f"{name}: another process is writing it now; wait for it or choose another name") from None
-        yield
+            locked = True
+        except OSError as error:
+            if error.errno in _HELD:
+                text = f"{name}: another process is writing it now; wait for it or choose another name"
+                raise BlockingIOError(text) from None
+            if error.errno not in _LACKING:
+                raise type(error)(f"{name}: could not be locked: {error.strerror or error}") from None
+            _say_lacking(f"has no locks ({error.strerror}): two processes that write one folder would not notice each other")
+            locked = False
+        yield locked
     finally:
         os.close(lock)
 
@@ -109,12 +123,29 @@ def write_file(path: str | Path, data: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of entries, to the disk."""
+    """Flush a file, or a folder's list of entries, to the disk.
+
+    Where the file system cannot flush folders, a warning says so. Raises: OSError naming the path for any other failure.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _LACKING or not path.is_dir():
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        _say_lacking(f"cannot flush folders ({error.strerror}): a machine that stops may lose the newest names")
     finally:
         os.close(handle)
+
+
+def _say_lacking(what: str) -> None:
+    """Say once what a file system lacks."""
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(f"this file system {what}", stacklevel=3)
+
+
+_said: set[str] = set()
 
 
 def sync_all(folder: Path) -> None:

@@ -3,7 +3,7 @@
     python -m recipes.dpo recipes/shisa/dpo.toml --out runs/dpo
 
 The reference model is the model that the run starts from. Its log-probabilities of all pairs are computed once, before the
-first step, and cached in a file named by a hash of weights and data. While training, one model is in memory.
+first step, and cached in a file named by a hash of configuration, weights and data. While training, one model is in memory.
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ class PrepareSettings:
     """text: .txt files and records with a text field; conversations: ShareGPT, messages, Alpaca, or prompt and completion;
     preferences: prompt, chosen, rejected."""
     paths: tuple[str, ...]
-    """Files (.txt, .jsonl, .json, each also .gz; .parquet), folders, patterns, or hub:owner/name[:split]."""
+    """Files (.txt, .jsonl, .json, each also .gz; .parquet), folders, patterns, or a hub data set (recipes/README.md)."""
     out: str
     """Folder for the prepared dataset."""
     tokenizer: str | None = None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from engine.checkpoint.room import check_room
 from engine.data.batch import Batch, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
@@ -14,8 +15,9 @@ from engine.run import Run
 
 def announce(run: Run) -> bool:
     """Print what the run will do. Returns whether to go on; a dry run also prints a sample, and ends here."""
+    room = [] if run.settings.replay else check_room(run)
     if run.ranks.main:
-        print("\n".join(describe(run)))
+        print("\n".join([*describe(run), *room]))
         if run.settings.dry_run:
             print("\n".join(sample(run)))
             print("dry run: nothing was trained or written")

@@ -37,7 +37,10 @@ from model.vocabulary.train import distinct, sample
 from recipes import vocabulary_comparison as comparison
 from recipes.command import command
 
+# Of the characters.
 HELDOUT_SHARE = 0.02
+# A document is held out whole where it exceeds the share by no more characters than this.
+MOST_OVER = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class VocabularySettings:
     """Tokenizer to extend: a folder with tokenizer.model, or a *.model file; default: the model's, or else Mistral 7B's own
     (needs mistral-common)."""
     heldout: tuple[str, ...] = ()
-    """Text to measure on, never trained on; default: 2 % of the documents of `text`, held out."""
+    """Text to measure on, never trained on; default: 2 % of the characters of `text`, held out."""
     model: str | None = None
     """Model to resize: run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name."""
     model_out: str | None = None
@@ -279,15 +282,22 @@ def _hold_out(documents: list[str], settings: VocabularySettings) -> tuple[list[
     """The documents to train on, and the documents to measure on by name."""
     if settings.heldout:
         return documents, {path: list(_documents([path], settings, Counter())) for path in settings.heldout}
-    if len(documents) == 1:
-        return documents, {"the text trained on (one document)": documents}
     order = list(range(len(documents)))
     random.Random(settings.seed).shuffle(order)
-    held = set(order[: max(1, round(HELDOUT_SHARE * len(documents)))])
-    return (
-        [text for index, text in enumerate(documents) if index not in held],
-        {"held out of the text": [documents[index] for index in sorted(held)]},
-    )
+    wanted = max(1, round(HELDOUT_SHARE * sum(map(len, documents))))
+    kept, held = dict(enumerate(documents)), {}
+    for index in order:
+        if wanted <= 0:
+            break
+        text = kept.pop(index)
+        if len(text) > wanted + MOST_OVER:
+            # A long document gives its end: whole documents could hold out most of the text, or none of it.
+            kept[index], text = text[:-wanted], text[-wanted:]
+        held[index] = text
+        wanted -= len(text)
+    if not kept:
+        return documents, {"the text trained on": documents}
+    return [kept[index] for index in sorted(kept)], {"held out of the text": [held[index] for index in sorted(held)]}
 
 
 def _measure(texts: list[str], base: Tokenizer, merged: Tokenizer, first_trained: Tokenizer) -> dict[str, Any]:

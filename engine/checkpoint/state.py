@@ -92,6 +92,12 @@ def read_state(folder: Path) -> TrainingState:
     return TrainingState(table["step"], table["settings"], table["plan"])
 
 
+def seconds_to_save(folder: Path) -> float | None:
+    """Seconds that writing a checkpoint took; None for a checkpoint that does not say so."""
+    seconds = _read_table(folder).get("seconds")
+    return seconds if isinstance(seconds, float) else None
+
+
 def fingerprints(folder: Path) -> dict[str, Fingerprint]:
     """The fingerprints of a checkpoint's files as they were written, by path in the folder, without the state file.
 

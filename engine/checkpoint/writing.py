@@ -7,13 +7,15 @@ other ranks' threads, over a process group of their own:
 2. The weights are written as shards, then put together as a Hugging Face folder; the ranks share its files.
 3. Every file gets a fingerprint; then the folder is synced and renamed.
 
-A failure on one rank fails the checkpoint on all ranks, and leaves nothing under the checkpoint's name.
+A failure on one rank fails the checkpoint on all ranks, and leaves nothing under the checkpoint's name. Removing old
+checkpoints is housekeeping: what cannot be removed is reported and tried again with the next checkpoint.
 """
 
 import functools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -69,6 +71,7 @@ class Checkpointer:
         self._group = host_group(ranks)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[None] | None = None
+        self._remarks: dict[str, bool] = {}  # remark -> whether it was taken
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -97,6 +100,7 @@ class Checkpointer:
         self.wait()
         folder = self._out / f"step-{state.step:08d}"
         copies, table = self._staging.copy(), {**asdict(state), "updates": self._optimizer.updates}
+        self._begun = time.perf_counter()
         self._job = self._thread.submit(self._write, folder, table, copies)
         return folder
 
@@ -110,6 +114,12 @@ class Checkpointer:
         job, self._job = self._job, None
         if job is not None:
             job.result()
+
+    def remarks(self) -> list[str]:
+        """What housekeeping could not do, each remark once."""
+        new = [remark for remark, taken in self._remarks.copy().items() if not taken]
+        self._remarks.update(dict.fromkeys(new, True))
+        return new
 
     def _write(self, folder: Path, table: dict[str, Any], copies: dict[str, Tensor]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
@@ -133,8 +143,8 @@ class Checkpointer:
 
     def _begin(self, opened: ExitStack, folder: Path) -> None:
         for debris in self._out.glob(".step-*"):
-            # A killed run left these folders; nothing else would free their disk space.
-            shutil.rmtree(debris)
+            # A killed run or a removal that failed left these folders; nothing else would free their disk space.
+            self._remove(debris)
         opened.enter_context(complete_folder(folder, overwrite=True))
 
     def _fingerprints(self, partial: Path) -> dict[str, dict[str, Any]]:
@@ -145,13 +155,24 @@ class Checkpointer:
 
     def _finish(self, opened: ExitStack, folder: Path, table: dict[str, Any]) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
+        table["seconds"] = round(time.perf_counter() - self._begun, 1)
         write_file(partial / STATE, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
         opened.close()
         point_latest_at(folder)
         for old in checkpoints(self._out)[: -self._keep]:
             if not self._keep_every or int(old.name.removeprefix("step-")) % self._keep_every:
-                # Rename before removing: a kill must not leave half a checkpoint under a complete one's name.
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+                self._remove(old)
+
+    def _remove(self, old: Path) -> None:
+        """Remove a checkpoint's folder. A link stays, and so does the folder that it points to: someone put it elsewhere."""
+        if old.is_symlink():
+            return
+        try:
+            # Rename before removing: a kill must not leave half a checkpoint under a complete one's name.
+            shutil.rmtree(old if old.name.startswith(".") else old.rename(old.with_name(f".{old.name}.old")))
+        except OSError as error:
+            remark = f"{old}: could not be removed ({error.strerror or error}); the next checkpoint tries again"
+            self._remarks.setdefault(remark, False)
 
     def _save_shards(self, folder: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor]) -> None:
         """Write each rank's shards of some tensors. Replicas hold equal shards: only one of them is written."""
@@ -208,8 +229,11 @@ class Checkpointer:
         except Exception as error:
             failure = error
         found = gather([(result, None if failure is None else str(failure))], self._ranks, self._group)
-        if failure is not None:
+        if isinstance(failure, OSError):
             raise failure
+        if failure is not None:
+            # All ranks must see the same kind of failure, as they try again together.
+            raise OSError(f"{type(failure).__name__}: {failure}") from failure
         for rank, (_, text) in enumerate(found):
             if text is not None:
                 raise OSError(f"rank {rank}: {text}")

@@ -8,27 +8,33 @@ Segments: a document longer than the context is cut into segments of `context_le
 Units: a unit is a segment, or both sides of a pair.
 Epochs: a source is the concatenation of its epochs, each shuffled by (seed, source, epoch).
 Mixing: a unit's virtual time is (places of its source before the unit) / (rate of its source). Units run by virtual time.
-Steps: step k holds the units that begin in [k * step_size, (k + 1) * step_size) of the merged order.
+Steps: step k holds the units that begin in [k * step_size, (k + 1) * step_size) of the merged order. Where the epochs end with
+less than half a step, the step before takes what is left: a few tokens would otherwise move the weights like a whole step.
 
-Nothing here depends on the number of steps, so a run can be made longer and its first steps stay the same.
+Nothing else here depends on the number of steps, so a run can be made longer and its first steps stay the same. A step is found
+when it is asked for: the unit at a place of the merged order lies within a few units of that virtual time in each source.
 """
 
+import copy
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from engine.data.dataset import TokenDataset
+from engine.data.order import SourceOrder
 from engine.data.packing import pack_best_fit
 from engine.settings.sections import Source
 
-# Raise this whenever equal inputs give another order: a run must not resume on another order than it began with.
+# Part of the fingerprint. Raise both whenever equal inputs give another order: a run must not resume on another order than it
+# began with.
 ORDER = 1
-# Units to sort at once, which bounds the memory.
-MERGE_UNITS = 2**20
+# The order of a plan whose last step took what was left. Runs that began before there was such a step go on with ORDER.
+MERGED_ORDER = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,7 @@ class Units:
 class SegmentTable:
     """The usable units (segments or pairs) of one dataset, numbered, in arrays: millions cost little.
 
-    sizes: int64 [units], places to compute of each unit; with share_prompts, a pair's shared places count once.
+    sizes: uint32 [units], places to compute of each unit; with share_prompts, a pair's shared places count once.
     skipped: pairs longer than the context, or segments of conversations without a trained place.
     """
 
@@ -62,6 +68,7 @@ class SegmentTable:
         self.skipped = 0
         self._used: np.ndarray | None = None
         self._shared: np.ndarray | None = None
+        self._first: np.ndarray | None = None
         places = dataset.lengths - 1
         if self.paired:
             sides = places.reshape(-1, 2)
@@ -69,16 +76,19 @@ class SegmentTable:
             self.skipped = int((~fits).sum())
             if self.skipped:
                 self._used = np.flatnonzero(fits)
-            self.sizes = sides.sum(axis=1)[fits]
+            self.sizes = sides.sum(axis=1)[fits].astype(np.uint32)
             if share_prompts:
-                self._shared = dataset.shared_places[fits]
+                self._shared = dataset.shared_places[fits].astype(np.uint32)
                 self.sizes -= self._shared
-            self._first = np.empty(0, dtype=np.int64)
+            return
+        if places.max(initial=0) <= context_length:
+            # Each document is one segment.
+            self.sizes = places.astype(np.uint32)
             return
         counts = -(-places // context_length)
         self._first = np.zeros(len(places) + 1, dtype=np.int64)
         np.cumsum(counts, out=self._first[1:])
-        sizes = np.full(int(self._first[-1]), context_length, dtype=np.int64)
+        sizes = np.full(int(self._first[-1]), context_length, dtype=np.uint32)
         sizes[self._first[1:] - 1] = places - (counts - 1) * context_length
         if dataset.kind == "conversations":
             # A segment without a trained place would cost a forward pass and change nothing.
@@ -96,10 +106,6 @@ class SegmentTable:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def counted(self, units: np.ndarray) -> np.ndarray:
-        """The part of a step that each given unit takes: 1 for a pair, its places for a segment; int64 [units]."""
-        return np.ones(len(units), dtype=np.int64) if self.paired else self.sizes[units]
-
     @property
     def total(self) -> int:
         """Pairs of the dataset, or places of all its segments."""
@@ -111,12 +117,20 @@ class SegmentTable:
         if self.paired:
             document = np.stack((2 * numbers, 2 * numbers + 1), axis=1).reshape(-1)
             return document, np.zeros_like(document), self.dataset.lengths[document] - 1
+        places = self.sizes[units].astype(np.int64)
+        if self._first is None:
+            return numbers, np.zeros_like(numbers), places
         document = np.searchsorted(self._first, numbers, side="right") - 1
-        return document, (numbers - self._first[document]) * self.context_length, self.sizes[units]
+        return document, (numbers - self._first[document]) * self.context_length, places
 
     def shared(self, units: np.ndarray) -> np.ndarray:
         """Places that the two sides of each given unit share, 0 without shared prompts: int64 [units]."""
-        return np.zeros(len(units), dtype=np.int64) if self._shared is None else self._shared[units]
+        return np.zeros(len(units), dtype=np.int64) if self._shared is None else self._shared[units].astype(np.int64)
+
+    @property
+    def shared_total(self) -> np.ndarray | None:
+        """`shared` of all units; None without shared prompts."""
+        return self._shared
 
 
 class Plan:
@@ -134,6 +148,7 @@ class Plan:
 
     Attributes:
         steps: int.
+        merged: bool; the last step also holds what was left behind it, less than half a step.
         fingerprint: hex; equal for equal data order, whatever the number of steps.
         paired: bool; preferences.
         skipped: of each source, `SegmentTable.skipped`.
@@ -177,27 +192,56 @@ class Plan:
         else:
             targets = [max(1, round(part * epochs * table.total)) for table, part in zip(self.tables, passes, strict=True)]
         self.passes = [target / table.total for target, table in zip(targets, self.tables, strict=True)]
-        self._sequences = [self._sequence(source, target) for source, target in enumerate(targets)]
-        counts = self._merge()
-        planned = len(counts)
-        if steps is not None and steps > planned:
-            raise ValueError(
-                f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
-                "lower steps, raise epochs, or leave epochs out to repeat the data as needed"
-            )
-        self.steps = planned if steps is None else steps
-        self._cuts = np.zeros((self.steps + 1, len(datasets)), dtype=np.int64)
-        np.cumsum(counts[: self.steps], axis=0, out=self._cuts[1:])
-        self._sequences = [sequence[: self._cuts[-1, i]] for i, sequence in enumerate(self._sequences)]
+        self._orders = [
+            SourceOrder(None if self.paired else table.sizes, len(table), seed, source)
+            for source, table in enumerate(self.tables)
+        ]
+        self._ends = None
+        self.merged = False
+        if epochs is not None:
+            self._ends = [order.first_at(target) for order, target in zip(self._orders, targets, strict=True)]
+            planned, left = self._planned(self._ends)
+            if steps is None:
+                # A number of steps that the user names is kept as it is.
+                self.merged = planned > 1 and 2 * left < step_size
+                steps = planned - self.merged
+            elif steps > planned:
+                raise ValueError(
+                    f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
+                    "lower steps, raise epochs, or leave epochs out to repeat the data as needed"
+                )
+        assert steps is not None
+        self.steps = steps
+
+    @property
+    def fingerprint(self) -> str:
         described = {
-            "order": ORDER,
-            "datasets": [dataset.fingerprint for dataset in datasets],
+            "order": MERGED_ORDER if self.merged else ORDER,
+            "datasets": [dataset.fingerprint for dataset in self.datasets],
             "rates": self._rates,
-            "seed": seed,
-            "context_length": context_length,
-            "step_size": step_size,
+            "seed": self.seed,
+            "context_length": self.context_length,
+            "step_size": self.step_size,
         }
-        self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def unmerged(self) -> "Plan":
+        """The plan with a last step of its own for what is left, however little: the order of runs that began that way."""
+        plan = copy.copy(self)
+        plan.merged, plan.steps = False, self.steps + self.merged
+        return plan
+
+    def _planned(self, ends: list[int]) -> tuple[int, int]:
+        """Steps until the sources end, and the places (pairs) of the last of them."""
+        total = sum(order.start(end) for order, end in zip(self._orders, ends, strict=True))
+        last = max((order.start(end - 1) / rate, i) for i, (order, end, rate) in enumerate(self._ended(ends)))[1]
+        (size,) = self._orders[last].counted(self._orders[last].units(ends[last] - 1, ends[last])).tolist()
+        steps = (total - size) // self.step_size + 1
+        cut = self._cuts((steps - 1) * self.step_size, None)[0]
+        return steps, total - sum(order.start(unit) for order, unit in zip(self._orders, cut, strict=True))
+
+    def _ended(self, ends: list[int]) -> Iterable[tuple[SourceOrder, int, float]]:
+        return zip(self._orders, ends, self._rates, strict=True)
 
     def _longest_unit(self) -> int:
         """Places to compute of the longest unit. Raises: ValueError for a source without units, or a step below a segment."""
@@ -220,8 +264,9 @@ class Plan:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         parts = []
+        firsts, stops = self._bounds(step)
         for source, table in enumerate(self.tables):
-            chosen = self._sequences[source][self._cuts[step, source] : self._cuts[step + 1, source]]
+            chosen = self._orders[source].units(firsts[source], stops[source])
             document, start, places = table.locate(chosen)
             parts.append((np.full(len(document), source, dtype=np.int64), document, start, places, table.shared(chosen)))
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -235,8 +280,10 @@ class Plan:
         over up to `sample_steps` evenly spread steps.
         """
         sources = []
-        totals = [int(table.sizes[sequence].sum()) for table, sequence in zip(self.tables, self._sequences, strict=True)]
-        measures = [len(sequence) for sequence in self._sequences] if self.paired else totals
+        _, stops = self._bounds(self.steps - 1)
+        ended = list(zip(self._orders, self.tables, stops, strict=True))
+        totals = [order.sum_of(table.sizes, stop) for order, table, stop in ended]
+        measures = stops if self.paired else totals
         for index, (source, table) in enumerate(zip(self.sources, self.tables, strict=True)):
             sources.append(
                 {
@@ -249,7 +296,7 @@ class Plan:
                     "seen": measures[index] / table.total,
                 }
             )
-        saved = sum(int(table.shared(units).sum()) for table, units in zip(self.tables, self._sequences, strict=True))
+        saved = sum(order.sum_of(t.shared_total, stop) for order, t, stop in ended if t.shared_total is not None)
         places = packs = 0
         for step in sorted({round(at) for at in np.linspace(0, self.steps - 1, min(sample_steps, self.steps)).tolist()}):
             sizes = self.units(step).sizes.tolist()
@@ -259,6 +306,7 @@ class Plan:
             "sources": sources,
             "steps": self.steps,
             "step_size": self.step_size,
+            "last_step": self._size(self.steps - 1),
             "tokens": sum(totals),
             "tokens_saved": saved,
             "pack_tokens": pack_tokens,
@@ -288,73 +336,66 @@ class Plan:
             f"{summary['steps']:,} steps of {self.step_size:,} {'pairs' if self.paired else 'tokens'}, "
             f"{summary['tokens']:,} tokens{saved}; packs of {pack_tokens:,} are {summary['utilisation']:.1%} full"
         )
+        last = f"the last step holds {summary['last_step']:,} {'pairs' if self.paired else 'tokens'}"
+        if self.merged:
+            lines.append(f"{last}: what was left behind it is less than half a step, and joined it")
+        elif summary["last_step"] <= self.step_size - self._slack:
+            lines.append(f"{last}, and updates the weights like a whole one")
         return lines
 
-    def _sequence(self, source: int, target: int) -> np.ndarray:
-        """The units of a source in its own order, epoch after epoch, that begin before `target` places (pairs)."""
-        table = self.tables[source]
-        dtype = np.uint32 if len(table) <= 2**32 else np.uint64
-        whole, rest = divmod(target, table.total)
-        parts = [_shuffle(len(table), self.seed, source, epoch).astype(dtype) for epoch in range(whole)]
-        if rest:
-            order = _shuffle(len(table), self.seed, source, whole).astype(dtype)
-            parts.append(order[: int(np.searchsorted(_starts(table, order), rest, side="left"))])
-        return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+    def _size(self, step: int) -> int:
+        """Places (pairs) of a step."""
+        firsts, stops = (
+            sum(order.start(unit) for order, unit in zip(self._orders, cut, strict=True)) for cut in self._bounds(step)
+        )
+        return stops - firsts
 
-    def _merge(self) -> np.ndarray:
-        """Number of units of each source in each step: int64 [steps, sources].
+    @property
+    def _slack(self) -> int:
+        """The merged place of a unit exceeds its virtual time by less than this."""
+        return sum(order.longest for order in self._orders)
 
-        The sources are merged in slices of virtual time. The slices bound the memory; the result does not depend on them.
+    def _bounds(self, step: int) -> tuple[list[int], list[int]]:
+        """Of each source, the first unit of a step, and the first unit after it."""
+        low = step * self.step_size
+        return self._cuts(low, None if self.merged and step == self.steps - 1 else low + self.step_size)
+
+    def _cuts(self, low: int, high: int | None) -> tuple[list[int], list[int]]:
+        """Of each source, its first unit at or after the places `low` and `high` of the merged order; None: the end.
+
+        A unit's place is the sum of what each source has before it. So it is at least the unit's virtual time (but for the
+        rounding of the sources' ends), and exceeds it by less than one unit of each source: only units of virtual times around
+        `low` to `high` need sorting.
         """
-        times, total = [], 0
-        for table, sequence, rate in zip(self.tables, self._sequences, self._rates, strict=True):
-            starts = _starts(table, sequence)
-            total += int(starts[-1] + table.counted(sequence[-1:])[0])
-            times.append(starts / rate)
-        counts = np.zeros((total // self.step_size + 1, len(times)), dtype=np.int64)
-        slices = max(1, sum(map(len, times)) // MERGE_UNITS)
-        edges = np.linspace(0, max(float(time[-1]) for time in times), slices + 1)[1:-1]
-        cuts = [[0, *np.searchsorted(time, edges).tolist(), len(time)] for time in times]
-        before = last = 0
-        for part in range(slices):
-            bounds = [(cut[part], cut[part + 1]) for cut in cuts]
-            owner = np.repeat(np.arange(len(times)), [stop - start for start, stop in bounds])
-            if not len(owner):
-                continue
-            order = np.argsort(np.concatenate([t[a:b] for t, (a, b) in zip(times, bounds, strict=True)]), kind="stable")
-            sizes = [table.counted(s[a:b]) for table, s, (a, b) in zip(self.tables, self._sequences, bounds, strict=True)]
-            size = np.concatenate(sizes)[order]
-            step = (before + np.cumsum(size) - size) // self.step_size
-            before += int(size.sum())
-            first, last = int(step[0]), int(step[-1])
-            for source in range(len(times)):
-                counts[first : last + 1, source] += np.bincount(
-                    step[owner[order] == source] - first, minlength=last + 1 - first
-                )
-        return counts[: last + 1]
-
-
-def _starts(table: SegmentTable, order: np.ndarray) -> np.ndarray:
-    """Places (pairs) before each unit of `order`: int64 [units]."""
-    counted = table.counted(order)
-    return np.cumsum(counted) - counted
-
-
-def _shuffle(count: int, seed: int, source: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count), keyed by (seed, source, epoch).
-
-    Sorts outputs of SplitMix64 (Steele, Lea, Flood 2014). They are distinct for distinct counters and the same in every NumPy
-    release; NumPy's own generators do not promise that.
-    """
-    key = hashlib.sha256(f"{seed} {source} {epoch}".encode()).digest()
-    mixed = np.arange(count, dtype=np.uint64)
-    mixed *= np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(int.from_bytes(key[:8], "little"))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed ^= mixed >> np.uint64(shift)
-        mixed *= np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return np.argsort(mixed)
+        earliest = max(0, low - self._slack - 1)
+        firsts, times, sizes = [], [], []
+        for source, (order, rate) in enumerate(zip(self._orders, self._rates, strict=True)):
+            end = None if self._ends is None else self._ends[source]
+            if high is None:
+                assert end is not None
+                stop = end
+            else:
+                stop = order.first_at(math.ceil((high + len(self._orders) + 1) * rate)) + 2
+                stop = stop if end is None else min(stop, end)
+            first = min(stop, max(0, order.first_at(math.floor(earliest * rate)) - 2))
+            size = order.counted(order.units(first, stop))
+            time = (order.start(first) + np.cumsum(size) - size) / rate
+            skipped = int(np.searchsorted(time, earliest, side="left"))
+            firsts.append(first + skipped)
+            times.append(time[skipped:])
+            sizes.append(size[skipped:])
+        owner = np.repeat(np.arange(len(times)), [len(time) for time in times])
+        # Stable: of equal times, the earlier source comes first.
+        merged = np.argsort(np.concatenate(times), kind="stable")
+        size = np.concatenate(sizes)[merged]
+        before = sum(order.start(first) for order, first in zip(self._orders, firsts, strict=True))
+        place = before + np.cumsum(size) - size
+        found = []
+        for bound in (low, high):
+            taken = len(place) if bound is None else int(np.searchsorted(place, bound, side="left"))
+            counts = np.bincount(owner[merged[:taken]], minlength=len(times)).tolist()
+            found.append([first + count for first, count in zip(firsts, counts, strict=True)])
+        return found[0], found[1]
 
 
 def _check_mixture(

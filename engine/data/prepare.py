@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.data.dataset import KINDS, REPORT, SHARD_TOKENS, VERSION, DatasetWriter, TokenDataset, read_report
-from engine.data.records import Pair, Unusable, read_conversation, read_pair, read_text
+from engine.data.records import READING, Pair, Turn, Unusable, read_conversation, read_pair, read_text
 from engine.data.sources import RECORD_SUFFIXES, SPLITS, TEXT_SUFFIXES, HubSource, Record, SourceFile, find_sources
 from model.folder import complete_folder
 from model.vocabulary.chat import CHAT_TEMPLATE, Message, encode_chat
@@ -75,6 +75,8 @@ def prepare(
     }
     template = "" if kind == "text" else CHAT_TEMPLATE
     determined_by = [VERSION, kind, settings, tokenizer.fingerprint, template, identities]
+    if kind != "text":
+        determined_by.append(READING)
     inputs = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
     targets = (out, aside) if heldout else (out,)
     ready = [_is_ready(target, inputs, overwrite) for target in targets]
@@ -218,10 +220,14 @@ class _Reader:
         text = content if isinstance(content, str) else json.dumps(content.prompt if isinstance(content, Pair) else content)
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest())
 
-    def _chat(self, messages: list[Message]) -> tuple[Any, Any, int]:
+    def _chat(self, messages: list[Turn]) -> tuple[Any, Any, int]:
         self._count(messages)
         encoded = encode_chat(self.tokenizer, messages)
-        return encoded.ids, encoded.trained, 0
+        trained = np.array(encoded.trained)
+        # The trained tokens of an answer are a run of their own: the next segment's beginning token follows.
+        answer = np.cumsum(np.diff(trained, prepend=False) & trained) - 1
+        weights = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+        return encoded.ids, trained & np.array(weights)[answer], 0
 
     def _pair(self, pair: Pair) -> list[tuple[Any, Any, int]]:
         documents = []
@@ -322,7 +328,7 @@ def _is_ready(path: Path, inputs: str, overwrite: bool) -> bool:
     try:
         if TokenDataset.open(path).report.get("inputs") == inputs:
             return True
-        found = "holds a dataset prepared from other inputs or settings"
+        found = "holds a dataset prepared from other inputs or settings, or by another version of this program"
     except (ValueError, FileNotFoundError) as error:
         found = f"holds a damaged dataset ({error})"
     if not overwrite:

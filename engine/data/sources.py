@@ -131,7 +131,10 @@ class SourceFile:
 
 
 class HubSource:
-    """A dataset of the Hugging Face hub, `hub:owner/name` or `hub:owner/name:split`, downloaded when it is opened."""
+    """A dataset of the Hugging Face hub, downloaded when it is opened.
+
+    Its name is `hub:owner/name[@revision]`, then nothing (the split "train"), `:split` or `:configuration:split`.
+    """
 
     def __init__(self, name: str):
         try:
@@ -139,15 +142,22 @@ class HubSource:
             import huggingface_hub
         except ImportError:
             raise ValueError(f"{name}: a dataset of the hub {NEEDS_EXTRA}") from None
-        repository, _, part = name.removeprefix(HUB).partition(":")
+        pinned, *parts = name.removeprefix(HUB).split(":")
+        repository, _, asked = pinned.partition("@")
+        if not repository or len(parts) > 2:
+            raise ValueError(f"{name}: must be hub:owner/name[@revision], then :split or :configuration:split")
+        configuration, part = ([None, *parts] if len(parts) < 2 else parts) if parts else (None, "train")
         self.name = name
         self.position = 0
         try:
-            self.revision = huggingface_hub.HfApi().dataset_info(repository).sha
-            self._rows = datasets.load_dataset(repository, split=part or "train", revision=self.revision)
+            self.revision = huggingface_hub.HfApi().dataset_info(repository, revision=asked or None).sha
+            self._rows = datasets.load_dataset(repository, configuration or None, split=part or "train", revision=self.revision)
         except Exception as error:
             # Network, hub and dataset fail in many ways; the user needs the name and the reason in one line.
-            raise ValueError(f"{name}: not available: {' '.join(str(error).split())}") from None
+            # The hub's own words say why: a gated repository asks for a login, a wrong configuration lists the known ones.
+            said = getattr(error, "server_message", None) or str(error)
+            remedy = "; name one as hub:owner/name:configuration:split" if "Config name is missing" in said else ""
+            raise ValueError(f"{name}: not available: {' '.join(said.split())}{remedy}") from None
         self.size = len(self._rows)
 
     def identity(self) -> dict[str, Any]:
@@ -215,6 +225,10 @@ def _decode(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         if error.lineno > 1:
             place = f"{place}:{error.lineno}"
+        if text[error.pos : error.pos + 1] == "\ufeff":
+            raise ValueError(
+                f"{place}: a byte-order mark inside the file, where two files were joined: remove these three bytes"
+            ) from None
         raise ValueError(f"{place}: broken JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{place}: JSON that cannot be read: {error}") from None

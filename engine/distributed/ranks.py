@@ -53,6 +53,19 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def decided(self, action: Callable[[], Any]) -> Any:
+        """What the action returns on rank 0, on every rank; if it raises there, every rank raises the same error."""
+        result = error = None
+        if self.main:
+            try:
+                result = action()
+            except (OSError, ValueError) as failure:
+                error = failure
+        result, error = self.from_main([result, error])
+        if error is not None:
+            raise error
+        return result
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's value on every rank: text, a number, None, or a list of these."""
         if self.mesh is None:
@@ -65,9 +78,10 @@ class Ranks:
 def join(device: torch.device, settings: ParallelSettings) -> Ranks:
     """Join the processes that torchrun or another launcher started. Without a launcher the run has one rank.
 
-    Raises: ValueError if the replicas do not divide the ranks, or this machine has fewer GPUs than processes;
-        ConnectionError if the other ranks cannot be reached.
+    Raises: ValueError if another launcher started several processes that do not know one another, the replicas do not divide
+        the ranks, or this machine has fewer GPUs than processes; ConnectionError if the other ranks cannot be reached.
     """
+    _check_launcher()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % settings.replicas:
         raise ValueError(
@@ -89,6 +103,25 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
         _connect(device, settings)
     mesh = _mesh(device, ranks, settings)
     return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
+
+
+# Variable of a launcher that holds the number of processes -> command that starts one process.
+_LAUNCHERS = {"SLURM_NTASKS": "srun --ntasks-per-node 1", "OMPI_COMM_WORLD_SIZE": "mpirun --map-by ppr:1:node"}
+
+
+def _check_launcher() -> None:
+    """Refuse several processes that would each train a run of their own in one folder."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    for variable, start in _LAUNCHERS.items():
+        processes = os.environ.get(variable, "")
+        if processes.isdigit() and int(processes) > 1:
+            raise ValueError(
+                f"{variable} = {processes}: {start.split()[0]} started {processes} processes, and nothing tells them of one "
+                f"another (WORLD_SIZE is not set), so each would train alone in the same folder. Start one torchrun a machine: "
+                f"{start} torchrun --nnodes MACHINES --nproc-per-node GPUS --shutdown-timeout 600 --rdzv-backend c10d "
+                f"--rdzv-endpoint HOST:29400 -m RECIPE CONFIG; for one process, unset {variable}"
+            )
 
 
 def _connect(device: torch.device, settings: ParallelSettings) -> None:

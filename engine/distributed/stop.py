@@ -1,7 +1,16 @@
-"""All ranks stop after the same step when one of them received SIGTERM, or has a reason of its own."""
+"""All ranks save and stop after the same step: after SIGTERM or Ctrl-C, when a checkpoint is due by the clock, or failed.
 
+Also says how long torchrun waits after SIGTERM before it kills.
+"""
+
+import inspect
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -10,44 +19,148 @@ import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
 
+NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+# torchrun's own default, in seconds.
+_SHUTDOWN_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What at least one rank wishes. All ranks act on the same wishes after the same step."""
+
+    stop: int = 0  # the largest signal that asked to stop; 0 for none
+    save: bool = False  # the clock of rank 0 says that a checkpoint is due
+    failed: bool = False  # a checkpoint could not be written
+
 
 class Interruption:
-    """Asks after each step whether any rank wants to stop. A context manager, inside which SIGTERM asks to stop.
+    """Tells after each step what the ranks wish. A context manager, inside which SIGTERM and Ctrl-C ask to stop.
 
-    Schedulers send SIGTERM some time before they kill, and torchrun passes it on. The ranks' requests are summed while the next
-    step runs. No rank waits for the sum, so the answer is one step old.
+    Schedulers send SIGTERM some time before they kill, and torchrun passes it on. The ranks' wishes are compared while the next
+    step runs. No rank waits for the comparison, so the answer is one step old. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._terminated = False
-        self._previous_handler: Any = None
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        save_every: float = 0.0,  # seconds between checkpoints; 0: none by the clock
+        failed: Callable[[], bool] = lambda: False,  # whether a checkpoint of this rank could not be written
+    ) -> None:
+        self._ranks, self._save_every, self._failed = ranks, save_every, failed
+        self._saved = time.monotonic()
+        self._signal = self._agreed_signal = 0
+        self._save = self._checkpoint_failed = False
+        self._previous_handlers: dict[int, Any] = {}
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in NAMES}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
-    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
-        self._terminated = True
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = max(self._signal, number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # print() may be what the signal interrupted.
+            os.write(2, b"\nCtrl-C: saving after this step; press it again to leave at once\n")
 
-    def after_step(self, stop: bool = False) -> bool:
-        """Returns whether all ranks stop now. Every rank calls this after every step. stop: this rank's own reason to stop."""
-        stop = stop or self._terminated
+    def saved(self) -> None:
+        """Count the time to the next checkpoint from now."""
+        self._saved = time.monotonic()
+
+    def answer(self) -> Wishes:
+        """What the ranks wished when `ask` was last called; a single rank's wishes of now. Call it after every step."""
         if self._ranks.mesh is None:
-            return stop
-        answer = False
-        if self._pending is not None:
-            work, requests = self._pending
-            work.wait()
-            answer = bool(requests)
-        requests = torch.tensor(float(stop))
-        work = dist.all_reduce(requests, async_op=True)
+            return Wishes(*self._mine())
+        self._hear()
+        wishes = Wishes(self._agreed_signal, self._save, self._checkpoint_failed)
+        self._save = self._checkpoint_failed = False
+        return wishes
+
+    def ask(self) -> None:
+        """Send this rank's wishes to the others, once it has acted on the answer. Every rank calls it after every step."""
+        if self._ranks.mesh is not None:
+            self._send(self._mine())
+
+    def stopping(self) -> bool:
+        """Whether all ranks stop now, without waiting for the end of a step. All ranks call it equally often."""
+        if self._ranks.mesh is None:
+            return bool(self._signal)
+        self._hear()
+        self._send((self._signal, False, False))
+        return bool(self._agreed_signal)
+
+    def _mine(self) -> tuple[int, bool, bool]:
+        due = self._ranks.main and 0 < self._save_every <= time.monotonic() - self._saved
+        return self._signal, due, self._failed()
+
+    def _send(self, wishes: tuple[int, bool, bool]) -> None:
+        requests = torch.tensor([float(wish) for wish in wishes])
+        work = dist.all_reduce(requests, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (work, requests)
-        return answer
+
+    def _hear(self) -> None:
+        if self._pending is None:
+            return
+        work, requests = self._pending
+        work.wait()
+        stop, save, failed = requests.tolist()
+        self._pending = None
+        self._agreed_signal = max(self._agreed_signal, int(stop))
+        self._save, self._checkpoint_failed = self._save or bool(save), self._checkpoint_failed or bool(failed)
+
+
+def shutdown_timeout() -> float | None:
+    """Seconds that torchrun gives its workers after SIGTERM; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    arguments = _command_line(os.getppid())
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, _, value = option.partition("=")
+        if name.replace("_", "-") == "--shutdown-timeout":
+            return _number(value or following)
+    return _number(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", ""))
+
+
+def shutdown_warning(
+    seconds: float,  # that saving takes
+    source: str,  # where the figure comes from
+) -> str | None:
+    """One line where torchrun would kill the run before a checkpoint is written, else None."""
+    limit = shutdown_timeout()
+    if limit is None or seconds <= limit:
+        return None
+    from torch.distributed.launcher.api import LaunchConfig
+
+    needed = max(600, 60 * -(-int(2 * seconds) // 60))
+    known = "shutdown_timeout" in inspect.signature(LaunchConfig).parameters
+    remedy = (
+        f"start torchrun with --shutdown-timeout {needed}"
+        if known
+        else f"torch {torch.__version__}'s torchrun cannot wait longer: set checkpoint_minutes to what you can lose"
+    )
+    return (
+        f"warning    torchrun kills its workers {limit:.0f} s after SIGTERM, saving takes {seconds:.0f} s ({source}): a run "
+        f"that is told to stop would lose its last steps; {remedy}"
+    )
+
+
+def _command_line(process: int) -> list[str]:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return _SHUTDOWN_TIMEOUT

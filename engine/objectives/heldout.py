@@ -29,10 +29,12 @@ def evaluate(
     evaluations: Sequence[Evaluation],
     ranks: Ranks | None = None,
     alive: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The objective's values on each held-out set, over all ranks: {"eval/<name>/<value>": ...}.
 
-    Args: alive: called before each micro-batch, as a sign of life.
+    Args: alive: called before each micro-batch, as a sign of life. stopping: asked before each micro-batch whether to give up.
+    Returns: None where it gave up.
     """
     model.eval()
     device = model.lm_head.weight.device
@@ -42,6 +44,10 @@ def evaluate(
         batches = evaluation.step.batches
         for batch in share_of(batches, ranks.rank, ranks.ranks) if ranks else batches:
             alive()
+            if stopping():
+                reshard(model)
+                model.train()
+                return None
             for name, value in evaluation.objective(model, batch.to(device), evaluation.step).items():
                 totals[name] = totals.get(name, 0) + value.double()
         summed = ranks.sum(totals) if ranks else totals

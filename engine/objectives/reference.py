@@ -1,12 +1,13 @@
 """The frozen reference of preference tuning: its log-probabilities, computed once and kept on disk.
 
-A file's name is a hash of everything that its numbers depend on (weights, dtype, data, context). So a later run with the same
-reference and data reuses the file, and no stale file is ever read.
+A file's name is a hash of everything that its numbers depend on: the model's configuration, weights, dtype, data, context. So a
+later run with the same reference and data reuses the file, and no stale file is ever read.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,13 +22,23 @@ from engine.distributed.ranks import lost_ranks_named
 from engine.distributed.sharding import reshard, whole
 from engine.objectives.preference import reference_log_probs
 from engine.run import Run
-from model.config import read_json
+from model.config import MistralConfig, read_json
 from model.folder import write_file
 from model.mistral import Mistral
 from model.tensor_file import TensorStream, write_tensor_file
 
-# Holds the hash of the reference's weights, so that a resumed run finds its tables without loading the weights.
+# Holds the hashes of the reference's weights and configuration, so that a resumed run finds its tables without the weights.
 MANIFEST = "reference.json"
+# Fields of the configuration that no log-probability depends on. All others count, those of a later version too.
+_WITHOUT_INFLUENCE = frozenset({"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The hashes (hex) that identify a reference model. config: None for a run that began before the configuration counted."""
+
+    weights: str
+    config: str | None
 
 
 @lost_ranks_named()
@@ -40,24 +51,30 @@ def reference_tables(
 
     Returns: name -> float32 [pairs, 2] of (chosen, rejected), NaN for a pair in no micro-batch; and the model of the run's
         next step: the reference itself for a fresh run, the checkpoint's model for a resumed run.
-    Raises: ValueError when a resumed run needs the reference's weights and they have changed since it began.
+    Raises: ValueError when the reference's configuration has changed since a resumed run began, or its weights where the run
+        needs them.
     """
     manifest, ranks = run.out / MANIFEST, run.ranks
     model: Mistral | None = None
-    known = read_json(manifest).get("weights", "") if run.checkpoint is not None and manifest.is_file() else None
-    weights = ranks.from_main(known)
-    if weights is None:
+    known = read_json(manifest) if ranks.main and run.checkpoint is not None and manifest.is_file() else None
+    known = ranks.from_main(known)
+    if known is None:
         model = run.load_initial_model()
-        weights = weights_hash(model)
+        reference = Reference(weights_hash(model), config_hash(run.config))
+    else:
+        reference = Reference(known.get("weights", ""), known.get("config"))
+        if reference.config not in (None, config_hash(run.config)):
+            raise ValueError(_changed(run, "configuration"))
     tables: dict[str, Tensor] = {}
     for name, (dataset, batches) in sets.items():
-        path = cache / f"{_key(run, weights, dataset, batches)}.safetensors"
+        path = cache / f"{_key(run, reference, dataset, batches)}.safetensors"
         table = _read(path, len(dataset) // 2)
         # Each rank reads for itself; if one rank lacks the table, all ranks compute it.
         if ranks.sum_(torch.tensor(float(table is None))) > 0:
             if model is None:
                 model = run.load_initial_model()
-                _check_unchanged(run, weights_hash(model), weights)
+                if weights_hash(model) != reference.weights:
+                    raise ValueError(_changed(run, "weights"))
             table = _compute(run, model, name, dataset, batches)
             if ranks.main and not run.settings.replay:
                 cache.mkdir(parents=True, exist_ok=True)
@@ -68,17 +85,22 @@ def reference_tables(
         assert model is not None
         if ranks.main and not run.settings.replay:
             run.out.mkdir(parents=True, exist_ok=True)
-            write_file(manifest, json.dumps({"weights": weights}) + "\n")
+            write_file(manifest, json.dumps(asdict(reference)) + "\n")
         return tables, model
     return tables, run.load_model()
 
 
-def _check_unchanged(run: Run, weights: str, began_with: str) -> None:
-    if weights != began_with:
-        raise ValueError(
-            f"model = {run.settings.model}: its weights have changed since the run in {run.out} began with them as its "
-            "reference; restore them or choose another out"
-        )
+def _changed(run: Run, what: str) -> str:
+    return (
+        f"model = {run.settings.model}: its {what} changed since the run in {run.out} began with it as its reference; "
+        f"restore the {what} or choose another out"
+    )
+
+
+def config_hash(config: MistralConfig) -> str:
+    """SHA-256 (hex) of the fields of a configuration that log-probabilities depend on."""
+    table = {name: value for name, value in asdict(config).items() if name not in _WITHOUT_INFLUENCE}
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(model: Mistral) -> str:
@@ -90,8 +112,9 @@ def weights_hash(model: Mistral) -> str:
     return digest.hexdigest()
 
 
-def _key(run: Run, weights: str, dataset: TokenDataset, batches: list[Batch]) -> str:
-    digest = hashlib.sha256(f"1 {weights} {dataset.fingerprint} {run.settings.context_length}\n".encode())
+def _key(run: Run, reference: Reference, dataset: TokenDataset, batches: list[Batch]) -> str:
+    identity = f"1 {reference.weights}" if reference.config is None else f"2 {reference.weights} {reference.config}"
+    digest = hashlib.sha256(f"{identity} {dataset.fingerprint} {run.settings.context_length}\n".encode())
     for batch in batches:
         assert batch.pair_B is not None
         digest.update(batch.pair_B.numpy().tobytes())

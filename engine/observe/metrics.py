@@ -4,10 +4,12 @@ All ranks call the same methods after the same steps; rank 0 writes. engine/READ
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import math
 import resource
+import secrets
 import statistics
 import sys
 import time
@@ -70,6 +72,7 @@ class Metrics:
     Steps are numbered from 1; the evaluation before the first step is step 0. Lines that an earlier attempt wrote after the
     step this run starts from are removed first.
 
+    A context manager: an error inside ends the run in Weights & Biases as failed.
     Raises: ValueError when `log.wandb` is set and wandb is not installed.
     """
 
@@ -152,10 +155,20 @@ class Metrics:
         """Start timing anew: evaluation and checkpoints do not count in the training speed."""
         self._interval_start, self._marks = time.perf_counter(), [mark(self._ranks.device)]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        status = 0 if error is None else 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            status = error.code
+        self.close(status)
+
+    def close(self, status: int = 0) -> None:
+        """Close the files. status: of the run; not 0 where it failed or was stopped."""
         self.bar.close()
         for sink in self._sinks:
-            sink.close()
+            sink.close(status)
 
     def _write(self, lines: list[Line]) -> None:
         for sink in self._sinks:
@@ -199,7 +212,7 @@ class Metrics:
             "step_seconds_p95": sorted(self._recent_seconds)[math.ceil(0.95 * len(self._recent_seconds)) - 1],
             "data_wait_seconds": data_wait / steps,
             "checkpoint_blocked_seconds": self._blocked_seconds,
-            **_memory(),
+            **_memory(self._ranks.device),
             "memory_planned_gib": facts.planned_bytes / 2**30,
         }
         waited = self._waits() / steps
@@ -238,8 +251,8 @@ def _step_line(record: StepRecord) -> Line:
     return {"step": record.step, "learning_rate": record.learning_rate, "tokens": record.tokens, **saved, **values}
 
 
-def _memory() -> dict[str, float]:
-    if torch.cuda.is_available():
+def _memory(device: torch.device) -> dict[str, float]:
+    if device.type == "cuda":
         return {
             "memory_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
@@ -267,7 +280,7 @@ class _Sink(Protocol):
 
     def write(self, lines: list[Line]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, status: int) -> None: ...
 
 
 def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: SpikeLog | None) -> list[_Sink]:
@@ -283,8 +296,9 @@ def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: Spike
             sinks.append(_TensorBoard(out / "tensorboard", kept))
         except ImportError:
             print("tensorboard is not installed: no event files (pip install tensorboard, or log.tensorboard = false)")
+    check_wandb(settings)
     if settings.wandb:
-        sinks.append(_WeightsAndBiases(settings.wandb, out, facts.config))
+        sinks.append(_WeightsAndBiases(settings.wandb, out, facts))
     return sinks
 
 
@@ -297,7 +311,7 @@ class _JsonLines:
         with self._file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n" for line in lines)
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:
         pass
 
 
@@ -313,6 +327,13 @@ def logged_steps(file: Path) -> Iterator[Line]:
             line = json.loads(text)
             if "loss" in line:
                 yield line
+
+
+def was_evaluated(file: Path, step: int) -> bool:
+    """Whether a metrics.jsonl holds the validation values of a step, or no longer holds the step itself."""
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    mine = [line for line in lines if line["step"] == step]
+    return not mine or any(name.startswith("eval/") for line in mine for name in line)
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
@@ -340,26 +361,40 @@ class _TensorBoard:
             for name, value in _numbers(line).items():
                 self._writer.add_scalar(name, value, line["step"])
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:
         self._writer.close()
 
 
-class _WeightsAndBiases:
-    """Raises: ValueError when wandb is not installed."""
+def check_wandb(settings: LogSettings) -> None:
+    """Raises: ValueError when `log.wandb` is set and wandb is not installed."""
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or leave it empty")
 
-    def __init__(self, project: str, out: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or leave it empty") from None
-        self._run = wandb.init(project=project, name=out.name, dir=str(out), config=config, resume="allow")
+
+class _WeightsAndBiases:
+    """The run folder keeps the run's id, so that a resumed run continues the same run of Weights & Biases."""
+
+    def __init__(self, project: str, out: Path, facts: RunFacts) -> None:
+        import wandb
+
+        file = out / "wandb-id"
+        if facts.start == 0 or not file.is_file():
+            write_file(file, secrets.token_hex(8) + "\n")
+        self._run = wandb.init(
+            project=project,
+            id=file.read_text(encoding="utf-8").strip(),
+            name=out.name,
+            dir=str(out),
+            config=facts.config,
+            resume="allow",
+        )
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
             self._run.log(_numbers(line), step=line["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, status: int) -> None:
+        self._run.finish(exit_code=status)
 
 
 def _numbers(line: Line) -> Line:

@@ -3,6 +3,7 @@
 from engine.data.batch import Batch, Packing, make_step
 from engine.optim.schedule import learning_rate
 from engine.run import Run
+from engine.settings.sections import ScheduleSettings
 
 _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 160
 
@@ -10,15 +11,26 @@ _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 160
 def describe(run: Run) -> list[str]:
     """The run's model, memory, data and schedule, one line each."""
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
-    rates = [learning_rate(schedule, step, steps) for step in (0, min(schedule.warmup_steps, steps - 1), steps - 1)]
     return [
         f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
         f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
         f"memory     {_planned(run)}",
         *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
-        f"schedule   {schedule.kind}: learning rate {rates[0]:.2e}, {rates[1]:.2e} after warm-up, {rates[2]:.2e} at last",
+        f"schedule   {_scheduled(schedule, steps)}",
         f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
     ]
+
+
+def _scheduled(schedule: ScheduleSettings, steps: int) -> str:
+    """The learning rate's course, and whether the run ends before its warm-up does."""
+    first, last = (learning_rate(schedule, step, steps) for step in (0, steps - 1))
+    if schedule.warmup_steps > steps:
+        return (
+            f"learning rate {first:.2e} to {last:.2e}: the run's {steps:,} steps end within schedule.warmup_steps = "
+            f"{schedule.warmup_steps:,}, at {last / schedule.peak:.1%} of the peak; lower warmup_steps to reach it"
+        )
+    warm = learning_rate(schedule, min(schedule.warmup_steps, steps - 1), steps)
+    return f"{schedule.kind}: learning rate {first:.2e}, {warm:.2e} after warm-up, {last:.2e} at last"
 
 
 def _planned(run: Run) -> str:

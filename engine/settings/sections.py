@@ -12,6 +12,12 @@ from typing import Literal
 LEAST_HISTORY = 10
 
 
+def check_finite(name: str, value: float, *, above: bool = False, remedy: str = "") -> None:
+    """Raises: ValueError naming the setting where the value is negative, infinite or NaN; with `above`, also where it is 0."""
+    if not math.isfinite(value) or value < 0 or (above and value == 0):
+        raise ValueError(f"{name} = {value}: must be a number {'above 0' if above else 'that is 0 or more'}{remedy}")
+
+
 @dataclass(frozen=True)
 class Source:
     """One prepared dataset of the mixture. A mixture uses either shares or passes."""
@@ -47,8 +53,7 @@ class ParallelSettings:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ValueError(f"parallel.replicas = {self.replicas}: must be at least 1")
-        if not self.timeout > 0:
-            raise ValueError(f"parallel.timeout = {self.timeout}: must be above 0 seconds")
+        check_finite("parallel.timeout", self.timeout, above=True, remedy=" (seconds)")
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,9 @@ class OptimizerSettings:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must lie in 0 .. 1, 1 excluded")
-        if not self.eps > 0:
-            raise ValueError(f"optimizer.eps = {self.eps}: must be above 0")
-        for name in ("weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be 0 or more")
+        check_finite("optimizer.eps", self.eps, above=True)
+        check_finite("optimizer.weight_decay", self.weight_decay)
+        check_finite("optimizer.clip_norm", self.clip_norm, remedy="; 0 clips nothing")
         if self.skip_limit < 1:
             raise ValueError(f"optimizer.skip_limit = {self.skip_limit}: must be at least 1")
 
@@ -107,8 +110,7 @@ class ScheduleSettings:
     """Learning rate at the end of cosine and linear, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if not self.peak > 0:
-            raise ValueError(f"schedule.peak = {self.peak}: the learning rate must be above 0")
+        check_finite("schedule.peak", self.peak, above=True, remedy=", as it is the learning rate")
         if self.warmup_steps < 0:
             raise ValueError(f"schedule.warmup_steps = {self.warmup_steps}: must be 0 or more")
         if not 0 <= self.final_share <= 1:
@@ -130,8 +132,7 @@ class PreferenceSettings:
     """Assumed share of flipped labels, below 0.5 (conservative DPO; sigmoid only)."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"preference.beta = {self.beta}: must be above 0")
+        check_finite("preference.beta", self.beta, above=True)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"preference.label_smoothing = {self.label_smoothing}: must lie in 0 .. 0.5, 0.5 excluded")
         if self.label_smoothing and self.loss != "sigmoid":
@@ -168,8 +169,7 @@ class GuardSettings:
 
     def __post_init__(self) -> None:
         for name in ("spike", "lag"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"guard.{name} = {getattr(self, name)}: must be above 0, or 0 to turn it off")
+            check_finite(f"guard.{name}", getattr(self, name), remedy="; 0 turns it off")
         if self.history < LEAST_HISTORY:
             raise ValueError(f"guard.history = {self.history}: must be at least {LEAST_HISTORY} steps")
 

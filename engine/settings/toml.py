@@ -159,6 +159,16 @@ def to_table(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
 
 
+def defaults(settings_class: type) -> dict[str, Any]:
+    """The values of all settings that have a default, as plain TOML values without None."""
+    table = {}
+    for field in dataclasses.fields(settings_class):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value is not dataclasses.MISSING and value is not None:
+            table[field.name] = to_table(value) if dataclasses.is_dataclass(value) else value
+    return table
+
+
 def to_toml(settings: Any) -> str:
     """The settings as TOML text that `read_toml` turns into an equal object."""
     import tomli_w  # here, as only writing a file needs it

@@ -1,5 +1,6 @@
 """The settings of a training run: one set of names for pre-training, fine-tuning and preference tuning."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,14 +12,17 @@ from engine.settings.sections import (
     ProfileSettings,
     ScheduleSettings,
     Source,
+    check_finite,
 )
 from kernels.attention.backends import Backend
 from kernels.recompute import Recompute
 
+DEFAULT_CHECKPOINT_MINUTES = 30.0
 # A resumed run may change these: they do not change the trajectory beyond rounding.
 FREE_ON_RESUME = frozenset(
     {
         "checkpoint_every",
+        "checkpoint_minutes",
         "device",
         "dry_run",
         "evaluate_every",
@@ -93,7 +97,9 @@ class TrainSettings:
     evaluate_every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints; 0: by checkpoint_minutes alone. The last step always has one."""
+    checkpoint_minutes: float | None = None
+    """Minutes from one checkpoint to the next; 0: none by the clock; default: 30, or 0 with checkpoint_every."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep on disk."""
     keep_every: int = 0
@@ -117,6 +123,8 @@ class TrainSettings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.checkpoint_minutes is not None:
+            check_finite("checkpoint_minutes", self.checkpoint_minutes, remedy="; 0 saves none by the clock")
         if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
             raise ValueError(
                 f"keep_every = {self.keep_every}: must be a multiple of checkpoint_every = {self.checkpoint_every}, as there "
@@ -124,14 +132,19 @@ class TrainSettings:
             )
         for name in ("steps", "epochs", "heldout_limit"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be above 0")
         for name in ("evaluate_every", "heldout_limit"):
             if getattr(self, name) and not self.heldout:
                 raise ValueError(f"{name} has no effect without heldout; name prepared folders there or leave it out")
 
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Seconds between checkpoints by the clock; 0: none."""
+        default = 0.0 if self.checkpoint_every else DEFAULT_CHECKPOINT_MINUTES
+        return 60 * (default if self.checkpoint_minutes is None else self.checkpoint_minutes)
+
 
 def check_neftune(alpha: float) -> None:
-    """Raises: ValueError for a negative NEFTune scale."""
-    if alpha < 0:
-        raise ValueError(f"neftune_alpha = {alpha}: must be 0 (no noise) or more; the paper uses 5 to 15")
+    """Raises: ValueError for a NEFTune scale that is negative or not finite."""
+    check_finite("neftune_alpha", alpha, remedy="; 0 is no noise, the paper uses 5 to 15")

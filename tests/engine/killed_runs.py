@@ -77,7 +77,7 @@ def wait_for_checkpoint(*_):
 
 
 def fill_disk(*_):
-    """Limit the size of files below that of the optimizer's shards, as a full disk would."""
+    """Limit the size of files below that of the optimizer's shards, as a full disk would, on the rank that has the fault."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
@@ -185,6 +185,7 @@ def train(job):
 def ready():
     """Prepare for the first fork."""
     torch.set_num_threads(1)
+    engine.loop.PATIENCE = (0.0,)
     spare_forks_the_garbage()
     # fsync guards against a machine that stops; a killed process loses nothing that it has written.
     os.fsync = lambda handle: None

@@ -1,5 +1,6 @@
 """A run that cannot work is refused before its first step, in one line with the cause and the remedy, and writes nothing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import torch
 
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.stream import step_stream
+from engine.observe.preview import describe
 from engine.run import open_run
 from engine.settings.training import FREE_ON_RESUME
 from model.config import read_config
@@ -209,6 +211,54 @@ def test_a_dtype_equal_to_the_resolved_one_resumes(tiny_settings, begun, tmp_pat
     assert state["settings"]["dtype"] == "float32"
 
 
+def test_data_and_tokenizer_may_move(tiny_settings, tiny_data, tiny_model, begun, tmp_path):
+    data, tokenizer = (str(shutil.copytree(path, tmp_path / path.name)) for path in (tiny_data.conversations, tiny_model))
+    settings = tiny_settings("sft", begun, sources=[{"path": data}], tokenizer=tokenizer)
+    assert open_run(settings, ("conversations",)).start == 3
+    settings = tiny_settings("sft", begun, sources=[{"path": str(tiny_data.conversations_heldout)}])
+    assert "the prepared data changed since this run began" in refused(sft, settings)
+
+
+def test_a_run_that_began_with_a_short_last_step_goes_on_with_it(tiny_settings, begun, tmp_path):
+    """Its checkpoint holds the fingerprint of that order."""
+    copy = Path(shutil.copytree(begun, tmp_path / "run"))
+    path = copy / "step-00000003" / "training" / "state.json"
+    settings = tiny_settings("sft", copy, steps=None, epochs=2.0, step_size=next(_sizes_that_merge(tiny_settings, copy)))
+    plan = fresh_plan(settings)
+    state = json.loads(path.read_text())
+    del state["settings"]["steps"]
+    state["settings"] |= {"epochs": 2.0, "step_size": settings.step_size}
+    path.write_text(json.dumps(state | {"plan": plan.unmerged().fingerprint}))
+    assert open_run(settings, ("conversations",)).plan.steps == plan.steps + 1
+    path.write_text(json.dumps(state | {"plan": plan.fingerprint}))
+    assert open_run(settings, ("conversations",)).plan.steps == plan.steps
+
+
+def _sizes_that_merge(tiny_settings, out):
+    """Step sizes for which the last step takes what was left."""
+    for size in range(200, 400):
+        if fresh_plan(tiny_settings("sft", out, steps=None, epochs=2.0, step_size=size)).merged:
+            yield size
+
+
+def fresh_plan(settings):
+    """The plan of a fresh run with these settings."""
+    return open_run(dataclasses.replace(settings, out=settings.out + "-fresh"), ("conversations",)).plan
+
+
+def test_a_setting_unknown_to_an_older_run_means_its_default(tiny_settings, begun, tmp_path):
+    copy = Path(shutil.copytree(begun, tmp_path / "run"))
+    path = copy / "step-00000003" / "training" / "state.json"
+    state = json.loads(path.read_text())
+    for unknown in ("backend", "neftune_alpha"):
+        del state["settings"][unknown]
+    del state["settings"]["optimizer"]["clip_norm"]
+    path.write_text(json.dumps(state))
+    assert open_run(tiny_settings("sft", copy), ("conversations",)).start == 3
+    message = refused(sft, tiny_settings("sft", copy, optimizer={"clip_norm": 2.0}))
+    assert "holds a run with optimizer.clip_norm = 1.0, the settings now say 2.0" in message
+
+
 def test_changed_data_on_resuming_is_refused(tiny_settings, tiny_data, begun, tmp_path, monkeypatch):
     data = Path(shutil.copytree(tiny_data.conversations, tmp_path / "data"))
     out = tmp_path / "run"
@@ -244,6 +294,17 @@ def test_the_default_micro_batch_holds_the_longest_document_or_pair(tiny_setting
         run = open_run(tiny_settings(stage, tmp_path / "run", pack_tokens=0), kinds)
         assert run.pack_tokens == expected
         assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_a_run_shorter_than_its_warm_up_says_how_far_it_gets(tiny_settings, tmp_path):
+    for warmup, expected in [
+        (500, "6 steps end within schedule.warmup_steps = 500, at 1.2% of the peak"),
+        (6, "after warm-up"),
+    ]:
+        settings = tiny_settings("sft", tmp_path / "run", schedule={"peak": 1e-3, "warmup_steps": warmup})
+        (line,) = (line for line in describe(open_run(settings, ("conversations",))) if line.startswith("schedule"))
+        assert expected in line
+        assert line.endswith("at last") == (warmup == 6)
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash", "flex"])

@@ -14,6 +14,7 @@ from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import unreachable
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import read_tensors, save_model
+from recipes import vocabulary
 from recipes.vocabulary import VocabularySettings, main, run
 
 NOUNS = ["私", "先生", "東京の学生", "コンピューター", "図書館"]
@@ -102,7 +103,7 @@ def test_documents_are_held_out_and_a_second_run_gives_the_same_bytes(text, tmp_
     settings = {"text": (str(text),), "text_field": "body", "size": 32030, "seed": 5}
     first = run(VocabularySettings(out=str(tmp_path / "first"), **settings))
     assert list(first["heldout"]) == ["held out of the text"]
-    assert first["documents"] == 98
+    assert first["documents"] == 97
     assert first["heldout"]["held out of the text"]["ratio"] > 1.3
     run(VocabularySettings(out=str(tmp_path / "second"), **settings))
     for file in (tmp_path / "first").iterdir():
@@ -273,3 +274,13 @@ def test_a_model_of_another_tokenizer_is_refused(text, tmp_path, model):
     with pytest.raises(ValueError, match="rows for 32,000 pieces, the base tokenizer has 32,022"):
         run(settings_for(text, tmp_path, base=str(other), model=str(model), model_out=str(tmp_path / "resized")))
     assert not (tmp_path / "resized").exists()
+
+
+def test_characters_are_held_out_not_documents():
+    """Three documents of very unequal length: 2 % of their characters are held out, and no character is lost."""
+    for lengths in ([500_000, 100_000, 500_000], [1_000_000], [20] * 5000, [3, 4]):
+        documents = [str(number % 10) * length for number, length in enumerate(lengths)]
+        kept, heldout = vocabulary._hold_out(documents, VocabularySettings(text=("x",), out="o", new_pieces=1))
+        (held,) = heldout.values()
+        assert sum(map(len, kept)) + sum(map(len, held)) == sum(lengths)
+        assert sum(map(len, held)) == pytest.approx(max(1, 0.02 * sum(lengths)), abs=20)

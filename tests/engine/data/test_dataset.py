@@ -1,6 +1,7 @@
 """Prepared datasets: written, opened, and refused where a file is missing or changed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -128,3 +129,15 @@ def test_an_unfinished_folder_is_not_a_dataset(tmp_path):
 def test_a_document_out_of_range_is_an_error(write_dataset):
     with pytest.raises(IndexError, match="document 1 of 1"):
         write_dataset([[1, 2]]).tokens(1)
+
+
+def test_a_file_of_another_time_and_equal_content_is_unchanged(write_dataset):
+    dataset = write_dataset([[1, 2, 3]])
+    path = dataset.folder / "tokens-00000.bin"
+    for time in (10**18, 2 * 10**18):
+        os.utime(path, ns=(time, time))
+        dataset.check_unchanged()
+    with path.open("r+b") as file:
+        file.write(b"\x07")
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin: changed while it was being read"):
+        dataset.check_unchanged()

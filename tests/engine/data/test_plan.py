@@ -1,5 +1,9 @@
 """The plan of a run: every place once an epoch, shares and passes, and an order that depends on nothing but its inputs."""
 
+import hashlib
+import json
+import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data import plan as plan_module
+from engine.data.order import shuffle
 from engine.data.plan import Plan
 from engine.settings.sections import Source
 
@@ -77,7 +81,7 @@ def test_the_order_depends_on_seed_source_and_epoch(write_dataset, random_docume
 
 
 def test_a_shuffle_is_a_permutation_without_a_bias_by_position():
-    first = [plan_module._shuffle(1000, seed, 0, 0) for seed in range(200)]
+    first = [shuffle(1000, seed, 0, 0) for seed in range(200)]
     assert all(sorted(p.tolist()) == list(range(1000)) for p in first)
     # The mean of each position over 200 seeds is 499.5 +- 5 standard errors of a uniform variable.
     means = np.mean(first, axis=0)
@@ -209,34 +213,81 @@ def test_steps_end_the_epochs_early(write_dataset, random_documents):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_merging_in_slices_equals_a_single_sort(write_dataset, random_documents, monkeypatch, data):
+def test_steps_found_alone_equal_a_single_sort_of_the_run(write_dataset, random_documents, data):
+    """The definition: sort all units by virtual time, and cut by the places before each unit."""
     datasets = [write_dataset(random_documents(data.draw(st.integers(1, 40)), 30, seed=i)) for i in range(3)]
     sources = [Source("x", passes=data.draw(st.sampled_from([0.3, 1.0, 2.5]))) for _ in datasets]
     epochs = data.draw(st.sampled_from([0.5, 1.0, 2.0]))
-    whole = make_plan(datasets, sources, epochs=epochs)
-    with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "MERGE_UNITS", data.draw(st.integers(1, 20)))
-        sliced = make_plan(datasets, sources, epochs=epochs)
-    assert sliced.steps == whole.steps
-    assert all(places_of(sliced, step) == places_of(whole, step) for step in range(whole.steps))
-    # The definition: sort all units by virtual time, and cut by the places before each unit.
+    plan = make_plan(datasets, sources, epochs=epochs).unmerged()
+    totals = [int(table.sizes.sum()) for table in plan.tables]
+    rates = [source.passes * total for source, total in zip(sources, totals, strict=True)]
+    rates = [rate / sum(rates) for rate in rates]
     events = []
-    for source, table in enumerate(whole.tables):
-        units = plan_module.Plan._sequence(whole, source, round(sources[source].passes * epochs * int(table.sizes.sum())))
-        before = 0
-        for unit in units.tolist():
-            events.append((before / whole._rates[source], source, int(table.sizes[unit])))
-            before += int(table.sizes[unit])
+    for source, table in enumerate(plan.tables):
+        target, before, epoch = max(1, round(sources[source].passes * epochs * totals[source])), 0, 0
+        while before < target:
+            for unit in shuffle(len(table), 0, source, epoch).tolist():
+                if before < target:
+                    events.append((before / rates[source], source, table.locate(np.array([unit]))))
+                before += int(table.sizes[unit])
+            epoch += 1
     events.sort(key=lambda event: event[:2])
-    expected, before = Counter(), 0
-    for _, source, size in events:
-        expected[before // 64, source] += 1
-        before += size
-    found = Counter()
-    for step in range(whole.steps):
-        for source, count in Counter(whole.units(step).source.tolist()).items():
-            found[step, source] = count
-    assert found == expected
+    expected, before = [[] for _ in range(plan.steps)], 0
+    for _, source, (document, start, places) in events:
+        expected[before // 64].append((source, int(document[0]), int(start[0]), int(places[0])))
+        before += int(places[0])
+    for step in range(plan.steps):
+        units = plan.units(step)
+        columns = (units.source, units.document, units.start, units.places)
+        # A step holds its units source by source.
+        assert list(zip(*(column.tolist() for column in columns), strict=True)) == sorted(expected[step], key=lambda e: e[0])
+
+
+def test_less_than_half_a_step_at_the_end_joins_the_step_before(write_dataset):
+    """Documents of 16 places. Half a step is left of ten, and stays a step."""
+    joined, alone = "tokens: what was left behind it is less than half a step, and joined it", "tokens, and updates the weights"
+    for documents, sizes, said in [
+        (9, [64, 80], f"the last step holds 80 {joined}"),
+        (10, [64, 64, 32], f"the last step holds 32 {alone}"),
+        (12, [64, 64, 64], "3 steps of 64 tokens"),
+        (1, [16], f"the last step holds 16 {alone}"),
+    ]:
+        plan = make_plan([write_dataset([list(range(17))] * documents)])
+        assert [int(plan.units(step).sizes.sum()) for step in range(plan.steps)] == sizes
+        assert said in plan.describe(64)[-1]
+
+
+def test_the_fingerprint_changes_only_where_the_order_does(write_dataset):
+    dataset = write_dataset([list(range(17))] * 9)
+    merged, steps = make_plan([dataset]), make_plan([dataset], steps=3)
+    assert (merged.steps, merged.unmerged().steps, steps.steps) == (2, 3, 3)
+    assert merged.fingerprint != steps.fingerprint == merged.unmerged().fingerprint
+    # The fingerprint of the version before the last step could take what was left.
+    described = {
+        "order": 1,
+        "datasets": [dataset.fingerprint],
+        "rates": [1.0],
+        "seed": 0,
+        "context_length": 16,
+        "step_size": 64,
+    }
+    assert steps.fingerprint == hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    assert all(places_of(merged.unmerged(), step) == places_of(steps, step) for step in range(3))
+    assert places_of(merged, 1) == places_of(steps, 1) + places_of(steps, 2)
+
+
+def test_a_plan_of_any_number_of_steps_costs_no_more_than_its_data(write_dataset):
+    dataset = write_dataset([[1] * 9] * 20_000)
+    tracemalloc.start()
+    began = time.process_time()
+    plan = make_plan([dataset], steps=10**8, epochs=None, step_size=800)
+    assert plan.units(10**8 - 1).sizes.tolist() == [8] * 100
+    assert plan.summary(800)["tokens"] == 8 * 10**10
+    seconds, (held, _) = time.process_time() - began, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 5
+    # A size and two epochs' orders, 4 bytes each, and little else.
+    assert held < 20 * len(dataset) + 2**17
 
 
 def test_the_summary_counts_the_places_of_the_steps(write_dataset, random_documents):

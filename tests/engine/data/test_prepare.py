@@ -65,6 +65,21 @@ def test_a_text_document_is_bos_pieces_eos(make, tmp_path):
     dataset.verify()
 
 
+def test_an_answer_of_weight_0_is_not_trained_on(make, tmp_path, tokenizer):
+    record = chat("U", "A", "V", "B b", "W", "C")
+    whole = np.array(encode_chat(tokenizer, record["messages"]).trained)
+    record["messages"][3]["weight"] = 0
+    report = make([record], kind="conversations")
+    trained = TokenDataset.open(tmp_path / "out").trained(0)
+    second = slice(
+        len(encode_chat(tokenizer, record["messages"][:2]).ids), len(encode_chat(tokenizer, record["messages"][:4]).ids)
+    )
+    assert whole[second].any()
+    whole[second] = False
+    assert (trained == whole).all()
+    assert report["trained_tokens"] == whole.sum()
+
+
 def test_records_and_text_files_give_the_same_documents(make, tmp_path):
     make("\n\n".join(TEXTS), out="a")
     make([{"body": text, "id": 3} for text in TEXTS], out="b", text_field="body")
@@ -208,7 +223,7 @@ def test_a_dataset_of_equal_inputs_is_kept_and_any_other_refused(make, tmp_path,
     assert "already prepared from the same inputs" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*/*")} == written
     for change in ({"heldout": 3}, {"heldout": 2, "seed": 1}, {"heldout": 2, "split": "line"}):
-        with pytest.raises(ValueError, match=r"prepared from other inputs or settings: .*overwrite"):
+        with pytest.raises(ValueError, match=r"prepared from other inputs or settings, or by another version.*: .*overwrite"):
             make(numbered(9), **change)
     with pytest.raises(ValueError, match="prepared from other inputs"):
         make(numbered(10), heldout=2)

@@ -32,6 +32,8 @@ def test_gzip_and_byte_order_mark_change_nothing(tmp_path):
     plain.write_bytes(TEXT.encode())
     packed.write_bytes(gzip.compress(TEXT.encode("utf-8-sig")))
     assert read(plain) == read(packed)
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert read(tmp_path / "c.jsonl") == [(":1", {"text": "a"})]
 
 
 def test_jsonl_and_json_arrays_give_their_values(tmp_path):
@@ -49,6 +51,8 @@ def test_jsonl_and_json_arrays_give_their_values(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: broken JSON"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl:2: JSON that cannot be read"),
         ("a.json", b'[\n{"a": 1},\n{"b" 2}]', r"a\.json:3: broken JSON"),
+        ("a.jsonl", b'{"a": 1}\n\xef\xbb\xbf{"a": 2}\n', r"a\.jsonl:2: a byte-order mark inside the file"),
+        ("a.json", b'[{"a": 1},\n\xef\xbb\xbf{"a": 2}]', r"a\.json:2: a byte-order mark inside the file"),
         ("a.json", b'{"a": 1}', r"a\.json: holds a JSON dict, not an array"),
         ("a.txt", b"fine\n\xe3\x81\n", r"a\.txt:2: byte 0 of the line is not UTF-8"),
         ("a.txt", "文字".encode("cp932"), r"a\.txt:1: .*convert"),
@@ -127,14 +131,22 @@ def test_hub_datasets_are_read_by_the_package_datasets(monkeypatch):
 
     asked = []
 
-    def load(name, *, split, revision):
-        asked.append((name, split, revision))
+    def load(name, configuration=None, *, split, revision):
+        if configuration == "none":
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['ja']")
+        asked.append((name, configuration, split, revision))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     class Api:
-        def dataset_info(self, name):
+        def dataset_info(self, name, *, revision=None):
             if name == "owner/missing":
                 raise OSError("no such\nrepository")
+            if name == "owner/gated":
+                error = OSError("403 Client Error (Request ID: x)\n\nCannot access gated repo for url u")
+                error.server_message = "Access to dataset owner/gated is restricted. Please log in."
+                raise error
+            if revision is not None:
+                return huggingface_hub.DatasetInfo(id=name, sha=revision, private=False, downloads=0, likes=0, tags=[])
             return huggingface_hub.DatasetInfo(id=name, sha="0123abc", private=False, downloads=0, likes=0, tags=[])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -146,7 +158,17 @@ def test_hub_datasets_are_read_by_the_package_datasets(monkeypatch):
     ]
     assert source.identity() == {"name": "hub:owner/name:validation", "revision": "0123abc", "rows": 2}
     find_sources(["hub:owner/name"], TEXT_SUFFIXES)
-    assert asked == [("owner/name", "validation", "0123abc"), ("owner/name", "train", "0123abc")]
+    assert asked == [("owner/name", None, "validation", "0123abc"), ("owner/name", None, "train", "0123abc")]
+    del asked[:]
+    find_sources(["hub:owner/name:ja:test", "hub:owner/name@v2:ja:"], TEXT_SUFFIXES)
+    assert asked == [("owner/name", "ja", "test", "0123abc"), ("owner/name", "ja", "train", "v2")]
+    for wrong, message in [
+        ("owner/gated", r"hub:owner/gated: not available: Access to dataset owner/gated is restricted. Please log in.$"),
+        ("owner/name:none:train", r"available configs: \['ja'\]; name one as hub:owner/name:configuration:split$"),
+        ("owner/name:a:b:c", r"must be hub:owner/name\[@revision\], then :split or :configuration:split$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_sources([f"hub:{wrong}"], TEXT_SUFFIXES)
     with pytest.raises(ValueError, match="hub:owner/missing: not available: no such repository"):
         find_sources(["hub:owner/missing"], TEXT_SUFFIXES)
 

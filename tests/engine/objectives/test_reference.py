@@ -1,10 +1,14 @@
 """The frozen reference's log-probabilities: computed once, kept, and never used for another model or other data."""
 
+import dataclasses
+import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +18,8 @@ import engine.run
 from engine.data.batch import Packing, evaluation_batches
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.objectives.preference import reference_log_probs
+from engine.objectives.reference import config_hash
+from model.config import MistralConfig
 from model.weights import load_model, save_model
 from recipes import dpo
 
@@ -123,6 +129,36 @@ def test_computed_once_for_the_same_weights_and_data(finished, cache, one_step, 
     assert len(list(cache.iterdir())) == 2
 
 
+CONFIGURATIONS = [
+    {"sliding_window": 8},
+    {"rms_norm_eps": 1e-3},
+    {"rope_parameters": {"rope_theta": 500.0}},
+    {"unpadded_vocab_size": 350},
+]
+
+
+@pytest.mark.parametrize("change", CONFIGURATIONS, ids=lambda change: next(iter(change)))
+def test_computed_again_for_another_configuration_of_the_same_weights(one_step, cache, tiny_model, tmp_path, computed, change):
+    """The policy is the reference before the first update, so every margin is 0."""
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    config = other / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    one_step(model=str(other))
+    assert computed == BOTH
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval/preferences-heldout/loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_every_field_of_the_configuration_counts_but_four():
+    """A field that is added later counts as well, until someone decides otherwise."""
+    base = MistralConfig()
+    free = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id"}
+    for field in dataclasses.fields(MistralConfig):
+        other = dataclasses.replace(base)
+        object.__setattr__(other, field.name, "another value")
+        assert (config_hash(other) == config_hash(base)) == (field.name in free), field.name
+
+
 @pytest.mark.parametrize("change", ["weight", "dtype", "dataset", "context"])
 def test_computed_again_after_a_change(one_step, cache, tiny_model, tiny_data, tmp_path, computed, change):
     if change == "weight":
@@ -178,8 +214,26 @@ def test_a_changed_reference_is_refused_on_resuming(killed, resume, model_copy, 
     whole = shutil.copytree(model_copy, tmp_path / "whole")
     change_weights(whole, model_copy)
     try:
-        with pytest.raises(ValueError, match=r"its weights have changed since the run in .* began"):
+        with pytest.raises(ValueError, match=r"its weights changed since the run in .* began"):
             resume()
     finally:
         shutil.copytree(whole, model_copy, dirs_exist_ok=True)
-    assert json.loads((killed / "reference.json").read_text()).keys() == {"weights"}
+    assert json.loads((killed / "reference.json").read_text()).keys() == {"weights", "config"}
+
+
+def test_a_run_that_began_before_the_configuration_counted_finds_its_tables(
+    finished, killed, tiny_settings, resume, tiny_data, metric_lines, computed, loaded
+):
+    """Its manifest holds the weights alone, and so do the names of its files."""
+    manifest = killed / "reference.json"
+    weights = json.loads(manifest.read_text())["weights"]
+    manifest.write_text(json.dumps({"weights": weights}))
+    tables = {len(load_file(file)["log_probs"]): file for file in (killed / "reference").iterdir()}
+    for folder in (tiny_data.preferences, tiny_data.preferences_heldout):
+        dataset = TokenDataset.open(folder)
+        pairs = np.repeat(np.arange(len(dataset) // 2), 2).tobytes()
+        name = hashlib.sha256(f"1 {weights} {dataset.fingerprint} 64\n".encode() + pairs).hexdigest()[:32]
+        tables[len(dataset) // 2].rename(killed / "reference" / f"{name}.safetensors")
+    resume()
+    assert (computed, loaded) == ([], [])
+    assert metric_lines(killed) == metric_lines(finished)

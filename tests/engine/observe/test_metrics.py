@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.machinery
 import io
 import json
 import math
@@ -326,13 +327,18 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, metrics_of, capsy
 def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
     calls = []
     stub = types.ModuleType("wandb")
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     started = {}
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda exit_code: calls.append(exit_code),
+    )
     stub.init = lambda **named: started.update(named) or run
     monkeypatch.setitem(sys.modules, "wandb", stub)
     metrics = metrics_of(log={"wandb": "project"}, config={"seed": 3})
     assert started == {
         "project": "project",
+        "id": (tmp_path / "wandb-id").read_text().strip(),
         "name": tmp_path.name,
         "dir": str(tmp_path),
         "config": {"seed": 3},
@@ -346,7 +352,44 @@ def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
     assert [call[0] for call in calls[1:3]] == [1, 2]
     assert calls[1][1]["loss"] == 2.0
     assert "mfu" not in calls[1][1]
-    assert calls[-1] == "finish"
+    assert calls[-1] == 0
+    first = started["id"]
+    with pytest.raises(ValueError, match="broken"), metrics_of(start=1, log={"wandb": "project"}):
+        raise ValueError("broken")
+    assert started["id"] == first
+    assert calls[-1] == 1
+    with pytest.raises(SystemExit), metrics_of(start=0, log={"wandb": "project"}):
+        raise SystemExit(143)
+    # A fresh run in the same folder is another run.
+    assert started["id"] != first
+    assert calls[-1] == 143
+
+
+def test_the_real_weights_and_biases_continues_one_run(tiny_settings, tmp_path, monkeypatch):
+    """Offline. Each attempt has a folder of its own, named by the same id, which `wandb sync` puts together."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = tiny_settings("pretrain", tmp_path / "run", checkpoint_every=3, heldout=[], log={"every": 1, "wandb": "komainu"})
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(Killed):
+            pretrain.run(settings)
+    pretrain.run(settings)
+    name = (tmp_path / "run" / "wandb-id").read_text().strip()
+    attempts = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert [folder.name.rsplit("-", 1)[1] for folder in attempts] == [name, name]
+    assert all((folder / f"run-{name}.wandb").stat().st_size for folder in attempts)
+
+
+def test_a_cpu_run_on_a_machine_with_a_gpu_logs_its_own_memory(metrics_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    metrics = metrics_of()
+    metrics.step(record(1))
+    metrics.step(record(2))
+    line = lines_of(tmp_path)[0]
+    assert line["memory_peak_rss_gib"] > 0
+    assert not any(name.startswith("memory_allocated") for name in line)
 
 
 def test_without_tensorboard_one_line_says_so_and_the_run_goes_on(tmp_path, metrics_of, monkeypatch, capsys):
@@ -365,6 +408,14 @@ def test_weights_and_biases_not_installed(metrics_of, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log.wandb is set but wandb is not installed"):
         metrics_of(log={"wandb": "project"})
+
+
+def test_missing_weights_and_biases_is_found_before_anything_is_computed(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings = tiny_settings("dpo", tmp_path / "run", log={"wandb": "project"})
+    with pytest.raises(ValueError, match=r"log.wandb is set but wandb is not installed: pip install wandb"):
+        open_run(settings, ("preferences",))
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_out_of_range():

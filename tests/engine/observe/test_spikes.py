@@ -97,8 +97,8 @@ def test_a_step_that_is_not_finite_is_recorded(tiny_settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"spike": -1.0}, r"guard.spike = -1.0: must be above 0"),
-        ({"lag": -1.0}, r"guard.lag = -1.0: must be above 0"),
+        ({"spike": -1.0}, r"guard.spike = -1.0: must be a number that is 0 or more"),
+        ({"lag": -1.0}, r"guard.lag = -1.0: must be a number that is 0 or more"),
         ({"history": 2}, r"guard.history = 2: must be at least 10 steps"),
     ],
 )

@@ -66,8 +66,8 @@ def test_every_recipes_settings_read_back_equal(tmp_path, value):
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-floats = st.floats(allow_nan=False)
-sources = st.builds(Source, path=texts, share=st.none() | st.floats(0, exclude_min=True, allow_infinity=False))
+positive = st.floats(0, exclude_min=True, allow_infinity=False)
+sources = st.builds(Source, path=texts, share=st.none() | positive)
 
 
 @given(
@@ -78,10 +78,10 @@ sources = st.builds(Source, path=texts, share=st.none() | st.floats(0, exclude_m
         sources=st.lists(sources, min_size=1, max_size=3).map(tuple),
         step_size=st.integers(1, 2**62),
         heldout=st.lists(texts, max_size=3).map(tuple),
-        epochs=st.none() | st.floats(0, exclude_min=True),
+        epochs=st.none() | positive,
         seed=st.integers(-(2**62), 2**62),
-        neftune_alpha=st.floats(0),
-        optimizer=st.builds(OptimizerSettings, eps=st.floats(0, exclude_min=True), clip_norm=st.floats(0)),
+        neftune_alpha=st.floats(0, allow_infinity=False),
+        optimizer=st.builds(OptimizerSettings, eps=positive, clip_norm=st.floats(0, allow_infinity=False)),
         reference_cache=texts,
     )
 )
@@ -92,6 +92,28 @@ def test_any_settings_read_back_equal(tmp_path, value):
 
 BASE = 'model = "m"\nout = "o"\nstep_size = 8\n'
 SOURCE = '[[sources]]\npath = "p"\n'
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1.0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("neftune_alpha", "epochs", "parallel.timeout", "schedule.peak", "schedule.final_share", "preference.beta"),
+        *("preference.label_smoothing", "guard.spike", "guard.lag", "sources.0.share", "sources.0.passes"),
+        *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "weight_decay", "clip_norm")),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_named(tmp_path, name, value):
+    """Every number of a training run is finite and not negative. NaN passes a check of the form `value < 0`."""
+    *section, key = name.split(".")
+    text = BASE + SOURCE
+    if section == ["sources", "0"]:
+        text += f"{key} = {value}\n"
+    else:
+        text = text + f"[{section[0]}]\n{key} = {value}\n" if section else f"{key} = {value}\n" + text
+    with pytest.raises(ValueError, match=rf"{key} = {float(value)}: must ") as error:
+        read_toml(DpoSettings, written(tmp_path, text))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""Room for checkpoints, looked at before a run starts: the disk for the folders, the host's memory for the copies."""
+
+import os
+import shutil
+from pathlib import Path
+
+from engine.checkpoint.state import checkpoints, seconds_to_save
+from engine.distributed.stop import shutdown_warning
+from engine.estimate.sizes import FLOAT32
+from engine.run import Run
+
+# Bytes a second at which a checkpoint is assumed to be written and read back for its SHA-256, where none was timed yet.
+_SPEED = 2**29
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Size of a checkpoint: weights, moments and the low bits of the masters."""
+    item = run.dtype.itemsize
+    moment = 2 if run.settings.optimizer.moments == "bfloat16" else FLOAT32
+    return run.config.parameters * (item + 2 * moment + (FLOAT32 - item))
+
+
+def check_room(run: Run) -> list[str]:
+    """What to say about the room for checkpoints, one line each.
+
+    Raises: OSError where the disk has no room for one more checkpoint, or the machine could never hold the copies.
+    """
+    size = checkpoint_bytes(run)
+    lines = [*_disk(run, size), *_memory(run, size)]
+    timed = None if run.checkpoint is None else seconds_to_save(run.checkpoint)
+    seconds, source = (size / _SPEED, "estimated at 0.5 GiB/s") if timed is None else (timed, "the last one took so long")
+    warning = shutdown_warning(seconds, source)
+    return [*lines, *([warning] if warning else [])]
+
+
+def _disk(run: Run, size: int) -> list[str]:
+    settings, steps = run.settings, run.plan.steps - run.start
+    existing = next(path for path in (run.out, *run.out.parents) if path.exists())
+    disk = shutil.disk_usage(existing)
+    if not disk.total or not steps:
+        # Some network file systems do not know their size.
+        return []
+    if disk.free < size:
+        raise OSError(
+            f"{run.out}: a checkpoint takes {_amount(size)}, the disk has {_amount(disk.free)} free; free the disk or choose "
+            "another out"
+        )
+    # The oldest is removed when the newest is complete.
+    kept = settings.keep_checkpoints + 1
+    if not settings.checkpoint_seconds:
+        every = settings.checkpoint_every or steps
+        kept = min(kept, -(-steps // every))
+    kept += steps // settings.keep_every if settings.keep_every else 0
+    more = max(1, kept - len(checkpoints(run.out)))
+    found = f"checkpoint {_amount(size)} each, {more} more to keep at once, {_amount(disk.free)} free in {existing}"
+    if disk.free < more * size:
+        return [f"warning    {found}: not all of them fit; free the disk, or lower keep_checkpoints, or raise keep_every"]
+    return [found]
+
+
+def _memory(run: Run, size: int) -> list[str]:
+    """Every rank of this machine holds copies of its shard."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shards = run.ranks.ranks // run.settings.parallel.replicas
+    copies = here * -(-size // shards)
+    total, available = _host_memory()
+    if total and copies > total:
+        raise OSError(
+            f"checkpoints: the copies of {here} ranks take {_amount(copies)} of the host's memory, which has {_amount(total)}; "
+            "use more machines, or optimizer.moments = bfloat16"
+        )
+    if total and copies > available:
+        return [
+            f"warning    saving copies {_amount(copies)} to the host's memory, of which {_amount(available)} are free now; "
+            "the first checkpoint may end the run"
+        ]
+    return []
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes of the host's memory: all, and available now, within the limit of this container; 0 where unknown."""
+    table = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            table[name] = 1024 * int(value.split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    total, available = table.get("MemTotal", 0), table.get("MemAvailable", 0)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return total, available
+    return min(total, limit), min(available, max(0, limit - used))
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
