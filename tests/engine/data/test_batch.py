@@ -341,7 +341,7 @@ def test_padding_belongs_to_no_document(write_dataset, random_documents):
     for step in range(plan.steps):
         plain, padded = (make_step(plan, step, Packing(WINDOW, 280, pad=pad)) for pad in (False, True))
         assert {len(batch.tokens_T) for batch in padded.batches} <= {128, 256, 384}
-        assert replace(padded, batches=[]) == replace(plain, batches=[])
+        assert vars(replace(padded, batches=[])) == vars(replace(plain, batches=[]))
         for batch, without in zip(padded.batches, plain.batches, strict=True):
             places = len(without.tokens_T)
             assert batch.tokens == without.tokens == places
