@@ -76,7 +76,7 @@ ifeq ($(TORCH),keep)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "TORCH=keep, but $(PYTHON) has no torch" >&2; exit 1; }
 endif
 
-# Rebuilt when what is to be installed changes; a half-made environment is started afresh.
+# A change of the required packages installs them again; a half-made environment is made anew.
 $(VENV)/python: | check-python
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(SYSTEM) $(VENV)

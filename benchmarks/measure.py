@@ -14,7 +14,7 @@ from benchmarks.peers.worker import peak_resident_bytes
 Sample = TypeVar("Sample")
 # Enough to push the last-level cache out (an H200 has 50 MiB).
 _FLUSH_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
-# About 1 ms, in which the host launches the timed call.
+# Keeps the device busy for about 1 ms, while the host launches the timed call.
 _BUSY_CYCLES = 2_000_000
 
 
@@ -26,7 +26,7 @@ def spread(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The names in the order of a round: each round starts with another one, as the first after a pause is often slower."""
+    """The names in the order of a round. Each round starts with another name: the first after a pause is often slower."""
     shift = turn % len(names) if names else 0
     return [*names[shift:], *names[:shift]]
 
@@ -90,7 +90,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes that CUDA's allocator held during one call beyond those held before; the result counts."""
+    """Peak bytes of CUDA's allocator during one call, above the bytes held before it; the result counts."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -100,7 +100,7 @@ def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def reset_peak_resident() -> None:
-    """Make the peak resident set of this process its present one, where Linux allows it."""
+    """Reset this process's peak resident set to its present size, where Linux allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -24,7 +24,7 @@ _ROOM = 2**34
 def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     """Logits like a trained model's: a wide spread, and targets from certain to unlikely.
 
-    Freshly initialised weights would make all probabilities equal, and a peer that drops small ones would drop everything.
+    Freshly initialised weights would make all probabilities equal, and a peer that drops small probabilities would drop all.
     """
     normal = random_data(device)
     tokens, width, vocab = sizes.tokens, sizes.width, sizes.vocab

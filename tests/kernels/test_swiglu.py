@@ -24,7 +24,7 @@ def plain(packed):
 
 
 @pytest.mark.parametrize("emit", [False, True])
-def test_gradients_in_place_are_those_of_the_operator(emit, dtype, device):
+def test_gradients_in_place_equal_the_operators(emit, dtype, device):
     packed, grad = inputs(5, 33, dtype, device)
     given = packed.clone().requires_grad_()
     product = swiglu(given)

@@ -1,4 +1,4 @@
-"""Mutants that no test can find out, as they compute the same: module -> {name of the mutant: reason}."""
+"""Mutants that no test can detect, because they compute the same: module -> {name of the mutant: reason}."""
 
 _PROMOTED = "the other operand is float32 already and promotes it"
 _STORED = "the store converts to the type of the result"

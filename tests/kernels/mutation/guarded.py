@@ -1,6 +1,6 @@
 """Tensors whose memory ends at a page that nobody may touch: a kernel that goes beyond a tensor's end kills its process.
 
-Triton's interpreter reads and writes by address, so that an element too far would else go unseen.
+Triton's interpreter reads and writes by address, so an access beyond the end would otherwise go unnoticed.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _protect = ctypes.CDLL(None, use_errno=True).mprotect
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """The tensor in memory that ends at a forbidden page; as it is where it has no memory of its own on a CPU."""
+    """The tensor in memory that ends at a forbidden page; unchanged where it has no memory of its own on a CPU."""
     plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
     if not plain or not 0 < tensor.nbytes <= LARGEST:
         return tensor

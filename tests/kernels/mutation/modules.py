@@ -1,4 +1,4 @@
-"""The modules that have kernels, and the tests that must find out their mutants."""
+"""The modules that have kernels, and the tests that must detect their mutants."""
 
 import ast
 import functools
@@ -36,7 +36,7 @@ class Module:
         return mutants(self.source, FUNCTIONS.get(self.name, ()))
 
     def fingerprint(self) -> str:
-        """Changes when a test of the module, or what the tests share, changes."""
+        """A hash of the module's tests and of the files that all tests of kernels share."""
         shared = sorted((ROOT / "tests" / "kernels").glob("*.py"))
         return hashlib.sha256(b"".join(path.read_bytes() for path in (*self.tests, *shared))).hexdigest()[:16]
 
@@ -48,7 +48,7 @@ def modules() -> dict[str, Module]:
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         if name in FUNCTIONS or any(map(is_kernel, functions)):
             found[name] = Module(name, tests_of(name))
-            assert found[name].tests, f"kernels/{name}.py has kernels, and neither it nor what imports it has tests"
+            assert found[name].tests, f"kernels/{name}.py has kernels, and neither it nor a module that imports it has tests"
     return found
 
 
@@ -63,7 +63,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def tests_of(name: str) -> tuple[Path, ...]:
-    """The tests in the file of the module's name; where there is none, the tests of the modules that import it."""
+    """The test file with the module's name; without such a file, the tests of the modules that import the module."""
     own = ROOT / "tests" / "kernels" / Path(name).parent / f"test_{Path(name).name}.py"
     if own.exists():
         return (own,)

@@ -67,7 +67,7 @@ def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
         if isinstance(function, ast.FunctionDef) and (function.name in named or is_kernel(function)):
             for parent, field, index, node in places(function):
                 for kind, changed in changes(node):
-                    # Of a statement with a body, its first line says what is changed.
+                    # The first line names a statement with a body.
                     before, after = (ast.unparse(ast.fix_missing_locations(code)).split("\n")[0] for code in (node, changed))
                     put(parent, field, index, changed)
                     text = ast.unparse(tree)

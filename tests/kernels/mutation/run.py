@@ -39,7 +39,7 @@ CPU_SECONDS = 60
 ARGUMENTS = ("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist")
 # Tests of the wiring around the kernels, which are slow and say nothing about a kernel's arithmetic.
 WIRING = "not custom_operator and not compiler and not compiles"
-# What the forked processes would each import anew. Nothing of it may import `kernels`.
+# Imported once here for all forked processes. None of these modules may import `kernels`.
 IMPORTED = (
     "torch._dynamo",
     "triton.language",
@@ -65,7 +65,7 @@ class Replaced(importlib.abc.MetaPathFinder):
 
 
 class FindersFirst:
-    """Runs the tests that found out a mutant before ahead of all others, as they are likely to find the next one.
+    """Runs the tests that detected a mutant before all others, because they are likely to detect the next mutant.
 
     path: a file with a line for each test that failed.
     """
@@ -168,7 +168,7 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
     if given.sample < 1:
         tried = random.Random(given.seed).sample(tried, min(len(tried), max(1, round(given.sample * len(tried)))))
     new = [mutant for mutant in tried if (mutant.key, tests) not in done]
-    # The module as it is comes first: its tests must pass.
+    # The unchanged module comes first: its tests must pass.
     sources = [module.source, *(mutant.source for mutant in new)] if new else []
     wrong = bool(stale) and len(tried) + len(equivalent) == len(every)
     for number, status, output in outcomes_of([(module, source) for source in sources], given.jobs):
@@ -185,7 +185,7 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
         print(f"kernels/{module.name}.py: the tests end with status {done[mutant.key, tests]} in spite of\n    {mutant.name}")
     found = len(tried) - len(survivors)
     print(
-        f"kernels/{module.name}.py: {found} of {len(tried)} mutants were found out, of {len(every)} in all, "
+        f"kernels/{module.name}.py: {found} of {len(tried)} mutants were detected, of {len(every)} in all, "
         f"{len(equivalent)} of them equivalent",
         flush=True,
     )
