@@ -75,7 +75,7 @@ def run_tests(out: Path, folder: Path = ROOT / "tests") -> int:
 
 
 def run_task(name: str, device: str, out: Path) -> None:
-    """What a task's own process does."""
+    """Run a task in this process."""
     if name == "tests":
         raise SystemExit(run_tests(out))
     settings, run = settings_of(name, device, str(out))

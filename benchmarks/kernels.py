@@ -38,7 +38,7 @@ COLUMNS += ["best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """What to measure, and where."""
+    """The operators to measure, and the device."""
 
     operators: tuple[str, ...] = ()
     """Names as in the table; default all."""
@@ -92,7 +92,7 @@ def run(settings: KernelSettings, command: str = "benchmarks.kernels.run") -> di
 
 @dataclass(frozen=True)
 class Timing:
-    """How calls are timed, and what the device reaches."""
+    """The timing of calls, and the ceilings of the device."""
 
     device: torch.device
     rounds: int

@@ -1,4 +1,4 @@
-"""How time and memory are taken: order statistics, alternating rounds, cold caches, a queue on the GPU."""
+"""Measures time and memory: order statistics, alternating rounds, cold caches, a queue on the GPU."""
 
 import contextlib
 import statistics
@@ -111,7 +111,7 @@ def peak_resident_gib() -> float:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 10) -> dict[str, float]:
-    """What the device reaches now: "product_flops" of a large matrix product, "copy_bytes" per second, read and written."""
+    """The device's present speed: "product_flops" of a large matrix product, "copy_bytes" per second, read and written."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = statistics.median(kernel_seconds(lambda: left @ right, device, repeats=repeats, warmup=repeats // 2))

@@ -72,7 +72,7 @@ class TrainBenchSettings:
     data: str = ""
     """Prepared folder (`python -m recipes.prepare`) to train on instead of synthetic documents."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
+    """Dtype of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
     recompute: str = ""
     """Activation checkpointing: none, light, ffn or block; default: the engine's."""
     backend: str = ""

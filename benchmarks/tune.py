@@ -87,7 +87,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What to try, and where."""
+    """The kernels to tune, and the device."""
 
     kernels: tuple[str, ...] = ()
     """Names as in `kernels.configurations`; default: all with a search."""

@@ -1,4 +1,4 @@
-"""What the figures of a training step mean.
+"""The figures of a training step, and their meaning.
 
 tokens: places of the documents; padding never counts. A document of L tokens has L - 1 places, as its last token is only
 predicted. The shared prompt of a pair counts on both sides though we compute it once, so that the figures of all candidates are

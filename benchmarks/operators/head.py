@@ -51,7 +51,7 @@ def _call(function: Callable[..., Tensor], case: Case) -> Call:
 
 
 def _loss_call(function: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> Call:
-    """For functions (hidden, weight, target) that give the mean loss alone: only their gradients compare."""
+    """A call of function(hidden, weight, target) -> mean loss; only the gradients can be compared."""
     target = case.constants["target"]
     return Call(
         lambda given: {"loss": function(given["hidden"], given["weight"], target)},

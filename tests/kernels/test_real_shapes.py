@@ -67,7 +67,7 @@ def leaf(tensor):
 
 
 def rotated(heads, table):
-    """By complex numbers, whose product is a rotation."""
+    """Rotary embedding by complex numbers, whose product is a rotation."""
     wide = heads if heads.dtype == torch.float64 else heads.float()
     turn = torch.complex(table.cos_TE, table.sin_TE)[:, None]
     turned = torch.complex(*wide.chunk(2, dim=-1)) * turn
