@@ -43,5 +43,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "swiglu": {
         "_backward_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32) -> "
         "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside)": _PROMOTED,
+        "_backward_kernel: tl.load(grad + row * grad_stride + column, mask=inside).to(tl.float32) -> "
+        "tl.load(grad + row * grad_stride + column, mask=inside)": _PROMOTED,
+        "_forward_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32) -> "
+        "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside)": _PROMOTED,
     },
 }

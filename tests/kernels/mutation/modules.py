@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kernels.mutation.mutators import Mutant, is_kernel, mutants
+from tests.kernels.mutation.mutators import Mutant, bare, is_kernel, mutants
 
 ROOT = Path(__file__).resolve().parents[3]
 # Functions without @triton.jit that make what kernels read.
@@ -36,9 +36,10 @@ class Module:
         return mutants(self.source, FUNCTIONS.get(self.name, ()))
 
     def fingerprint(self) -> str:
-        """A hash of the module's tests and of the files that all tests of kernels share."""
-        shared = sorted((ROOT / "tests" / "kernels").glob("*.py"))
-        return hashlib.sha256(b"".join(path.read_bytes() for path in (*self.tests, *shared))).hexdigest()[:16]
+        """A hash of the module's tests and of the files that all tests of kernels share, comments and docstrings aside."""
+        shared = sorted(path for path in (ROOT / "tests" / "kernels").glob("*.py") if not path.name.startswith("test_"))
+        texts = (bare(path.read_text(encoding="utf-8")) for path in (*self.tests, *shared))
+        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def modules() -> dict[str, Module]:
