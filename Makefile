@@ -2,7 +2,7 @@
 # make test         installs into .venv, then runs the tests: without kernels, then the kernels in Triton's interpreter
 # make test-all     all tests, slow ones included, offline compilation for every chip, and all mutants
 # make lint         style, types, and that texts and generated pages are up to date
-# make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --sample 0.1")
+# make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --all")
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
