@@ -2,7 +2,7 @@
 # make test         installs into .venv, then runs the tests: without kernels, then the kernels in Triton's interpreter
 # make test-all     all tests, slow ones included, offline compilation for every chip, and all mutants
 # make lint         style, types, and that texts and generated pages are up to date
-# make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --sample 0.1")
+# make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --all")
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes
 #
 # PYTHON=python3.12        interpreter of the virtual environment (3.11 or 3.12)
@@ -76,7 +76,7 @@ ifeq ($(TORCH),keep)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "TORCH=keep, but $(PYTHON) has no torch" >&2; exit 1; }
 endif
 
-# Rebuilt when what is to be installed changes; a half-made environment is started afresh.
+# A change of the required packages installs them again; a half-made environment is made anew.
 $(VENV)/python: | check-python
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(SYSTEM) $(VENV)

@@ -25,26 +25,26 @@ _LOG_LINES = 400
 
 
 class Gone(Exception):
-    """A candidate cannot be measured, has ended, or took too long; the message says which."""
+    """A candidate cannot be measured, has ended, or took too long; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Candidate:
     name: str
-    arguments: tuple[str, ...]  # of the interpreter, before the job's file
-    job: Mapping[str, Any]  # what the process reads from that file
-    differs: tuple[str, ...] = ()  # from ours, in words
+    arguments: tuple[str, ...]  # of the interpreter; the job's file follows them
+    job: Mapping[str, Any]  # content of the job's file
+    differs: tuple[str, ...] = ()  # how it differs from ours, in words
     python: str = sys.executable
     of_ours: bool = False  # may import from the checkout; a peer must not: Hugging Face has a package `kernels` too
-    orders: tuple[str, ...] = ()  # answered after the rounds
+    orders: tuple[str, ...] = ()  # further orders, given after the rounds
 
 
 @dataclass
 class Outcome:
-    facts: dict[str, Any] = field(default_factory=dict)  # from when the candidate was ready
+    facts: dict[str, Any] = field(default_factory=dict)  # the candidate's "ready" message
     warmup: dict[str, Any] = field(default_factory=dict)
-    rounds: list[dict[str, Any]] = field(default_factory=list)  # an answer each
-    answers: dict[str, Any] = field(default_factory=dict)  # to its orders
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # one answer a round
+    answers: dict[str, Any] = field(default_factory=dict)  # to the further orders
     missing: str | None = None
 
     @property
@@ -96,7 +96,7 @@ def _give_orders(candidate: Candidate, outcome: Outcome, process: "Process") -> 
     for order in candidate.orders:
         try:
             outcome.answers.update(process.ask({order: True}))
-        except Gone as error:  # the rounds stand
+        except Gone as error:  # the measured rounds stay valid
             outcome.answers[order] = {"missing": str(error)}
             return
 
@@ -110,7 +110,7 @@ def _absence_noted(outcome: Outcome) -> Iterator[None]:
 
 
 class Process:
-    """A candidate's process. On leaving the context, it has ended."""
+    """A candidate's process. Leaving the context ends it."""
 
     def __init__(self, candidate: Candidate, scratch: Path, limit: float) -> None:
         self._limit = limit
@@ -140,7 +140,7 @@ class Process:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        # The end of its orders ends it. When this process is interrupted, it may be in a long step: no wait then.
+        # The end of its orders ends it. After an error here it may be in a long step, so nobody waits for it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=20 if kind is None else 0)
         end(self._process)

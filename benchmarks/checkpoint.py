@@ -49,7 +49,7 @@ State = tuple[Mistral, AdamW]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """What to save, and where."""
+    """The state to save, and the place for it."""
 
     preset: str = ""
     """Model; default: mistral-7b on CUDA, small on a CPU."""

@@ -35,7 +35,7 @@ def check_least(settings: Any, **least: float) -> None:
 
 
 def check_names(setting: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Check names. Raises: ValueError naming one that is unknown, and those that are known."""
+    """Check names. Raises: ValueError with the unknown name and all known names."""
     for name in names:
         if name not in known:
             raise ValueError(f"{setting}: unknown {name!r}; choose from {', '.join(known)}")

@@ -1,8 +1,8 @@
 """Two results of one benchmark, row by row: python -m benchmarks.compare OLD NEW [--other-machine]
 
-Prints every measurement that both have as new / old. "from" and "to" bound the ratio: one's 20th percentile over the other's
-80th. Where the ranges overlap, the difference is "within noise". Values that were measured once (memory) have no range. Rows
-that only one result has are named.
+Prints new / old for every measurement that both results have. "from" and "to" bound the ratio: a 20th percentile over the other
+result's 80th. Where the ranges overlap, the difference is "within noise". Values that were measured once (memory) have no
+range. Rows of one result alone are named.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Everything that needs a GPU, in order of value, for a GPU that is there for minutes: python -m benchmarks.gpu --out FOLDER
+"""Everything that needs a GPU, most valuable first, for a visit of minutes: python -m benchmarks.gpu --out FOLDER
 
 Each task is a process with a time limit and a file of its own, FOLDER/<task>.json; a task that fails or is cut off leaves its
 rows and stops no other. Starting the command again skips the tasks whose file is whole, so that several short visits add up.
 The folder is flat and has one file a task. Exit status 0: every file is whole.
 
-The machine needs torch, triton, numpy, safetensors and sentencepiece; the peers need transformers and what
-`benchmarks/requirements.txt` lists. Where files were copied without their history, set KOMAINU_COMMIT=$(git rev-parse HEAD).
+The machine needs torch, triton, numpy, safetensors and sentencepiece; the peers need transformers and the packages
+in `benchmarks/requirements.txt`. Where files were copied without their history, set KOMAINU_COMMIT=$(git rev-parse HEAD).
 """
 
 import argparse
@@ -39,7 +39,6 @@ class Task:
     suffix: str = ".json"
 
 
-# FP8 products come second, as soon as they exist.
 TASKS: dict[str, Task] = {
     "whole": Task(120, "train", "TrainBenchSettings", _SHISA | _LEAN | {"sweep": ("offload=none,moments",)}),
     "peers": Task(150, "train", "TrainBenchSettings", _SHISA | {"layers": 8, "peers": _PEERS}),
@@ -52,7 +51,7 @@ TASKS: dict[str, Task] = {
 
 
 def settings_of(name: str, device: str, out: str) -> tuple[Any, Any]:
-    """(a task's settings, the function that runs them), without a command line, whose parser a borrowed machine may lack."""
+    """(a task's settings, the function that runs them). Parses no command line: the machine may lack the parser."""
     task = TASKS[name]
     module = importlib.import_module(f"benchmarks.{task.module}")
     return getattr(module, task.settings)(**task.values, device=device, out=out), module.run
@@ -76,7 +75,7 @@ def run_tests(out: Path, folder: Path = ROOT / "tests") -> int:
 
 
 def run_task(name: str, device: str, out: Path) -> None:
-    """What a task's own process does."""
+    """Run a task in this process."""
     if name == "tests":
         raise SystemExit(run_tests(out))
     settings, run = settings_of(name, device, str(out))

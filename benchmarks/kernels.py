@@ -3,7 +3,7 @@
     python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small ones on a CPU
     python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
 
-"backward" is the backward pass alone (its memory is that of both passes), "both" is timed in one piece. Data is random and
+"backward" is the backward pass alone (its memory covers both passes), "both" is timed in one piece. Data is random and
 copied anew for each call, caches are flushed, providers take turns, and on CUDA calls are queued behind a busy device. The
 floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate. The error is the largest
 difference to float64 over the largest exact value; beyond twice the error of plain torch in the same dtype plus a rounding, a
@@ -30,7 +30,7 @@ from engine.environment import choose_device
 
 # Seconds that the timed calls of one provider and direction may take, with their preparation. A GPU's times vary little.
 _BUDGET = {"cpu": 2.0, "cuda": 0.4}
-# A window that binds in a row of 256 tokens.
+# A window shorter than a row of 256 tokens, so that it hides keys.
 _SMALL_WINDOW = 128
 COLUMNS = ["operator", "direction", "shape", "provider", "seconds", "floor_seconds", "floor_fraction", "speed_over_best_peer"]
 COLUMNS += ["best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing"]
@@ -38,7 +38,7 @@ COLUMNS += ["best_peer", "peak_mib", "error", "error_allowed", "wrong", "missing
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """What to measure, and where."""
+    """The operators to measure, and the device."""
 
     operators: tuple[str, ...] = ()
     """Names as in the table; default all."""
@@ -92,7 +92,7 @@ def run(settings: KernelSettings, command: str = "benchmarks.kernels.run") -> di
 
 @dataclass(frozen=True)
 class Timing:
-    """How calls are timed, and what the device reaches."""
+    """The timing of calls, and the ceilings of the device."""
 
     device: torch.device
     rounds: int
@@ -156,7 +156,7 @@ class Trial:
         return measure.allocated_peak(lambda: self.call.run(leaves), self.case.device)
 
     def results(self, *, backward: bool) -> Tensors:
-        """The results, named like the exact ones."""
+        """The results, named like the exact results."""
         leaves = self.leaves()
         outputs = self.call.run(leaves)
         gradients = gradient_of(outputs, self.upstream(), leaves) if backward else {}

@@ -1,4 +1,4 @@
-"""How time and memory are taken: order statistics, alternating rounds, cold caches, a queue on the GPU."""
+"""Measures time and memory: order statistics, alternating rounds, cold caches, a queue on the GPU."""
 
 import contextlib
 import statistics
@@ -14,7 +14,7 @@ from benchmarks.peers.worker import peak_resident_bytes
 Sample = TypeVar("Sample")
 # Enough to push the last-level cache out (an H200 has 50 MiB).
 _FLUSH_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
-# About 1 ms, in which the host launches the timed call.
+# Keeps the device busy for about 1 ms, while the host launches the timed call.
 _BUSY_CYCLES = 2_000_000
 
 
@@ -26,7 +26,7 @@ def spread(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The names in the order of a round: each round starts with another one, as the first after a pause is often slower."""
+    """The names in the order of a round. Each round starts with another name: the first after a pause is often slower."""
     shift = turn % len(names) if names else 0
     return [*names[shift:], *names[:shift]]
 
@@ -90,7 +90,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes that CUDA's allocator held during one call beyond those held before; the result counts."""
+    """Peak bytes of CUDA's allocator during one call, above the bytes held before it; the result counts."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -100,7 +100,7 @@ def allocated_peak(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def reset_peak_resident() -> None:
-    """Make the peak resident set of this process its present one, where Linux allows it."""
+    """Reset this process's peak resident set to its present size, where Linux allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -111,7 +111,7 @@ def peak_resident_gib() -> float:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, *, repeats: int = 10) -> dict[str, float]:
-    """What the device reaches now: "product_flops" of a large matrix product, "copy_bytes" per second, read and written."""
+    """The device's present speed: "product_flops" of a large matrix product, "copy_bytes" per second, read and written."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = statistics.median(kernel_seconds(lambda: left @ right, device, repeats=repeats, warmup=repeats // 2))

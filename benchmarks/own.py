@@ -1,7 +1,7 @@
 """Our side of a measurement: `python -m benchmarks.own job.json` trains as the recipes do, step by step when told to.
 
-Under torchrun, rank 0 takes the orders and answers. The job's "settings" are those of its objective's recipe; "references"
-names the parts of the engine that run as eager references.
+Under torchrun, rank 0 takes the orders and answers. The job's "settings" are its recipe's settings; "references" names the
+parts of the engine that run as eager references.
 """
 
 import importlib
@@ -124,7 +124,7 @@ def new_job(
     threads: int,
     **recipe: Any,  # further settings of the recipe
 ) -> dict[str, Any]:
-    """What a candidate is started with: ours reads "settings", a peer everything else."""
+    """The job that a candidate reads: ours reads "settings", a peer everything else."""
     settings = {
         "model": "",
         "out": str(folder / "run"),

@@ -1,4 +1,4 @@
-"""Processes of their own for what must not share memory, threads or a crash with others."""
+"""Runs work in processes of its own, so that it shares no memory, threads or crashes with other work."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from benchmarks.results import ROOT
 
 try:
     import psutil
-except ImportError:  # on a borrowed machine: only the process group ends
+except ImportError:  # `end` then reaches the process group only
     psutil = None
 
 

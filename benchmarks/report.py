@@ -1,7 +1,7 @@
 """The tables and drawings of benchmarks/README.md, from the committed results: python -m benchmarks.report [--check]
 
-Fills what stands between `<!-- table NAME -->` and `<!-- end -->`, and draws benchmarks/plots/NAME.svg for tables with bars.
-`--check` writes nothing and fails where the page says anything else than the results.
+Fills the regions from `<!-- table NAME -->` to `<!-- end -->`, and draws benchmarks/plots/NAME.svg for tables with bars.
+`--check` writes nothing and fails where the page differs from the results.
 """
 
 import argparse
@@ -127,12 +127,12 @@ def draw(name: str, table: Table, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and drawings of the results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not what the results give")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs from the results")
     check = parser.parse_args(argv).check
     before = PAGE.read_text(encoding="utf-8")
     after = filled(before)
     if check:
-        raise SystemExit(None if before == after else f"error: {PAGE.name} is not what the results give; run benchmarks.report")
+        raise SystemExit(None if before == after else f"error: {PAGE.name} differs from the results; run benchmarks.report")
     write_file(PAGE, after)
     for name, table in TABLES.items():
         if table.bars:

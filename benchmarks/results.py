@@ -43,12 +43,12 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 class Result:
-    """A result on its way into its file, `settings.out`; an empty name keeps it in memory."""
+    """A result that is being measured. Its file is `settings.out`; an empty name keeps it in memory."""
 
     def __init__(
         self,
         benchmark: str,
-        command: str,  # that makes the result again
+        command: str,  # makes the result again
         device: torch.device,
         settings: Any,  # dataclass with a field `out`
         resolved: Mapping[str, Any] | None = None,  # the values of settings that were left to the benchmark
@@ -172,7 +172,7 @@ def is_spread(value: Any) -> bool:
 
 
 def middle(value: Any) -> Any:
-    """A spread's median; another value as it is."""
+    """A spread's median; any other value unchanged."""
     return value["median"] if is_spread(value) else value
 
 
@@ -190,7 +190,7 @@ def identity(benchmark: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(values: Mapping[str, Any]) -> str:
-    """Some fields of a row in one line: text as it is, other values with their names."""
+    """Some fields of a row in one line: texts alone, other values with their names."""
     parts = (value if isinstance(value, str) else f"{name} {number(value)}" for name, value in values.items())
     return ", ".join(parts).replace("_", " ")
 

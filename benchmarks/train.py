@@ -72,7 +72,7 @@ class TrainBenchSettings:
     data: str = ""
     """Prepared folder (`python -m recipes.prepare`) to train on instead of synthetic documents."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
+    """Dtype of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
     recompute: str = ""
     """Activation checkpointing: none, light, ffn or block; default: the engine's."""
     backend: str = ""
@@ -213,7 +213,7 @@ def row_of(
     outcome: Outcome,
     point: TrainBenchSettings,
     works: list[Work],  # of all steps
-    base: Outcome,  # ours: its losses are compared with, and it measured the ceilings
+    base: Outcome,  # ours: the losses to compare with, and the measured ceilings
     device: torch.device,
 ) -> dict[str, Any]:
     """The measurements of one candidate."""
@@ -251,13 +251,13 @@ def power_of(outcome: Outcome, name: str) -> dict[str, Any]:
 
 
 def trains_our_steps(outcome: Outcome, works: Sequence[Work]) -> bool:
-    """Whether a trainer that composes its steps itself had as many tokens in each as ours; True for one that does not."""
+    """Whether a trainer that composes its own steps put as many tokens into each as ours does; True for other trainers."""
     counted = [counts["tokens"] for answer in (outcome.warmup, *outcome.rounds) for counts in answer["counts"] if counts]
     return counted in ([], [work.places + work.documents for work in works[: len(counted)]])
 
 
 def over_best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ours (the first row) over the peers: each rate over the best peer's in it, memory over the leanest peer's."""
+    """Ours (the first row) over the peers: each rate over the fastest peer's, memory over the leanest peer's."""
     ours, others = rows[0], [row for row in rows[1:] if "missing" not in row]
     if "missing" in ours or not others or ours["name"] != NAME:
         return {}
@@ -273,7 +273,7 @@ def over_best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> dict[str, Any]:
-    """What every candidate is started with; writes synthetic data, and the weights if several candidates start from them."""
+    """The job that every candidate reads. Writes synthetic data, and the weights if several candidates start from them."""
     config, pairs = point.config, point.objective == "dpo"
     room = point.micro_batch * point.sequence * (2 if pairs else 1)
     data = point.data or str(folder / "data")

@@ -37,9 +37,9 @@ Grid = dict[str, tuple[int | bool, ...]]
 class Search:
     """Where a kernel is tried."""
 
-    operator: str  # that launches the kernel
+    operator: str  # launches the kernel
     direction: str
-    grids: tuple[Grid, ...]  # of its configuration's fields; all combinations of each grid are candidates
+    grids: tuple[Grid, ...]  # values of the configuration's fields; all combinations of each grid are candidates
 
 
 def _attention(direction: str, wide: Grid, narrow: Grid) -> Search:
@@ -87,7 +87,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What to try, and where."""
+    """The kernels to tune, and the device."""
 
     kernels: tuple[str, ...] = ()
     """Names as in `kernels.configurations`; default: all with a search."""

@@ -1,4 +1,4 @@
-"""What the figures of a training step mean.
+"""The figures of a training step, and their meaning.
 
 tokens: places of the documents; padding never counts. A document of L tokens has L - 1 places, as its last token is only
 predicted. The shared prompt of a pair counts on both sides though we compute it once, so that the figures of all candidates are
@@ -30,7 +30,7 @@ class Work:
 
     places: int
     documents: int
-    trained: int  # places that are predicted
+    trained: int  # places with a weight in the loss
     flops: int  # operations needed
     again: int  # operations that the backward pass recomputes
 
@@ -78,7 +78,7 @@ def speed(
 ) -> dict[str, Any]:
     """Tokens and operations a second, as spreads over the rounds.
 
-    A trainer that composes its steps itself counts tokens and documents; its operations are those of an average place.
+    A trainer that composes its own steps counts tokens and documents; its places cost the average operations of a place.
     """
     found: dict[str, list[float]] = {name: [] for name in ("tokens", "seconds", "cpu_seconds", "flops", "executed")}
     every = Work.total(works)
@@ -111,7 +111,7 @@ def speed(
 
 
 def with_reference(figures: Mapping[str, Any], reference: Mapping[str, float], works: Sequence[Work]) -> dict[str, Any]:
-    """Rates in which each token also bears its part of the reference's log-probabilities, computed once before training."""
+    """Rates that charge each token its part of the reference's log-probabilities, computed once before training."""
     places = sum(work.places for work in works)
     found = {}
     for name, spent in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):

@@ -192,7 +192,7 @@ def open_metrics(run: Run, watch: Watch) -> Metrics:
 
 
 def record_of(run: Run, step: Step, rate: float, values: dict[str, Tensor], waited: float) -> StepRecord:
-    """What the metrics hold of a step. waited: seconds until its data was there."""
+    """The metrics of a step. waited: seconds until its data was there."""
     return StepRecord(
         step=step.index + 1,
         learning_rate=rate,

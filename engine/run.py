@@ -73,7 +73,7 @@ class Run:
 
     @property
     def packing(self) -> Packing:
-        """How this rank's steps are cut into micro-batches."""
+        """The cut of this rank's steps into micro-batches."""
         return Packing(
             window=self.config.sliding_window,
             pack_tokens=self.pack_tokens,

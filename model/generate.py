@@ -21,7 +21,7 @@ _PREFILL_CHUNK = 4096
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token. The defaults sample from the model's own distribution."""
+    """Choice of the next token. The defaults sample from the model's own distribution."""
 
     temperature: float = 1.0
     """Divides the scores; 0 takes the most likely token (greedy)."""
@@ -67,7 +67,7 @@ class Sampling:
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """For tokens marked in the boolean seen_V, divide positive scores by the penalty and multiply negative scores by it."""
+    """Divide positive scores of the tokens marked in the boolean seen_V by the penalty, and multiply negative scores by it."""
     return torch.where(seen_V, torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
 
 

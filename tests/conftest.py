@@ -33,7 +33,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real text beside a developer's checkout. Tests that need it are skipped where there is none."""
+    """The folder of real text beside a developer's checkout. Without it, the tests that need it are skipped."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}")
@@ -63,7 +63,7 @@ def triton_device(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests that run Triton kernels, and skip tests that need a GPU where there is none."""
+    """Mark the tests that run Triton kernels, and without a GPU skip the tests that need it."""
     for item in items:
         if {"device", "triton_device"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.kernels)

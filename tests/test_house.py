@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each room may import those to its left.
+# Each folder may import the folders to its left.
 ROOMS = ("kernels", "model", "engine", "recipes", "benchmarks")
 
 

@@ -1,4 +1,4 @@
-"""All operators that are measured, in the order of their cost in a step: a run that is cut off leaves the first ones' rows."""
+"""All operators that are measured, the costliest in a step first: a run that is cut off has measured the costliest."""
 
 from benchmarks.operators.attention import SLIDING_WINDOW_ATTENTION
 from benchmarks.operators.decode import DECODE_ATTENTION

@@ -92,7 +92,7 @@ def _cost(case: Case, direction: str) -> Cost:
 
 
 def _batched(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
-    """For functions of [1, H, T, E] and [1, K, T, E]."""
+    """A call of a function that takes [1, H, T, E] and [1, K, T, E]."""
 
     def run(given: Tensors) -> Tensors:
         query, key, value = (given[name].transpose(0, 1)[None] for name in ("query", "key", "value"))
@@ -137,7 +137,7 @@ def _cudnn(case: Case) -> Call:
 
 
 def _bound(sizes: Sizes) -> bool:
-    """Whether some place does not see all places before it."""
+    """Whether the window or the documents hide an earlier place from some place."""
     return len(sizes.documents) > 1 or (sizes.window is not None and sizes.tokens > sizes.window)
 
 

@@ -45,7 +45,7 @@ def _cost(case: Case, direction: str) -> Cost:
 
 
 def _sdpa(case: Case) -> Call:
-    """On contiguous keys and values in order; arranging them is not timed."""
+    """A call on contiguous keys and values in order; arranging them is not timed."""
 
     def arrange(inputs: Tensors) -> Tensors:
         key_JKE, value_JKE = _seen(case, inputs)

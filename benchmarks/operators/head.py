@@ -24,7 +24,7 @@ _ROOM = 2**34
 def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     """Logits like a trained model's: a wide spread, and targets from certain to unlikely.
 
-    Freshly initialised weights would make all probabilities equal, and a peer that drops small ones would drop everything.
+    Freshly initialised weights would make all probabilities equal, and a peer that drops small probabilities would drop all.
     """
     normal = random_data(device)
     tokens, width, vocab = sizes.tokens, sizes.width, sizes.vocab
@@ -51,7 +51,7 @@ def _call(function: Callable[..., Tensor], case: Case) -> Call:
 
 
 def _loss_call(function: Callable[[Tensor, Tensor, Tensor], Tensor], case: Case) -> Call:
-    """For functions (hidden, weight, target) that give the mean loss alone: only their gradients compare."""
+    """A call of function(hidden, weight, target) -> mean loss; only the gradients can be compared."""
     target = case.constants["target"]
     return Call(
         lambda given: {"loss": function(given["hidden"], given["weight"], target)},

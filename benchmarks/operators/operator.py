@@ -81,8 +81,8 @@ class Case:
 
     sizes: Sizes
     dtype: torch.dtype
-    inputs: Tensors  # get a gradient, or are updated in place; each provider works on copies
-    constants: dict[str, Any] = field(default_factory=dict)  # nobody changes them
+    inputs: Tensors  # differentiated, or updated in place; each provider works on copies
+    constants: dict[str, Any] = field(default_factory=dict)  # never changed; all providers share them
     upstream: Tensors = field(default_factory=dict)  # the gradient of each output
 
     @property
@@ -121,16 +121,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who computes the operator."""
+    """An implementation of the operator."""
 
     name: str
-    build: Callable[[Case], Call]  # may import, compile and arrange whatever is not timed
-    package: str | None = None  # that must be installed
+    build: Callable[[Case], Call]  # untimed: imports, compiles, arranges
+    package: str | None = None  # must be installed
     cuda: bool = False  # runs on CUDA only
-    dtypes: tuple[torch.dtype, ...] = ()  # that it computes; empty: all
-    directions: tuple[str, ...] = ()  # in which its time means something; empty: all
+    dtypes: tuple[torch.dtype, ...] = ()  # supported dtypes; empty: all
+    directions: tuple[str, ...] = ()  # directions with a meaningful time; empty: all
     ours: bool = False
-    rival: bool = True  # does the whole job, so that its time is one to beat
+    rival: bool = True  # does the whole job, so that ours is compared with its time
 
     def missing(self, case: Case) -> str | None:
         """Why this provider cannot be measured here; None where it can."""

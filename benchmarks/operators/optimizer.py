@@ -60,7 +60,7 @@ def _masters(tensors: Tensors) -> list[Tensor]:
 
 
 def _updated(masters: list[Tensor], given: Tensors) -> Tensors:
-    """Results by name, from float32 masters or what a provider has instead."""
+    """Results by name, from float32 masters or from a provider's substitute for them."""
     kinds = {"master": masters, "exp_avg": _named("exp_avg", given), "exp_avg_sq": _named("exp_avg_sq", given)}
     return {f"{kind} {i}": tensor for kind, tensors in kinds.items() for i, tensor in enumerate(tensors)}
 

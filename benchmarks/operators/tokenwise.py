@@ -111,7 +111,7 @@ def _rotary_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case
 
 
 class _Product(torch.autograd.Function):
-    """Passes a leaf on as a matrix product's result, which may be changed in place: neither a leaf nor a view of one."""
+    """Makes of a leaf a tensor that may be changed in place, like a matrix product's result: no leaf, no view of a leaf."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Sizes:
 
     @cached_property
     def eager_attention(self) -> EagerSizes:
-        """What attention holds on a CPU."""
+        """Numbers of tokens and pairs that attention holds on a CPU."""
         work = self.training.documents or _whole_documents(self.training.tokens, self.config.sliding_window)
         return eager_sizes(work)
 

@@ -90,7 +90,7 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """What `batched_attention` gathers and computes, made once for all layers."""
+    """The tiles and indices of `batched_attention`, made once for all layers."""
 
     batches: list[_Batch]
     alone: list[MaskedTile]

@@ -79,19 +79,6 @@ def sliding_window_attention_reference(
     return tiled_attention(query_THE, key_TKE, value_TKE, _given_or_made(query_THE, cu_docs, window, work))
 
 
-def sliding_window_attention_with_lse_reference(
-    query_THE: Tensor,
-    key_TKE: Tensor,
-    value_TKE: Tensor,
-    cu_docs: Tensor | None = None,
-    window: int | None = None,
-    *,
-    work: AttentionWork | None = None,
-) -> tuple[Tensor, Tensor]:
-    work = _given_or_made(query_THE, cu_docs, window, work)
-    return tiled_attention(query_THE, key_TKE, value_TKE, work), log_sum_exps(query_THE, key_TKE, work)
-
-
 def _eager(backend: Backend, query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, work: AttentionWork) -> Tensor:
     """The reference by name and on a GPU; on a CPU the faster batches of tiles."""
     batched = backend != "reference" and query_THE.device.type == "cpu" and query_THE.shape[0] > 0

@@ -97,7 +97,7 @@ def extend(
 
 
 def candidates_for(new_pieces: int) -> int:
-    """How many candidates to train in order to select `new_pieces`. A factor of 1.6 selects no better than this 1.3."""
+    """Number of candidates to train in order to select `new_pieces`. A factor of 1.6 selects no better than this 1.3."""
     return new_pieces * 13 // 10 + 1000
 
 
@@ -200,7 +200,7 @@ def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
 
 
 def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
-    """For each piece of `merged` beyond `base`, its text in the base's ids.
+    """The base's ids of each piece of `merged` beyond `base`.
 
     Raises:
         ValueError: the merged tokenizer does not begin with the base's pieces.

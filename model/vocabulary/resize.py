@@ -116,7 +116,7 @@ def _subpieces(run: Sequence[Sequence[int]]) -> _Subpieces:
 
 
 def _weighted_sum(base_BD: Tensor, subpiece: _Subpieces, weight: Tensor, pieces: int) -> Tensor:
-    """For each piece, the weighted sum of its sub-pieces' rows: float32 [pieces, D]."""
+    """The weighted sum of each piece's sub-pieces' rows: float32 [pieces, D]."""
     rows = base_BD[subpiece.id].float().mul_(weight[:, None])
     return torch.zeros(pieces, base_BD.shape[1]).index_add_(0, subpiece.piece, rows)
 

@@ -62,7 +62,7 @@ def select(
 
 
 def _halves(pieces: Sequence[str], base_scores: Mapping[str, float]) -> list[list[int]]:
-    """For each piece of two or more characters, the places in `pieces` of the two halves of its last join, without base pieces.
+    """The indices in `pieces` of the two halves of each piece's last join, without base pieces; a character has no halves.
 
     SentencePiece joins the pair of the highest score, the leftmost among equals. `pieces` rank below the base, in their order.
     """

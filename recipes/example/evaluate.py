@@ -102,7 +102,7 @@ def _joined(prompt: list[int], ids: list[int], question: Question) -> _Document:
 
 @torch.no_grad()
 def _score(model: Mistral, documents: list[_Document]) -> tuple[list[float], list[bool]]:
-    """For each document: its answer's log-probability, and whether each answer token is the likeliest at its place."""
+    """(each answer's log-probability, whether all of an answer's tokens are the likeliest at their places)."""
     log_probs: list[float] = []
     greedy: list[bool] = []
     model.eval()

@@ -14,7 +14,7 @@ def cells(text: str, start: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines() if line.startswith(start)]
 
 
-def test_ratios_stand_beside_their_noise(make_result, spread):
+def test_ratios_are_shown_with_their_noise(make_result, spread):
     old = make_result(
         [
             {"name": "alpha", "places": 64, "speed": spread(90.0, 100.0, 110.0), "memory": {"peak": 2.0}},
@@ -73,7 +73,7 @@ def test_changed_settings_and_versions_are_named(make_result):
     assert "steps" not in text
 
 
-def test_results_that_do_not_compare_are_refused(make_result):
+def test_results_of_other_machines_or_benchmarks_and_equal_rows_are_refused(make_result):
     old = make_result([])
     with pytest.raises(ValueError, match="different machines: cores 2 and 4; --other-machine"):
         compare(old, make_result([], machine=old["machine"] | {"cores": 4}))
@@ -93,7 +93,7 @@ def test_committed_results_compare_with_themselves(path):
     assert path.stem.startswith(f"{content['benchmark']}-")
 
 
-def test_the_command_prints_the_comparison_or_one_line_of_what_is_wrong(make_result, tmp_path, capsys):
+def test_the_command_prints_the_comparison_or_a_one_line_error(make_result, tmp_path, capsys):
     for name, content in (("old", make_result([])), ("new", make_result([])), ("other", make_result([], benchmark="data"))):
         (tmp_path / name).write_text(json.dumps(content))
     (tmp_path / "torn").write_text("{")

@@ -11,7 +11,7 @@ from benchmarks.gpu import TASKS, is_whole
 from benchmarks.results import ROOT
 
 
-def test_every_task_has_settings_without_the_packages_that_a_borrowed_machine_may_lack():
+def test_the_settings_of_every_task_need_no_optional_package():
     lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel", "jinja2"]
     program = (
         f"import sys; sys.modules |= dict.fromkeys({lacking})\n"
@@ -26,7 +26,7 @@ def test_every_task_has_settings_without_the_packages_that_a_borrowed_machine_ma
     assert ended.stdout.split("\n") == [f"{name} cuda file True" for name in TASKS if name != "tests"] + [""]
 
 
-def test_whole_tasks_are_skipped_and_others_run_within_their_limits(tmp_path, monkeypatch, capsys):
+def test_complete_tasks_are_skipped_and_others_run_within_their_limits(tmp_path, monkeypatch, capsys):
     ran = []
 
     def run_apart(arguments, *, limit):
@@ -61,7 +61,7 @@ def test_a_file_is_whole_when_it_says_so(tmp_path):
 
 
 def test_only_files_with_gpu_tests_are_collected(tmp_path):
-    mark = "pytest.mark." + "gpu"  # not written out, as this file would seem to hold such tests itself
+    mark = "pytest.mark." + "gpu"  # written in two parts, so that this file does not count as a file with gpu tests
     (tmp_path / "conftest.py").write_text("def pytest_configure(config):\n    config.addinivalue_line('markers', 'gpu: x')\n")
     (tmp_path / "test_some.py").write_text(
         f"import pytest\ndef test_unmarked():\n    assert False\n@{mark}\ndef test_good():\n    pass\n"

@@ -87,7 +87,7 @@ def test_the_end_of_a_process_ends_everything_that_it_started(tmp_path):
     wait_for(gone)
 
 
-def test_a_function_is_called_apart_and_its_failure_is_told():
+def test_a_function_runs_in_its_own_process_and_its_failure_is_reported():
     assert processes.call_apart("json", "dumps", {"obj": [1]}, limit=60) == "[1]"
     with pytest.raises(processes.ApartError, match=r"failed \(exit 1\): TypeError"):
         processes.call_apart("json", "dumps", {}, limit=60)

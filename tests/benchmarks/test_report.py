@@ -1,4 +1,4 @@
-"""The page of results: every table has its rows, and what stands on the page is what the results give."""
+"""The page of results: every table has its rows, and the page agrees with the results."""
 
 import pytest
 
@@ -38,11 +38,11 @@ def test_bars_are_drawn(tmp_path):
     assert "<svg" in (tmp_path / "steps.svg").read_text()
 
 
-def test_a_page_that_says_anything_else_is_found(tmp_path, monkeypatch):
+def test_a_page_that_differs_from_the_results_is_reported(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     monkeypatch.setattr(report, "PAGE", page)
     page.write_text("<!-- table steps -->\n<!-- end -->\n")
-    with pytest.raises(SystemExit, match="not what the results give"):
+    with pytest.raises(SystemExit, match="differs from the results"):
         report.main(["--check"])
     page.write_text(filled(page.read_text()))
     with pytest.raises(SystemExit) as ended:

@@ -194,7 +194,7 @@ def test_recomputed_logits_are_counted_twice(rows, monkeypatch):
     assert head_again(config, SimpleNamespace(rows_N=chosen, pair_B=None), 4, budget) == 0
 
 
-def test_synthetic_data_are_what_was_asked_for(tmp_path):
+def test_synthetic_data_have_the_asked_size_lengths_and_shared_prompts(tmp_path):
     config = preset("tiny")
     for kind in ("text", "conversations", "preferences"):
         for documents in ("full", "mixed"):
@@ -328,7 +328,7 @@ OURS = [row for row in MEASURED["rows"] if row["name"] == "komainu" and "missing
 
 
 @pytest.mark.parametrize("row", OURS, ids=lambda row: row["task"])
-def test_the_plan_is_what_a_gpu_held(row, tmp_path, monkeypatch):
+def test_the_plan_equals_the_recorded_peak_of_a_gpu(row, tmp_path, monkeypatch):
     """The allocator's peak in runs that are on record, planned without their GPU."""
     given = {field.name: row[field.name] for field in dataclasses.fields(TrainBenchSettings) if field.name in row}
     given |= {name: MEASURED["settings"][row["task"]][name] for name in ("rounds", "steps", "warmup", "seed")}

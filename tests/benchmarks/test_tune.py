@@ -41,7 +41,7 @@ def test_the_table_is_restored_also_after_an_error():
 
 
 def test_rows_are_sorted_and_compared_with_the_table(tmp_path, monkeypatch):
-    """Of five candidates one cannot be compiled and one fails where it is measured; times are given."""
+    """Five candidates: one cannot be compiled, one fails when it is measured; the times are made up."""
     blocks = (512, 1024, 256, 2048, 4096)
     monkeypatch.setitem(SEARCHES, "adamw", dataclasses.replace(SEARCHES["adamw"], grids=({"block": blocks},)))
 

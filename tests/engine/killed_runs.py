@@ -1,4 +1,4 @@
-"""Not a test: training runs in processes of their own, in which something goes wrong at a named point.
+"""Not a test: training runs in processes of their own, with a fault at a named point.
 
     python -m tests.engine.killed_runs JOBS.json
 
@@ -77,7 +77,7 @@ def wait_for_checkpoint(*_):
 
 
 def fill_disk(*_):
-    """Limit the size of files below that of the optimizer's shards, as a full disk would, on the rank that has the fault."""
+    """Allow the faulty rank only files smaller than the optimizer's shards, like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 

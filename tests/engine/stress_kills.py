@@ -5,7 +5,7 @@
 Runs of the three objectives get SIGKILL, to one process or to all, or SIGTERM, and are resumed by another number of processes,
 HSDP included, until they finish. After every kill each complete checkpoint must pass recipes.verify, and the newest must not be
 older than before. The final checkpoint must be that of a run on one process without kills. The seed decides everything except
-what a process is doing when its signal comes.
+the work of a process at the moment of its signal.
 """
 
 import json

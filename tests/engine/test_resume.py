@@ -90,7 +90,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_settings, assert_same_e
 
 @pytest.fixture(scope="module")
 def finished(tiny_settings, tmp_path_factory):
-    """A finished pre-training run in which nothing is recomputed, for the tests that compare runs with it."""
+    """A finished pre-training run without recomputation, for the tests that compare runs with it."""
     settings = tiny_settings("pretrain", tmp_path_factory.mktemp("finished") / "run", recompute="none", **EVERY_TWO)
     pretrain.run(settings)
     return settings

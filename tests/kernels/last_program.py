@@ -21,7 +21,7 @@ def launch_last_program(kernel, grid, *arguments, **keywords):
 
 
 def vast(elements, dtype, device):
-    """Zeros on a GPU; for the interpreter, memory without values, of which its last program touches only the end."""
+    """Zeros on a GPU; for the interpreter, memory without values: its last program touches only the end."""
     if device.type == "cuda":
         return torch.zeros(elements, dtype=dtype, device=device)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,4 +1,4 @@
-"""What offline compilation builds: the launches of every kernel in the forms that training uses, with Shisa 7B's shapes.
+"""The launches that offline compilation builds: every kernel in the forms that training uses, with Shisa 7B's shapes.
 
 A launch is a function of (dtype, tokens) that calls an operator on tensors without data. QUICK has one launch for each kernel,
 in the form with the most code; ALL adds the other forms.

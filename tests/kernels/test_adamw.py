@@ -263,7 +263,7 @@ def test_indices_beyond_31_bits_are_right(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("moments", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
-def test_the_custom_operator_is_sound(parameter, moments, triton_device):
+def test_the_custom_operator_passes_torchs_checks(parameter, moments, triton_device):
     scale = torch.ones((), device=triton_device)
     torch.library.opcheck(
         module._adamw,

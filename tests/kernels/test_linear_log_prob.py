@@ -333,12 +333,12 @@ def test_gradients_added_up_in_bfloat16_are_off_by_a_rounding_of_each_sum():
     assert 2**-10 * largest < error <= 2 * batches * 2**-9 * largest
 
 
-def test_custom_operators_pass_opcheck(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     _check_operators(torch.float32, triton_device)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="float64 runs the eager reference, not the interpreter")
-def test_custom_operators_pass_opcheck_with_the_eager_reference(device):
+def test_custom_operators_of_references_pass_torchs_checks(device):
     _check_operators(torch.float64, device)
 
 

@@ -28,7 +28,7 @@ EPS = 1e-5
 
 
 class Shapes(NamedTuple):
-    """device, tokens: of the packed row. rows: of the vocabulary, of which `pieces` are real."""
+    """device, tokens: of the packed row. rows: of the vocabulary; the first `pieces` are real."""
 
     device: str
     tokens: int
@@ -67,7 +67,7 @@ def leaf(tensor):
 
 
 def rotated(heads, table):
-    """By complex numbers, whose product is a rotation."""
+    """Rotary embedding by complex numbers, whose product is a rotation."""
     wide = heads if heads.dtype == torch.float64 else heads.float()
     turn = torch.complex(table.cos_TE, table.sin_TE)[:, None]
     turned = torch.complex(*wide.chunk(2, dim=-1)) * turn
@@ -264,7 +264,7 @@ def test_head_is_right(way, shapes):
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-def test_an_update_is_that_of_the_reference(moments, shapes):
+def test_an_update_equals_the_references(moments, shapes):
     """To the bit on a GPU; a CPU may use torch's own operator."""
     shape = (2 * shapes.inner, shapes.width)
     parameter, remainder = split_master(random(*shape, dtype=torch.float32, device=shapes.device, seed=0, scale=0.02))

@@ -48,7 +48,7 @@ def test_results_and_gradients_are_right(tokens, heads, kv_heads, size, dtype, d
     )
 
 
-def test_results_are_those_of_transformers(device):
+def test_results_equal_transformers(device):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(300, HEADS + 2 * KV_HEADS, SIZE, generator=generator)
     # Positions restart, as in a packed row, and reach far.

@@ -24,7 +24,7 @@ def plain(packed):
 
 
 @pytest.mark.parametrize("emit", [False, True])
-def test_gradients_in_place_are_those_of_the_operator(emit, dtype, device):
+def test_gradients_in_place_equal_the_operators(emit, dtype, device):
     packed, grad = inputs(5, 33, dtype, device)
     given = packed.clone().requires_grad_()
     product = swiglu(given)
@@ -40,7 +40,7 @@ def test_gradients_in_place_are_those_of_the_operator(emit, dtype, device):
     assert emitted is None or torch.equal(emitted, product)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 4), (3, 2085), (9, 17), (5, 8), (0, 8)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 4), (3, 2085), (2, 2048), (9, 17), (5, 8), (0, 8)])
 def test_results_and_gradients_are_right(rows, width, dtype, device):
     packed, grad = inputs(rows, width, dtype, device)
     compare(swiglu, plain, {"packed": packed.requires_grad_()}, {"out": grad})

@@ -182,7 +182,7 @@ def test_an_unknown_preset_names_the_nearest():
             preset(wrong)
 
 
-def test_the_presets_are_those_of_the_papers():
+def test_the_presets_have_the_papers_sizes():
     assert PRESETS["mistral-7b"].parameters == 7_241_732_096
     shisa = PRESETS["shisa-7b"]
     assert shisa.vocab_size % 128 == 0

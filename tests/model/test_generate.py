@@ -50,23 +50,23 @@ def logits(request):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 7, 499, 500, 10000])
-def test_top_k_is_that_of_transformers(logits, top_k):
+def test_top_k_equals_transformers(logits, top_k):
     assert torch.equal(keep_top_k(logits, top_k), reference.TopKLogitsWarper(top_k)(NO_IDS, logits[None])[0])
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.95, 0.999999])
-def test_top_p_is_that_of_transformers(logits, top_p):
+def test_top_p_equals_transformers(logits, top_p):
     assert torch.equal(keep_top_p(logits, top_p), reference.TopPLogitsWarper(top_p)(NO_IDS, logits[None])[0])
 
 
 @pytest.mark.parametrize("min_p", [1e-9, 0.01, 0.1, 0.5, 1.0])
-def test_min_p_is_that_of_transformers(logits, min_p):
+def test_min_p_equals_transformers(logits, min_p):
     assert torch.equal(keep_min_p(logits, min_p), reference.MinPLogitsWarper(min_p)(NO_IDS, logits[None])[0])
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.15, 10.0])
 @pytest.mark.parametrize("ids", [[0], [0, 0, 0], list(range(0, 500, 3))])
-def test_repetition_penalty_is_that_of_transformers(logits, penalty, ids):
+def test_repetition_penalty_equals_transformers(logits, penalty, ids):
     ids = [token for token in ids if token < len(logits)]
     seen = torch.zeros(len(logits), dtype=torch.bool)
     seen[ids] = True
@@ -87,7 +87,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("options", SAMPLINGS, ids=str)
-def test_sampling_is_that_of_transformers_generate(small_model, reference_of, options):
+def test_sampling_equals_transformers_generate(small_model, reference_of, options):
     """Its own pipeline chooses the filters and their order; with the same seed even the draws are equal."""
     model = small_model(initializer_range=0.15)
     prompt = [1, 5, 9, 5, 30, 2, 11, 44]

@@ -111,7 +111,7 @@ def test_the_report_is_readable_and_drawn(made):
     text = (out / "report.md").read_text(encoding="utf-8")
     lines = text.splitlines()
     for name in MODELS:
-        # Two tables of eight figures: held-out questions, and unseen ones.
+        # Two tables of eight figures: held-out questions and unseen questions.
         assert len([line for line in lines if line.startswith(f"| {name} |") and line.count("|") == 10]) == 2
     for heading in ("Held-out questions", "Vocabulary", "Preference tuning", "Answers", "Losses", "Time"):
         assert any(line.startswith("## ") and heading in line for line in lines)

@@ -47,7 +47,7 @@ def read(path) -> list[dict]:
 
 
 def is_japanese_letter(character: str) -> bool:
-    """By the character's Unicode name."""
+    """Whether a character is a Japanese letter by its Unicode name."""
     name = unicodedata.name(character, "")
     return character.isalpha() and name.startswith(
         ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH", "IDEOGRAPHIC ")

@@ -2,7 +2,7 @@
 
     python -m tests.engine.checkpoint.saving_memory OUT TOKENIZER_FOLDER
 
-Files hold at most FILE_BYTES. Prints the bytes of the saved tensors, and the peak of anonymous memory above that before saving.
+Files hold at most FILE_BYTES. Prints the bytes of the saved tensors, and the growth of anonymous memory to its peak.
 """
 
 import os

@@ -354,13 +354,13 @@ def test_padding_belongs_to_no_document(write_dataset, random_documents):
             assert all(stop <= places for _, _, ranges in batch.attention.queries() for _, stop, _ in ranges)
 
 
-def test_to_keeps_the_content(write_dataset):
+def test_to_keeps_the_content_of_a_batch(write_dataset):
     batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, Packing(WINDOW, 16)).batches[0]
     assert equal(batch.to("cpu"), batch)
 
 
 @pytest.mark.gpu
-def test_to_cuda(write_dataset):
+def test_a_batch_moves_to_cuda_and_back(write_dataset):
     batch = make_step(make_plan([write_dataset([[1, 2, 3]])]), 0, Packing(WINDOW, 16)).batches[0]
     moved = batch.to("cuda")
     assert moved.tokens_T.is_cuda

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.data.packing import deal, pack_best_fit
 
 
-def test_a_worked_example():
+def test_an_example_packed_by_hand():
     # By hand: 7 opens A, 6 opens B, 4 fills B, the first 3 fills A, the second 3 opens C, 2 joins C.
     assert pack_best_fit([3, 7, 4, 2, 6, 3], 10) == [[1, 0], [4, 2], [5, 3]]
 

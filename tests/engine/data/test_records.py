@@ -19,7 +19,7 @@ def system(text):
     return {"role": "system", "content": text}
 
 
-def test_the_text_of_a_record():
+def test_text_is_the_record_or_its_field():
     assert read_text("文", "text") == "文"
     assert read_text({"body": " a\n"}, "body") == " a\n"
 
@@ -58,7 +58,7 @@ def test_every_format_gives_the_same_conversation(record):
     assert read_conversation(record) == [system("S"), user("U"), assistant("A")]
 
 
-def test_alpaca_and_prompt_completion():
+def test_alpaca_and_prompt_completion_records_give_conversations():
     assert read_conversation({"instruction": "I", "input": "X", "output": "O"}) == [user("I\n\nX"), assistant("O")]
     for empty in ({}, {"input": ""}, {"input": None}, {"input": " "}):
         assert read_conversation({"instruction": "I", **empty, "output": "O"}) == [user("I"), assistant("O")]

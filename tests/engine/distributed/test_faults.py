@@ -1,4 +1,4 @@
-"""Runs on two ranks in which the second is killed, hangs, lags or computes NaN."""
+"""Runs on two ranks whose second rank is killed, hangs, lags or computes NaN."""
 
 import json
 import re

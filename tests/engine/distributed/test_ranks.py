@@ -74,7 +74,7 @@ def trajectories(tiny_model, tiny_data, tmp_path_factory, run_ranks):
 
 @pytest.fixture(scope="module")
 def short(trajectories):
-    """Every objective on three ranks, whose shards of the tiny model are uneven, and one in two replicas of two shards."""
+    """Every objective on three ranks, whose shards of the tiny model are uneven; SFT also in two replicas of two shards."""
     every = [*((stage, "float32") for stage in STAGES), ("sft", "bfloat16")]
     return trajectories(6, {ONE: every, THREE: every, TWO_BY_TWO: [("sft", "float32")]})
 
@@ -99,7 +99,7 @@ def assert_same(found: Trajectory, expected: Trajectory, steps: int) -> None:
 @pytest.mark.parametrize(
     ("layout", "stage"), [*((THREE, stage) for stage in STAGES), (TWO_BY_TWO, "sft")], ids=lambda value: str(value)
 )
-def test_several_ranks_follow_one(short, layout, stage):
+def test_several_ranks_follow_a_single_rank(short, layout, stage):
     found, _ = short
     assert_same(found[layout, stage, "float32"], found[ONE, stage, "float32"], steps=6)
 

@@ -124,7 +124,7 @@ def test_a_devices_peak_is_found_by_its_name_and_never_guessed(monkeypatch, name
 
 @pytest.mark.parametrize("mode", ["light", "ffn", "block"])
 def test_recomputed_flops_equal_torchs_count(mode):
-    """In a model whose attention has no matrix products."""
+    """The counted model's attention has no matrix products."""
     config = replace(CONFIG, num_hidden_layers=3)
     model = Mistral(config)
     initialize(model, 0)

@@ -265,7 +265,7 @@ def test_a_side_that_shares_its_prompt_never_sees_the_other(model, shared_plan, 
 
 @pytest.mark.parametrize(("kind", "step_size"), [("text", 16), ("preferences", 1)])
 def test_a_rank_without_work_adds_nothing(model, plan_of, kind, step_size):
-    """In a step of one document or pair, the second rank runs a filler, which has no reference."""
+    """The second rank of a step of one document or pair runs a filler, which has no reference."""
     plan = plan_of(kind, step_size=step_size)
     step = next(step for step in range(plan.steps) if len(plan.units(step).sizes) == 1 and plan.units(step).document[0])
     objective = NextToken()

@@ -161,7 +161,7 @@ def test_losses_are_the_papers_formulas(margin, beta):
 @given(st.floats(-50, 50), st.floats(0.01, 2), st.floats(0, 0.49))
 @settings(max_examples=50, deadline=None)
 def test_conservative_dpo_has_its_minimum_where_the_policys_belief_is_the_share_of_true_labels(margin, beta, smoothing):
-    """At sigmoid(beta * margin) = 1 - smoothing (Mitchell 2023). DPO has its minimum at infinity."""
+    """The minimum lies at sigmoid(beta * margin) = 1 - smoothing (Mitchell 2023). DPO has its minimum at infinity."""
     chosen = PreferenceSettings(beta=beta, label_smoothing=smoothing)
     value = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
     preference_loss(value, chosen).sum().backward()

@@ -324,7 +324,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, metrics_of, capsy
     assert "step 1: loss nan, gradient norm 1.0: not finite, no update" in capsys.readouterr().out
 
 
-def test_weights_and_biases(tmp_path, metrics_of, monkeypatch):
+def test_weights_and_biases_gets_the_logged_values(tmp_path, metrics_of, monkeypatch):
     calls = []
     stub = types.ModuleType("wandb")
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
@@ -404,7 +404,7 @@ def test_without_tensorboard_one_line_says_so_and_the_run_goes_on(tmp_path, metr
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_weights_and_biases_not_installed(metrics_of, monkeypatch):
+def test_weights_and_biases_without_its_package_is_refused(metrics_of, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"log.wandb is set but wandb is not installed"):
         metrics_of(log={"wandb": "project"})
@@ -418,6 +418,6 @@ def test_missing_weights_and_biases_is_found_before_anything_is_computed(tiny_se
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_out_of_range():
+def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"log.every = 0: must be at least 1"):
         LogSettings(every=0)

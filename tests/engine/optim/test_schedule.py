@@ -57,7 +57,7 @@ def test_a_linear_schedule_ends_at_its_final_share():
     share=st.floats(0, 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_rises_to_the_peak_then_never_rises_and_never_stops(kind, warmup, steps, share):
+def test_rates_rise_to_the_peak_then_never_rise_and_stay_positive(kind, warmup, steps, share):
     chosen = ScheduleSettings(kind=kind, peak=PEAK, warmup_steps=warmup, final_share=0.0 if kind == "constant" else share)
     rates = [learning_rate(chosen, step, steps) for step in range(steps)]
     top = min(max(warmup - 1, 0), steps - 1)

@@ -111,6 +111,16 @@ def test_unseen_places_change_no_bit(name, dtype, device):
         assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("offset", [400.0, -400.0])
+def test_scores_far_from_0_are_right(offset, device):
+    """Exponentials of such scores, and of the splits' log-sum-exps, lie outside float32 without the subtraction of the peak."""
+    text = TEXTS["wrapped, several splits"]
+    query, key, value = text.inputs(torch.float32, device)
+    query[..., 0], key[..., 0] = text.size**0.5, offset
+    inputs = [query, key, value]
+    check("out", text.decode(*inputs), text.plain(*(tensor.double() for tensor in inputs)), text.plain(*inputs))
+
+
 def test_two_runs_give_the_same_bits(dtype, device):
     text = TEXTS["wrapped, several splits"]
     inputs = text.inputs(dtype, device)

@@ -182,7 +182,7 @@ def test_outputs_and_gradients_of_padding_are_zero(dtype, device):
     assert all((found[5:] == 0).all() for found in results(row, tensors, grad))
 
 
-def test_custom_operators_pass_opcheck(triton_device):
+def test_custom_operators_pass_torchs_checks(triton_device):
     row = Row((3,), 2, 16)
     tensors, grad = leaves(row, torch.float32, triton_device)
     lists = row.work(triton_device)

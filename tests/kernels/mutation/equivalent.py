@@ -1,4 +1,4 @@
-"""Mutants that no test can find out, as they compute the same: module -> {name of the mutant: reason}."""
+"""Mutants that no test can detect, because they compute the same: module -> {name of the mutant: reason}."""
 
 _PROMOTED = "the other operand is float32 already and promotes it"
 _STORED = "the store converts to the type of the result"
@@ -42,6 +42,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "swiglu": {
         "_backward_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32) -> "
+        "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside)": _PROMOTED,
+        "_backward_kernel: tl.load(grad + row * grad_stride + column, mask=inside).to(tl.float32) -> "
+        "tl.load(grad + row * grad_stride + column, mask=inside)": _PROMOTED,
+        "_forward_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32) -> "
         "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside)": _PROMOTED,
     },
 }

@@ -1,4 +1,4 @@
-"""The modules that have kernels, and the tests that must find out their mutants."""
+"""The modules that have kernels, and the tests that must detect their mutants."""
 
 import ast
 import functools
@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.kernels.mutation.mutators import Mutant, is_kernel, mutants
+from tests.kernels.mutation.mutators import Mutant, bare, is_kernel, mutants
 
 ROOT = Path(__file__).resolve().parents[3]
 # Functions without @triton.jit that make what kernels read.
@@ -36,9 +36,10 @@ class Module:
         return mutants(self.source, FUNCTIONS.get(self.name, ()))
 
     def fingerprint(self) -> str:
-        """Changes when a test of the module, or what the tests share, changes."""
-        shared = sorted((ROOT / "tests" / "kernels").glob("*.py"))
-        return hashlib.sha256(b"".join(path.read_bytes() for path in (*self.tests, *shared))).hexdigest()[:16]
+        """A hash of the module's tests and of the files that all tests of kernels share, comments and docstrings aside."""
+        shared = sorted(path for path in (ROOT / "tests" / "kernels").glob("*.py") if not path.name.startswith("test_"))
+        texts = (bare(path.read_text(encoding="utf-8")) for path in (*self.tests, *shared))
+        return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def modules() -> dict[str, Module]:
@@ -48,7 +49,7 @@ def modules() -> dict[str, Module]:
         functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         if name in FUNCTIONS or any(map(is_kernel, functions)):
             found[name] = Module(name, tests_of(name))
-            assert found[name].tests, f"kernels/{name}.py has kernels, and neither it nor what imports it has tests"
+            assert found[name].tests, f"kernels/{name}.py has kernels, and neither it nor a module that imports it has tests"
     return found
 
 
@@ -63,7 +64,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def tests_of(name: str) -> tuple[Path, ...]:
-    """The tests in the file of the module's name; where there is none, the tests of the modules that import it."""
+    """The test file with the module's name; without such a file, the tests of the modules that import the module."""
     own = ROOT / "tests" / "kernels" / Path(name).parent / f"test_{Path(name).name}.py"
     if own.exists():
         return (own,)

@@ -17,8 +17,10 @@ small change at a time:
 
 import ast
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import keyword
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 STRICTER: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -56,7 +58,8 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(self.source.encode()).hexdigest()[:16]
+        """A hash of the changed module, comments and docstrings aside."""
+        return hashlib.sha256(bare(self.source).encode()).hexdigest()[:16]
 
 
 def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
@@ -67,7 +70,7 @@ def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
         if isinstance(function, ast.FunctionDef) and (function.name in named or is_kernel(function)):
             for parent, field, index, node in places(function):
                 for kind, changed in changes(node):
-                    # Of a statement with a body, its first line says what is changed.
+                    # The first line names a statement with a body.
                     before, after = (ast.unparse(ast.fix_missing_locations(code)).split("\n")[0] for code in (node, changed))
                     put(parent, field, index, changed)
                     text = ast.unparse(tree)
@@ -75,6 +78,58 @@ def mutants(source: str, functions: Iterable[str] = ()) -> list[Mutant]:
                     seen[function.name, before, after] += 1
                     found.append(Mutant(kind, function.name, before, after, seen[function.name, before, after], text))
     return found
+
+
+def bare(source: str) -> str:
+    """The source without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Module() | ast.FunctionDef() | ast.ClassDef() if ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+def drawn(found: Sequence[Mutant], most: int, seed: int) -> list[Mutant]:
+    """At most so many of the mutants. Each has its own lot: another mutant more changes the draw by one."""
+
+    def lot(mutant: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed} {mutant.name}".encode()).digest()
+
+    chosen = set(sorted(map(lot, found))[:most])
+    return [mutant for mutant in found if lot(mutant) in chosen]
+
+
+def listed(found: Sequence[Mutant], names: Iterable[str]) -> tuple[set[str], list[str]]:
+    """(names of the mutants that a list names, names that no mutant has).
+
+    A name that no mutant has stands for the mutant of the same shape: functions and variables may be renamed.
+    """
+    names, existing = set(names), {mutant.name for mutant in found}
+    unlisted, stale = defaultdict(list), defaultdict(list)
+    for mutant in found:
+        if mutant.name not in names:
+            unlisted[shape(mutant.name)].append(mutant.name)
+    for name in sorted(names - existing):
+        stale[shape(name)].append(name)
+    renamed = {form for form in stale if len(unlisted[form]) == len(stale[form])}
+    return (
+        (names & existing).union(*(unlisted[form] for form in renamed)),
+        [name for form in stale.keys() - renamed for name in stale[form]],
+    )
+
+
+def shape(name: str) -> str:
+    """A mutant's name with numbers in place of the names of its function and variables."""
+    numbers: dict[str, int] = {}
+
+    def number(word: re.Match[str]) -> str:
+        kept = word[0] == "tl" or keyword.iskeyword(word[0])
+        return word[0] if kept else f"#{numbers.setdefault(word[0], len(numbers))}"
+
+    expression, again, counted = name.partition(" (number ")
+    # Neither attributes nor keywords of a call, nor what stands in quotes.
+    return re.sub(r"(?<![\w.'])[A-Za-z_]\w*(?![\w='])", number, expression) + again + counted
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:

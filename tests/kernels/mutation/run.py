@@ -1,13 +1,14 @@
 """Find out whether the tests of every kernel fail on each wrong version of it.
 
-    python -m tests.kernels.mutation.run [MODULE ...] [--kinds mask,loop] [--sample 0.1] [--seed 0] [--jobs 2]
+    python -m tests.kernels.mutation.run [MODULE ...] [--all | --most 20] [--kinds mask,loop] [--seed 0] [--jobs 2]
 
 For every mutant (see `mutators`), a forked process imports the mutant in place of the module and runs the module's tests in
-Triton's interpreter until one fails. A mutant that passes all of them is a survivor: either a test is missing, or the mutant
-computes the same and belongs into `equivalent`. Exit status 1 where there is a survivor.
+Triton's interpreter until one fails. Memory behind every tensor's end is forbidden (see `guarded`); a mutant that passes all
+tests is tried again where memory before every tensor's start is. If it passes again it is a survivor: either a test is missing,
+or the mutant computes the same and belongs into `equivalent`. Exit status 1 where there is a survivor.
 
 Outcomes are kept in build/mutants.jsonl, so that a run that was cut short goes on where it ended; a change of the module or of
-its tests makes them void.
+its tests makes them void, and survivors are always tried again.
 """
 
 import argparse
@@ -18,35 +19,42 @@ import importlib.abc
 import importlib.util
 import json
 import os
-import random
 import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.kernels.mutation.equivalent import EQUIVALENT
 from tests.kernels.mutation.modules import FUNCTIONS, ROOT, Module, modules
+from tests.kernels.mutation.mutators import drawn, listed
 
 OUTCOMES = ROOT / "build" / "mutants.jsonl"
 # A test failed, or the process was killed for touching foreign memory, or for never ending.
 SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGXCPU)
 FOUND_OUT = (int(pytest.ExitCode.TESTS_FAILED), *(-number for number in SIGNALS))
 CPU_SECONDS = 60
-ARGUMENTS = ("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist")
+FINDERS = "finders"
+# Mutants of a module that are tried by default.
+MOST = 50
+# Without plugins that write, or that collect garbage for longer than a mutant lives.
+WITHOUT = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
+ARGUMENTS = ("-x", "-q", "--no-header", "--tb=no", *(f"-pno:{name}" for name in WITHOUT))
 # Tests of the wiring around the kernels, which are slow and say nothing about a kernel's arithmetic.
 WIRING = "not custom_operator and not compiler and not compiles"
-# What the forked processes would each import anew. Nothing of it may import `kernels`.
+# Imported once here for all forked processes. None of these modules may import `kernels`.
 IMPORTED = (
     "torch._dynamo",
     "triton.language",
     "transformers.models.mistral.modeling_mistral",
     "hypothesis.strategies",
     "tokenizers",
-    "sentencepiece",
+    "sentencepiece.sentencepiece_pb2",
     "safetensors.torch",
     "tyro",
     "jinja2",
@@ -65,27 +73,29 @@ class Replaced(importlib.abc.MetaPathFinder):
 
 
 class FindersFirst:
-    """Runs the tests that found out a mutant before ahead of all others, as they are likely to find the next one.
+    """Runs the tests that detected most mutants before all others, because they are likely to detect the next mutant.
 
-    path: a file with a line for each test that failed.
+    finders: a file with a line for each mutant that was detected: the test that detected it. running: the file that
+    names the test that runs.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.finders = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    def __init__(self, finders: Path, running: Path) -> None:
+        self.running = running
+        self.found = Counter(finders.read_text(encoding="utf-8").splitlines() if finders.exists() else [])
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and report.nodeid not in self.finders:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{report.nodeid}\n")
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running.write_text(f"{nodeid}\n", encoding="utf-8")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: item.nodeid not in self.finders)
+        items.sort(key=lambda item: -self.found[item.nodeid])
 
 
-def start(module: Module, source: str, folder: Path, number: int) -> int:
-    """The process, forked from this one, that runs a module's tests where the module has this source."""
+def start(module: Module, source: str, folder: Path, number: int, before: bool) -> int:
+    """The process, forked from this one, that runs a module's tests where the module has this source.
+
+    before: forbid memory before every tensor's start, instead of memory behind its end.
+    """
     child = os.fork()
     if child:
         return child
@@ -93,6 +103,8 @@ def start(module: Module, source: str, folder: Path, number: int) -> int:
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, 2 * CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # The first process compiles what all import.
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder / "compiled")
         path = folder / f"mutant_{number}.py"
         path.write_text(source, encoding="utf-8")
         sys.meta_path.insert(0, Replaced(module.imported, path))
@@ -101,28 +113,47 @@ def start(module: Module, source: str, folder: Path, number: int) -> int:
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
-            importlib.import_module("tests.kernels.mutation.guarded").guard_everything()
+            importlib.import_module("tests.kernels.mutation.guarded").guard_everything(before)
             marked = "not gpu and not slow" + ("" if module.name in FUNCTIONS else " and kernels")
             arguments = [*ARGUMENTS, "-m", marked, "-k", WIRING, *map(str, module.tests)]
-            status = int(pytest.main(arguments, [FindersFirst(folder / f"{module.name.replace('/', '.')}.finders")]))
+            status = int(pytest.main(arguments, [FindersFirst(folder / FINDERS, path.with_suffix(".running"))]))
     finally:
         # Without what the forking process would do at its end.
         os._exit(status)
 
 
-def outcomes_of(jobs: Sequence[tuple[Module, str]], processes: int):
-    """(number of the job, exit status, output) of each job (module, source) as it ends, `processes` at once."""
-    waiting, running = list(enumerate(jobs)), {}
+@dataclass(frozen=True)
+class Outcome:
+    """number: of the job. status: exit status of its tests. seconds: CPU time. output: what the tests printed."""
+
+    number: int
+    status: int
+    seconds: float
+    output: str
+
+
+def outcomes_of(module: Module, sources: Sequence[str], processes: int) -> Iterator[Outcome]:
+    """The outcome of the module's tests with each source, as it ends, `processes` at once."""
+    waiting, running = [(number, False) for number in range(len(sources))], {}
+    seconds = [0.0] * len(sources)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         while waiting or running:
             while waiting and len(running) < processes:
-                number, (module, source) = waiting.pop(0)
-                running[start(module, source, folder, number)] = number
-            child, status = os.wait()
-            number = running.pop(child)
-            log = folder / f"mutant_{number}.log"
-            yield number, os.waitstatus_to_exitcode(status), log.read_text(errors="replace") if log.exists() else ""
+                number, before = waiting.pop(0)
+                running[start(module, sources[number], folder, number, before)] = number, before
+            child, ended, used = os.wait4(-1, 0)
+            number, before = running.pop(child)
+            seconds[number] += used.ru_utime + used.ru_stime
+            status = os.waitstatus_to_exitcode(ended)
+            if status == 0 and not before:
+                waiting.insert(0, (number, True))
+                continue
+            log, finder = (folder / f"mutant_{number}.{suffix}" for suffix in ("log", "running"))
+            if status in FOUND_OUT and finder.exists():
+                with (folder / FINDERS).open("a", encoding="utf-8") as file:
+                    file.write(finder.read_text(encoding="utf-8"))
+            yield Outcome(number, status, seconds[number], log.read_text(errors="replace") if log.exists() else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--kinds", help="kinds of changes, separated by commas (default: all)")
-    parser.add_argument("--sample", type=float, default=1.0, help="share of the mutants to try, drawn at random (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--most", type=int, default=MOST, help=f"mutants of a module to try, drawn by a seed (default: {MOST})")
+    parser.add_argument("--all", action="store_true", help="try all mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which mutants are drawn (default: 0)")
     parser.add_argument("--afresh", action="store_true", help="try again what was tried before")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     given = parser.parse_args(arguments)
@@ -140,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no kernels in {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
     chosen = [known[name] for name in given.modules or known]
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for name in IMPORTED:
         importlib.import_module(name)
     assert "kernels" not in sys.modules, "mutants would not take the place of modules that are imported already"
@@ -149,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = {}
     if OUTCOMES.exists() and not given.afresh:
         lines = map(json.loads, OUTCOMES.read_text(encoding="utf-8").splitlines())
-        done = {(line["mutant"], line["tests"]): line["status"] for line in lines}
+        done = {(line["mutant"], line["tests"]): line["status"] for line in lines if line["status"] in FOUND_OUT}
     OUTCOMES.parent.mkdir(exist_ok=True)
     failed = False
     for module in chosen:
@@ -159,34 +192,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, str], int]) -> bool:
     """Try a module's mutants and print the survivors. Returns whether something is wrong."""
-    every, tests, equivalent = module.mutants(), module.fingerprint(), EQUIVALENT.get(module.name, {})
-    stale = equivalent.keys() - {mutant.name for mutant in every}
-    for name in sorted(stale):
+    every, tests = module.mutants(), module.fingerprint()
+    equivalent, stale = listed(every, EQUIVALENT.get(module.name, {}))
+    for name in stale:
         print(f"kernels/{module.name}.py: no mutant has the name\n    {name}\n  that `equivalent` lists: mend it there")
     kinds = given.kinds.split(",") if given.kinds else [mutant.kind for mutant in every]
-    tried = [mutant for mutant in every if mutant.name not in equivalent and mutant.kind in kinds]
-    if given.sample < 1:
-        tried = random.Random(given.seed).sample(tried, min(len(tried), max(1, round(given.sample * len(tried)))))
+    rest = [mutant for mutant in every if mutant.name not in equivalent and mutant.kind in kinds]
+    tried = rest if given.all else drawn(rest, given.most, given.seed)
     new = [mutant for mutant in tried if (mutant.key, tests) not in done]
-    # The module as it is comes first: its tests must pass.
+    # The unchanged module comes first: its tests must pass.
     sources = [module.source, *(mutant.source for mutant in new)] if new else []
-    wrong = bool(stale) and len(tried) + len(equivalent) == len(every)
-    for number, status, output in outcomes_of([(module, source) for source in sources], given.jobs):
-        if number == 0 and status:
-            print(f"kernels/{module.name}.py: its own tests end with status {status}\n{output[-4000:]}")
+    wrong = bool(stale)
+    for outcome in outcomes_of(module, sources, given.jobs):
+        status = outcome.status
+        if outcome.number == 0 and status:
+            print(f"kernels/{module.name}.py: its own tests end with status {status}\n{outcome.output[-4000:]}")
             wrong = True
-        elif number:
-            mutant = new[number - 1]
+        elif outcome.number:
+            mutant = new[outcome.number - 1]
             done[mutant.key, tests] = status
+            line = {"mutant": mutant.key, "tests": tests, "status": status, "seconds": round(outcome.seconds, 1)}
             with OUTCOMES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"mutant": mutant.key, "tests": tests, "status": status, "name": mutant.name}) + "\n")
+                file.write(json.dumps({**line, "module": module.name, "name": mutant.name}) + "\n")
     survivors = [mutant for mutant in tried if done[mutant.key, tests] not in FOUND_OUT]
     for mutant in survivors:
         print(f"kernels/{module.name}.py: the tests end with status {done[mutant.key, tests]} in spite of\n    {mutant.name}")
     found = len(tried) - len(survivors)
+    sample = f" drawn from {len(rest)} by seed {given.seed}" if len(tried) < len(rest) else ""
     print(
-        f"kernels/{module.name}.py: {found} of {len(tried)} mutants were found out, of {len(every)} in all, "
-        f"{len(equivalent)} of them equivalent",
+        f"kernels/{module.name}.py: {found} of {len(tried)} mutants{sample} were detected; "
+        f"{len(equivalent)} of {len(every)} are equivalent",
         flush=True,
     )
     return wrong or bool(survivors)

@@ -13,7 +13,7 @@ NAMES = {"hira": "Hiragana", "han": "Han", "hang": "Hangul", "thai": "Thai", "de
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_letters_are_those_of_unicode(name):
+def test_letters_agree_with_unicode(name):
     regex = pytest.importorskip("regex", reason="holds Unicode's table of scripts")
     script, reference = Scripts([name]), regex.compile(rf"\p{{Script={NAMES[name]}}}")
     east_asian = {*range(0x3000, 0x3040), *range(0xFF00, 0xFF66)}  # signs and wide forms, allowed to all of them
