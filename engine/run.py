@@ -26,8 +26,10 @@ from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
-from model.config import MistralConfig, preset, read_config
+from model.config import MistralConfig, preset
 from model.mistral import Mistral, initial_weights
+from model.vocabulary.chat import end_id
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
@@ -313,15 +315,9 @@ def _config(settings: TrainSettings, model: Path | None, tokenizer: Tokenizer) -
             vocab_size=padded_to_tiles(tokenizer.vocab_size),
             unpadded_vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
+            eos_token_id=end_id(tokenizer),
         )
-    config = read_config(model)
-    if config.unpadded_vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model} only {config.unpadded_vocab_size}; "
-            "resize the model with recipes.vocabulary, or name its own tokenizer"
-        )
-    return config
+    return fitted_config(model, tokenizer)
 
 
 def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> TokenDataset:

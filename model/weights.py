@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
-from model.folder import write_file
+from model.folder import foreign_folder, write_file
 from model.mistral import Mistral
 from model.tensor_file import TensorFile, TensorStream, write_tensor_file
 
@@ -70,7 +70,9 @@ class TensorFolder:
         elif single.is_file():
             self._file_of = dict.fromkeys(self._open(single.name).names, single.name)
         else:
-            raise FileNotFoundError(f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors")
+            raise FileNotFoundError(
+                foreign_folder(self.folder) or f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors"
+            )
 
     def __enter__(self) -> "TensorFolder":
         return self
@@ -176,12 +178,18 @@ def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
     return {name: (stop - start, *parameters[ours].shape[1:]) for name, (ours, start, stop) in rows.items()}
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: MistralConfig | None = None,  # in place of the folder's own; it must ask for the same weights
+) -> Mistral:
     """A Mistral from a Hugging Face folder.
 
     Raises: FileNotFoundError or ValueError naming the file or tensor that is missing, truncated, surplus or of a wrong shape.
     """
-    config = read_config(folder)
+    config = config or read_config(folder)
     with torch.device("meta"):
         model = Mistral(config)
     model = model.to(dtype).to_empty(device=device)
@@ -223,13 +231,20 @@ def save_model(
     write_tensor_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> MistralConfig:
+def convert_folder(
+    source: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    config: MistralConfig | None = None,
+) -> MistralConfig:
     """Copy a model's configuration and weights into another, existing folder, in a dtype (default: the final norm's).
+
+    config: written in place of the source's own; it must ask for the same weights.
 
     The result equals `load_model` and `save_model`, without ever holding the model: any size takes little memory.
     Raises: FileNotFoundError or ValueError as `load_model` does. Returns: the model's configuration.
     """
-    config = read_config(source)
+    config = config or read_config(source)
     with TensorFolder(source) as tensors:
         names = tensors.check(config)
         dtype = dtype or tensors.dtype("model.norm.weight")

@@ -109,7 +109,7 @@ def test_a_preset_takes_its_vocabulary_from_the_tokenizer(tiny_settings, tiny_to
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_settings, tmp_path):
     write_tokenizer_folder(tmp_path / "large", mistral_tokenizer_path().read_bytes())
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", tokenizer=str(tmp_path / "large")))
-    assert "the tokenizer has 32000 pieces" in message
+    assert "the tokenizer has 32,000" in message
     assert "only 340" in message
     assert "resize the model with recipes.vocabulary, or name its own tokenizer" in message
 
