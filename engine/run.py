@@ -185,8 +185,10 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
-    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks)
-    tokenizer = Tokenizer.load(_folder(settings.tokenizer, ranks) if settings.tokenizer else _own_tokenizer(settings, model))
+    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks, weights=not settings.dry_run)
+    tokenizer = Tokenizer.load(
+        _folder(settings.tokenizer, ranks, weights=False) if settings.tokenizer else _own_tokenizer(settings, model)
+    )
     config = _config(settings, model, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
@@ -237,7 +239,7 @@ def _resumed(run: Run) -> Run:
     if state.plan == before.fingerprint:
         run = dataclasses.replace(run, plan=before)
     _check_same_run(run, state)
-    config = read_config(checkpoint)
+    config = fitted_config(checkpoint, run.tokenizer)
     differing = _differences(run.config, config)
     if differing and run.ranks.main:
         print(f"note       {settings.model}: its configuration changed since the run began: {differing}; the run keeps its own")
@@ -257,7 +259,7 @@ def _check_same_settings(settings: TrainSettings, ranks: Ranks) -> None:
 
 def _check_same_content(run: Run) -> None:
     """Every rank proves that it reads the same as rank 0."""
-    if run.ranks.mesh is None:
+    if run.ranks.mesh is None or run.settings.dry_run:
         return
     folder = run.checkpoint or run.starting_model
     facts = {
@@ -296,10 +298,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _folder(name: str, ranks: Ranks) -> Path:
+def _folder(name: str, ranks: Ranks, *, weights: bool) -> Path:
     """The folder of a model's name. Rank 0 decides which checkpoint of a run folder is the newest."""
     newest = ranks.decided(lambda: str(newest_checkpoint(name) or ""))
-    return seen(Path(newest), ranks) if newest else model_folder(name)
+    return seen(Path(newest), ranks) if newest else model_folder(name, weights=weights)
 
 
 def _own_tokenizer(settings: TrainSettings, model: Path | None) -> Path:

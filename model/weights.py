@@ -6,46 +6,21 @@ streams, one block of rows at a time, so a model of any size takes little memory
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
 from model.folder import foreign_folder, write_file
+from model.hub import INDEX_NAME, SINGLE_NAME
 from model.mistral import Mistral
 from model.tensor_file import TensorFile, TensorStream, write_tensor_file
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2**30
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """The folder of a model: a local path, or a hub repository `owner/name`, which is downloaded to the hub cache.
-
-    A name counts as a hub repository only if it has that form and `owner` is no local folder: a mistyped local path never
-    reaches the network.
-    Raises: FileNotFoundError naming the path or repository and the remedy.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) or path.parent.is_dir():
-        raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name)")
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))
-    except Exception as error:  # an error of the hub, of the operating system or of the HTTP client
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileNotFoundError(
-            f"{name}: no such local folder, and the hub did not give it: {reason}. "
-            "Check the name and the network, or download it elsewhere and give its path"
-        ) from None
 
 
 class TensorFolder:
@@ -60,7 +35,7 @@ class TensorFolder:
         self._stack = ExitStack()
         self._open_files: dict[str, TensorFile] = {}
         index = self.folder / INDEX_NAME
-        single = self.folder / "model.safetensors"
+        single = self.folder / SINGLE_NAME
         if index.is_file():
             self._file_of: dict[str, str] = read_json(index).get("weight_map", {})
             if not self._file_of:
@@ -71,7 +46,7 @@ class TensorFolder:
             self._file_of = dict.fromkeys(self._open(single.name).names, single.name)
         else:
             raise FileNotFoundError(
-                foreign_folder(self.folder) or f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors"
+                foreign_folder(self.folder) or f"{self.folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}"
             )
 
     def __enter__(self) -> "TensorFolder":
