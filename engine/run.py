@@ -185,6 +185,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
+    _check_model(settings)
     model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks, weights=not settings.dry_run)
     tokenizer = Tokenizer.load(
         _folder(settings.tokenizer, ranks, weights=False) if settings.tokenizer else _own_tokenizer(settings, model)
@@ -211,6 +212,18 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
     _check_same_content(run)
     return run
+
+
+def _check_model(settings: TrainSettings) -> None:
+    """Refuse a model that cannot be meant."""
+    if settings.model.startswith(PRESET):
+        preset(settings.model.removeprefix(PRESET))
+    elif not settings.model:
+        raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
+    elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
+        raise ValueError(
+            f"out and model are both {settings.out}: the run would write into its starting model; change out"
+        )
 
 
 def _check_sizes(run: Run) -> None:

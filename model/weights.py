@@ -184,7 +184,13 @@ def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, t
             target, first = targets[ours]
             begin, end = max(first, start), min(first + len(target), stop)
             if begin < end:
-                target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
+                rows = tensors.rows(name, begin - start, end - start)
+                if not rows.isfinite().all():
+                    raise ValueError(
+                        f"{folder}: weight {name} holds NaN or infinite values: the folder is damaged, or its training "
+                        "diverged; fetch or export it again"
+                    )
+                target[begin - first : end - first].copy_(rows)
 
 
 def save_model(

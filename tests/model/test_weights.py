@@ -396,6 +396,19 @@ def test_a_broken_index_is_named_with_its_line(exported, text, message):
         load_model(exported)
 
 
+def test_a_value_beyond_the_dtypes_range_and_nan_are_refused_by_name(exported, tmp_path):
+    model = weights.load_model(exported)
+    with torch.no_grad():
+        model.norm.weight[0] = 1e5
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: 100000 is beyond the range of float16 \(at most 65504\)"):
+        weights.save_model(model, tmp_path, dtype=torch.float16)
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    weights.save_model(model, tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"weight model\.norm\.weight holds NaN or infinite values"):
+        weights.load_model(tmp_path)
+
+
 def test_an_index_that_is_not_text_is_named(exported):
     (exported / weights.INDEX_NAME).write_bytes(b'{"weight_map": "\xff"}')
     with pytest.raises(ValueError, match=r"index\.json: not UTF-8 text"):
