@@ -221,9 +221,7 @@ def _check_model(settings: TrainSettings) -> None:
     elif not settings.model:
         raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
     elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
-        raise ValueError(
-            f"out and model are both {settings.out}: the run would write into its starting model; change out"
-        )
+        raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
 
 
 def _check_sizes(run: Run) -> None:
