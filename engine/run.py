@@ -26,8 +26,10 @@ from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
-from model.config import MistralConfig, preset, read_config
+from model.config import MistralConfig, preset
 from model.mistral import Mistral, initial_weights
+from model.vocabulary.chat import end_id
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
@@ -183,8 +185,11 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
-    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks)
-    tokenizer = Tokenizer.load(_folder(settings.tokenizer, ranks) if settings.tokenizer else _own_tokenizer(settings, model))
+    _check_model(settings)
+    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks, weights=not settings.dry_run)
+    tokenizer = Tokenizer.load(
+        _folder(settings.tokenizer, ranks, weights=False) if settings.tokenizer else _own_tokenizer(settings, model)
+    )
     config = _config(settings, model, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
@@ -207,6 +212,16 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
     _check_same_content(run)
     return run
+
+
+def _check_model(settings: TrainSettings) -> None:
+    """Refuse a model that cannot be meant."""
+    if settings.model.startswith(PRESET):
+        preset(settings.model.removeprefix(PRESET))
+    elif not settings.model:
+        raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
+    elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
+        raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
 
 
 def _check_sizes(run: Run) -> None:
@@ -235,7 +250,7 @@ def _resumed(run: Run) -> Run:
     if state.plan == before.fingerprint:
         run = dataclasses.replace(run, plan=before)
     _check_same_run(run, state)
-    config = read_config(checkpoint)
+    config = fitted_config(checkpoint, run.tokenizer)
     differing = _differences(run.config, config)
     if differing and run.ranks.main:
         print(f"note       {settings.model}: its configuration changed since the run began: {differing}; the run keeps its own")
@@ -255,7 +270,7 @@ def _check_same_settings(settings: TrainSettings, ranks: Ranks) -> None:
 
 def _check_same_content(run: Run) -> None:
     """Every rank proves that it reads the same as rank 0."""
-    if run.ranks.mesh is None:
+    if run.ranks.mesh is None or run.settings.dry_run:
         return
     folder = run.checkpoint or run.starting_model
     facts = {
@@ -294,10 +309,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _folder(name: str, ranks: Ranks) -> Path:
+def _folder(name: str, ranks: Ranks, *, weights: bool) -> Path:
     """The folder of a model's name. Rank 0 decides which checkpoint of a run folder is the newest."""
     newest = ranks.decided(lambda: str(newest_checkpoint(name) or ""))
-    return seen(Path(newest), ranks) if newest else model_folder(name)
+    return seen(Path(newest), ranks) if newest else model_folder(name, weights=weights)
 
 
 def _own_tokenizer(settings: TrainSettings, model: Path | None) -> Path:
@@ -313,15 +328,9 @@ def _config(settings: TrainSettings, model: Path | None, tokenizer: Tokenizer) -
             vocab_size=padded_to_tiles(tokenizer.vocab_size),
             unpadded_vocab_size=tokenizer.vocab_size,
             bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id,
+            eos_token_id=end_id(tokenizer),
         )
-    config = read_config(model)
-    if config.unpadded_vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the model {settings.model} only {config.unpadded_vocab_size}; "
-            "resize the model with recipes.vocabulary, or name its own tokenizer"
-        )
-    return config
+    return fitted_config(model, tokenizer)
 
 
 def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> TokenDataset:

@@ -2,13 +2,14 @@
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.folder import write_file
+from model.folder import foreign_folder, write_file
 
 _DIMENSIONS = (
     "vocab_size",
@@ -29,6 +30,7 @@ class MistralConfig:
     vocab_size: rows of embedding and head, padding included (see `model.vocabulary.resize`).
     unpadded_vocab_size: number of real pieces; padding rows take no probability in training or sampling. 0 means vocab_size.
     sliding_window: number of tokens that a token sees, itself included; None for all earlier tokens.
+    eos_token_id: the end token, or several; None where the model names none.
     """
 
     vocab_size: int = 32000
@@ -44,8 +46,8 @@ class MistralConfig:
     sliding_window: int | None = 4096
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
 
     def __post_init__(self) -> None:
         if self.unpadded_vocab_size == 0:
@@ -57,6 +59,8 @@ class MistralConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if type(getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be a number")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} = {getattr(self, name)}: must be a finite number above 0")
             object.__setattr__(self, name, float(getattr(self, name)))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -74,6 +78,29 @@ class MistralConfig:
             _check_integer("sliding_window", self.sliding_window)
             if self.sliding_window < 1:
                 raise ValueError(f"sliding_window = {self.sliding_window}: must be at least 1, or null for no window")
+        for name in ("bos_token_id", "eos_token_id"):
+            self._check_tokens(name)
+
+    def _check_tokens(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, (list, tuple)) and name == "eos_token_id":
+            ids = tuple(dict.fromkeys(value))
+            object.__setattr__(self, name, ids[0] if len(ids) == 1 else ids or None)
+        else:
+            ids = () if value is None else (value,)
+        for id in ids:
+            if type(id) is not int or not 0 <= id < self.vocab_size:
+                raise ValueError(f"{name} = {value!r}: must be a token id in 0 .. {self.vocab_size - 1}, or null for none")
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The end tokens, the main one first."""
+        ends = self.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else ends
+
+    def ending_with(self, *ids: int) -> "MistralConfig":
+        """The same configuration with these end tokens, in front of its own."""
+        return replace(self, eos_token_id=(*ids, *self.end_ids))
 
     @property
     def parameters(self) -> int:
@@ -111,6 +138,8 @@ PRESETS: dict[str, MistralConfig] = {
 
 def preset(name: str) -> MistralConfig:
     """A preset by name. Raises: ValueError naming the nearest preset for an unknown name."""
+    if not name:
+        raise ValueError(f"the preset has no name; the known ones are {', '.join(PRESETS)}")
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown preset {name!r}; the nearest known one is {nearest!r}")
@@ -139,22 +168,33 @@ def read_config(folder: str | Path) -> MistralConfig:
         model lacks.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(foreign_folder(Path(folder)) or f"{path}: no such file")
     table = read_json(path)
+    quantized = table.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
+        raise ValueError(
+            f"{path}: quantization_config = {method!r} is not supported: the weights are quantized; take the model that they "
+            "were made from, or dequantize it with transformers first"
+        )
     if table.get("model_type") != "mistral":
         raise ValueError(f"{path}: model_type is {table.get('model_type')!r}; only 'mistral' models can be read")
-    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: rope_parameters = {rope!r}: must be an object")
+    ropes = {key: table.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
+    for key, value in ropes.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {key} = {value!r}: must be an object")
     unsupported = {
         "hidden_act": table.get("hidden_act", "silu") not in ("silu", "swish"),
         "tie_word_embeddings": table.get("tie_word_embeddings", False),
         "attention_bias": table.get("attention_bias", False),
-        "quantization_config": table.get("quantization_config") is not None,
-        "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",
+        **{key: not _plain_rotary(value) for key, value in ropes.items()},
     }
     for key, wrong in unsupported.items():
         if wrong:
-            raise ValueError(f"{path}: {key} = {table.get(key, rope)!r} is not supported by this model")
+            raise ValueError(f"{path}: {key} = {table[key]!r} is not supported by this model")
+    # As in transformers, the older key counts where both are there.
+    rope = ropes["rope_scaling"] or ropes["rope_parameters"]
     try:
         # An absent key means the default of transformers' MistralConfig, which is not always ours.
         heads, width = table["num_attention_heads"], table["hidden_size"]
@@ -185,6 +225,29 @@ def read_config(folder: str | Path) -> MistralConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def _plain_rotary(rope: dict[str, Any]) -> bool:
+    """Whether rotary parameters ask for nothing but a base."""
+    return rope.get("rope_type", rope.get("type", "default")) == "default" and rope.get("partial_rotary_factor", 1) == 1
+
+
+def with_generation_ends(folder: str | Path, config: MistralConfig) -> MistralConfig:
+    """A folder's configuration with every end token that its generation_config.json names too, in front.
+
+    Raises: ValueError naming the file, for an end token that is no token of the model.
+    """
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return config
+    try:
+        return config.ending_with(*replace(config, eos_token_id=read_json(path).get("eos_token_id")).end_ids)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+
+
+def _json_ends(config: MistralConfig) -> int | list[int] | None:
+    return list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+
+
 def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of `config.json`. Rotary base and dtype are written in both spellings, for `transformers` 4 and 5."""
     name = str(dtype).removeprefix("torch.")
@@ -193,7 +256,7 @@ def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
         "dtype": name,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": _json_ends(config),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -217,8 +280,11 @@ def config_table(config: MistralConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def generation_table(config: MistralConfig) -> dict[str, Any]:
-    """The content of `generation_config.json`. It suppresses the padding rows, so `transformers` never samples one."""
-    table: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    """The content of `generation_config.json`.
+
+    It names every end token, and suppresses the padding rows, so that `transformers` never samples one.
+    """
+    table: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": _json_ends(config)}
     if config.unpadded_vocab_size < config.vocab_size:
         table["suppress_tokens"] = list(range(config.unpadded_vocab_size, config.vocab_size))
     return table

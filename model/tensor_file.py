@@ -145,9 +145,23 @@ def write_tensor_file(path: Path, tensors: Mapping[str, TensorStream]) -> None:
             rows = 0
             for block in tensor.blocks():
                 rows += _check_block(name, block, tensor.shape)
-                _write(file, _bytes(block.detach().to(device="cpu", dtype=tensor.dtype).contiguous()))
+                _write(file, _bytes(_narrowed(name, block.detach(), tensor.dtype)))
             if tensor.shape and rows != tensor.shape[0]:
                 raise ValueError(f"{name}: has {rows} rows, {list(tensor.shape)} was announced")
+
+
+def _narrowed(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """A block on the CPU in a dtype. Raises: ValueError when a finite value leaves the dtype's range."""
+    narrow = block.to(device="cpu", dtype=dtype).contiguous()
+    if block.dtype != dtype and dtype.is_floating_point and narrow.isinf().any():
+        lost = block.cpu()[narrow.isinf()]
+        lost = lost[lost.isfinite()]
+        if len(lost):
+            raise ValueError(
+                f"{name}: {lost.abs().max().item():g} is beyond the range of {str(dtype).removeprefix('torch.')} "
+                f"(at most {torch.finfo(dtype).max:g}) and would become infinite; write another dtype, such as float32"
+            )
+    return narrow
 
 
 def _check_block(name: str, block: Tensor, shape: tuple[int, ...]) -> int:

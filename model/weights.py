@@ -6,46 +6,21 @@ streams, one block of rows at a time, so a model of any size takes little memory
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
-from model.folder import write_file
+from model.folder import foreign_folder, write_file
+from model.hub import INDEX_NAME, SINGLE_NAME
 from model.mistral import Mistral
 from model.tensor_file import TensorFile, TensorStream, write_tensor_file
 
-INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 2**30
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """The folder of a model: a local path, or a hub repository `owner/name`, which is downloaded to the hub cache.
-
-    A name counts as a hub repository only if it has that form and `owner` is no local folder: a mistyped local path never
-    reaches the network.
-    Raises: FileNotFoundError naming the path or repository and the remedy.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) or path.parent.is_dir():
-        raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name)")
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=_HUB_FILES))
-    except Exception as error:  # an error of the hub, of the operating system or of the HTTP client
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileNotFoundError(
-            f"{name}: no such local folder, and the hub did not give it: {reason}. "
-            "Check the name and the network, or download it elsewhere and give its path"
-        ) from None
 
 
 class TensorFolder:
@@ -60,7 +35,7 @@ class TensorFolder:
         self._stack = ExitStack()
         self._open_files: dict[str, TensorFile] = {}
         index = self.folder / INDEX_NAME
-        single = self.folder / "model.safetensors"
+        single = self.folder / SINGLE_NAME
         if index.is_file():
             self._file_of: dict[str, str] = read_json(index).get("weight_map", {})
             if not self._file_of:
@@ -70,7 +45,9 @@ class TensorFolder:
         elif single.is_file():
             self._file_of = dict.fromkeys(self._open(single.name).names, single.name)
         else:
-            raise FileNotFoundError(f"{self.folder}: holds neither {INDEX_NAME} nor model.safetensors")
+            raise FileNotFoundError(
+                foreign_folder(self.folder) or f"{self.folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}"
+            )
 
     def __enter__(self) -> "TensorFolder":
         return self
@@ -176,12 +153,18 @@ def hugging_face_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
     return {name: (stop - start, *parameters[ours].shape[1:]) for name, (ours, start, stop) in rows.items()}
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Mistral:
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: MistralConfig | None = None,  # in place of the folder's own; it must ask for the same weights
+) -> Mistral:
     """A Mistral from a Hugging Face folder.
 
     Raises: FileNotFoundError or ValueError naming the file or tensor that is missing, truncated, surplus or of a wrong shape.
     """
-    config = read_config(folder)
+    config = config or read_config(folder)
     with torch.device("meta"):
         model = Mistral(config)
     model = model.to(dtype).to_empty(device=device)
@@ -201,7 +184,13 @@ def load_rows(folder: str | Path, config: MistralConfig, targets: Mapping[str, t
             target, first = targets[ours]
             begin, end = max(first, start), min(first + len(target), stop)
             if begin < end:
-                target[begin - first : end - first].copy_(tensors.rows(name, begin - start, end - start))
+                rows = tensors.rows(name, begin - start, end - start)
+                if not rows.isfinite().all():
+                    raise ValueError(
+                        f"{folder}: weight {name} holds NaN or infinite values: the folder is damaged, or its training "
+                        "diverged; fetch or export it again"
+                    )
+                target[begin - first : end - first].copy_(rows)
 
 
 def save_model(
@@ -223,13 +212,20 @@ def save_model(
     write_tensor_folder(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def convert_folder(source: str | Path, folder: str | Path, dtype: torch.dtype | None = None) -> MistralConfig:
+def convert_folder(
+    source: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    config: MistralConfig | None = None,
+) -> MistralConfig:
     """Copy a model's configuration and weights into another, existing folder, in a dtype (default: the final norm's).
+
+    config: written in place of the source's own; it must ask for the same weights.
 
     The result equals `load_model` and `save_model`, without ever holding the model: any size takes little memory.
     Raises: FileNotFoundError or ValueError as `load_model` does. Returns: the model's configuration.
     """
-    config = read_config(source)
+    config = config or read_config(source)
     with TensorFolder(source) as tensors:
         names = tensors.check(config)
         dtype = dtype or tensors.dtype("model.norm.weight")

@@ -23,6 +23,7 @@ from engine.environment import choose_device
 from model.generate import Past, Sampling, generate
 from model.mistral import Mistral
 from model.vocabulary.chat import Message, encode_prompt
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
 from model.weights import load_model
 from recipes.command import command
@@ -62,16 +63,12 @@ class Speaker:
     """A model with its tokenizer; answers go to standard output."""
 
     def __init__(self, model: Mistral, tokenizer: Tokenizer, sampling: Sampling, *, show_speed: bool = False) -> None:
-        pieces, rows = tokenizer.vocab_size, model.config.unpadded_vocab_size
-        if pieces > rows:
-            raise ValueError(f"the tokenizer has {pieces} pieces, the model only {rows}: they do not belong together")
-        # Other software's folders do not say how many embedding rows are padding; the tokenizer's size tells it.
-        model.config = replace(model.config, unpadded_vocab_size=pieces)
         self.model, self.tokenizer, self.sampling, self.show_speed = model, tokenizer, sampling, show_speed
         # An answer of max_new_tokens must fit behind the prompt, but the prompt may always take half of the positions.
         positions = model.config.max_position_embeddings
         self.longest_prompt = positions - min(sampling.max_new_tokens, positions // 2)
         self._answers = 0
+        self._ends = {tokenizer.eos_id, *model.config.end_ids}
         # Keys and values of the conversation so far: only new tokens are computed.
         self._past = Past(model)
 
@@ -114,7 +111,7 @@ class Speaker:
         start = time.perf_counter()
         # Each answer has its own seed, because equal draws would make answers resemble one another.
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % 2**63)
-        tokens = generate(self.model, prompt_ids, sampling, stop_ids=(self.tokenizer.eos_id,), past=self._past)
+        tokens = generate(self.model, prompt_ids, sampling, stop_ids=self._ends, past=self._past)
         self._answers += 1
         chosen: list[int] = []
         times: list[float] = []
@@ -133,7 +130,7 @@ class Speaker:
                 said.append(piece)
         finally:
             print(flush=True)
-        if chosen[-1] != self.tokenizer.eos_id:
+        if chosen[-1] not in self._ends:
             remark(f"cut after {len(chosen)} tokens by sampling.max_new_tokens or the model's max_position_embeddings")
         if self.show_speed:
             rate = f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else ""
@@ -196,7 +193,10 @@ def run(settings: ChatSettings) -> None:
     folder = model_folder(settings.model)
     tokenizer = Tokenizer.load(folder)
     name = settings.dtype if settings.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    model = load_model(folder, dtype=getattr(torch, name), device=device)
+    config = fitted_config(folder, tokenizer)
+    model = load_model(folder, dtype=getattr(torch, name), device=device, config=config)
+    if tokenizer.template is not None and not settings.completion:
+        remark(f"the chat template is the folder's own, of {folder}")
     speaker = Speaker(model, tokenizer, settings.sampling, show_speed=settings.show_speed)
     history = [] if settings.system is None else [Message(role="system", content=settings.system)]
     speak = speaker.complete if settings.completion else functools.partial(speaker.converse, history)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.loop import train
-from engine.objectives.heldout import Evaluation, whole_step
+from engine.objectives.heldout import Evaluation
 from engine.objectives.preference import Preference
 from engine.objectives.reference import reference_tables
 from engine.observe.replay import replay
@@ -58,7 +58,7 @@ def run(settings: DpoSettings) -> Path | None:
 
     if settings.replay:
         return replay(opened, model, objective(*sources))
-    evaluations = [Evaluation(name, objective(f"heldout {name}"), whole_step(batches)) for name, batches in heldout.items()]
+    evaluations = [Evaluation(name, objective(f"heldout {name}"), batches.as_step()) for name, batches in heldout.items()]
     return train(opened, model, objective(*sources), evaluations)
 
 

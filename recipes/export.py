@@ -13,6 +13,7 @@ import torch
 from engine.checkpoint.state import newest_checkpoint, read_state
 from model.folder import complete_folder
 from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import convert_folder
 from recipes.command import command
@@ -46,8 +47,8 @@ def run(settings: ExportSettings) -> Path:
         raise FileNotFoundError(f"{source}: holds neither a complete checkpoint (step-...) nor a config.json")
     tokenizer = Tokenizer.load(checkpoint)
     with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
-        convert_folder(checkpoint, folder, getattr(torch, settings.dtype))
-        write_tokenizer_folder(folder, tokenizer.model_bytes)
+        convert_folder(checkpoint, folder, getattr(torch, settings.dtype), fitted_config(checkpoint, tokenizer))
+        write_tokenizer_folder(folder, tokenizer)
     size = sum(file.stat().st_size for file in Path(settings.out).iterdir())
     print(f"{settings.out}: {size / 2**20:.1f} MiB from {checkpoint}; load it with transformers' AutoModelForCausalLM")
     return Path(settings.out)

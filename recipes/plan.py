@@ -97,7 +97,7 @@ def config_of(settings: TrainSettings) -> MistralConfig:
     if not Path(settings.model).exists():
         # A hub repository is not downloaded either, just for its shape.
         raise FileNotFoundError(f"model = {settings.model}: no such folder yet; name its shape: --model preset:shisa-7b")
-    return read_config(model_folder(settings.model))
+    return read_config(model_folder(settings.model, weights=False))
 
 
 def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gib: float = 0.0) -> Outlook:

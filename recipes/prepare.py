@@ -58,6 +58,8 @@ class PrepareSettings:
 def run(settings: PrepareSettings) -> dict[str, Any]:
     """Prepare the dataset and print a summary; returns its dataset.json."""
     tokenizer = Tokenizer.load(settings.tokenizer or mistral_tokenizer_path())
+    if settings.kind != "text":
+        print(f"chat template: {'ours, in the llama-2 form' if tokenizer.template is None else 'the own one of the tokenizer'}")
     report = prepare(
         settings.paths,
         settings.out,

@@ -1,7 +1,7 @@
 """Pre-training, continued or from fresh weights: predict every token of text documents.
 
 python -m recipes.pretrain recipes/shisa/pretrain.toml --out runs/cpt
-torchrun --standalone --nproc-per-node 8 -m recipes.pretrain recipes/shisa/pretrain.toml
+torchrun --standalone --nproc-per-node 8 --shutdown-timeout 600 -m recipes.pretrain recipes/shisa/pretrain.toml
 """
 
 from collections.abc import Sequence

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from engine.checkpoint.room import check_room
-from engine.data.batch import Batch, evaluation_batches
+from engine.data.batch import EvaluationBatches, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
-from engine.objectives.heldout import Evaluation, whole_step
+from engine.objectives.heldout import Evaluation
 from engine.objectives.next_token import NextToken
 from engine.observe.preview import describe, sample
 from engine.observe.replay import replay
@@ -30,7 +30,7 @@ def train_next_token(run: Run, objective: NextToken) -> Path | None:
     Returns: the last checkpoint's folder; None for a dry run or a replay.
     """
     evaluations = [
-        Evaluation(name, objective, whole_step(heldout_batches(run, dataset))) for name, dataset in run.heldout.items()
+        Evaluation(name, objective, heldout_batches(run, dataset).as_step()) for name, dataset in run.heldout.items()
     ]
     if not announce(run):
         return None
@@ -39,12 +39,12 @@ def train_next_token(run: Run, objective: NextToken) -> Path | None:
     return train(run, run.load_model(), objective, evaluations)
 
 
-def heldout_batches(run: Run, dataset: TokenDataset) -> list[Batch]:
+def heldout_batches(run: Run, dataset: TokenDataset) -> EvaluationBatches:
     """A held-out dataset in micro-batches. Raises: ValueError where no document of it fits the context."""
     return fitting_batches(run, dataset, run.settings.heldout_limit)
 
 
-def fitting_batches(run: Run, dataset: TokenDataset, limit: int | None = None) -> list[Batch]:
+def fitting_batches(run: Run, dataset: TokenDataset, limit: int | None = None) -> EvaluationBatches:
     """Every document (or pair) that fits the context, or the first `limit`, in micro-batches of the run's size."""
     return evaluation_batches(
         dataset,

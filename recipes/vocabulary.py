@@ -26,13 +26,14 @@ from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
 from engine.settings.toml import to_table
 from kernels import padded_to_tiles
-from model.config import read_config
 from model.folder import complete_folder, write_file
 from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.merge import check_base, extend, merge, unreachable
-from model.vocabulary.resize import Method, check_rows, resize_model
+from model.vocabulary.resize import Method, resize_model
 from model.vocabulary.scripts import JAPANESE, Scripts
-from model.vocabulary.tokenizer import CHATML, Tokenizer, mistral_tokenizer_path
+from model.vocabulary.tokenizer import CHATML, MODEL_FILE, Tokenizer, mistral_tokenizer_path
+from model.vocabulary.tokenizer_folder import JSON_FILE
 from model.vocabulary.train import distinct, sample
 from recipes import vocabulary_comparison as comparison
 from recipes.command import command
@@ -150,7 +151,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
     base, base_name = _base(settings, model)
     new_pieces = _new_pieces(settings, check_base(base.model_bytes, base_name))
     if model is not None:
-        check_rows(read_config(model), base, model)
+        fitted_config(model, base)
     with ExitStack() as outputs:
         # Opened before the work: an unwritable folder is refused at once.
         folder, resized = (
@@ -172,7 +173,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
             source=base_name,
             finished=stages.end,
         )
-        tokenizer = Tokenizer(merged.model_bytes)
+        tokenizer = base.extended(merged.model_bytes)
         first_trained = Tokenizer(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)
         without_scripts = comparison.lines_without(settings.scripts, chain(documents, *heldout.values()))
         report: dict[str, Any] = {
@@ -194,7 +195,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
             "seed": settings.seed,
         }
         stages.end("measure")
-        write_tokenizer_folder(folder, tokenizer.model_bytes)
+        write_tokenizer_folder(folder, tokenizer)
         write_file(folder / "vocabulary.json", json.dumps(report, ensure_ascii=False, indent=2) + "\n")
         if model is not None and resized is not None:
             method = settings.method or "weighted"
@@ -233,8 +234,11 @@ def _base(settings: VocabularySettings, model: Path | None) -> tuple[Tokenizer, 
     """The tokenizer to extend, and its name in messages."""
     if settings.base is not None:
         return Tokenizer.load(settings.base), settings.base
-    if model is not None and (model / "tokenizer.model").is_file():
+    if model is not None and any((model / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
         return Tokenizer.load(model), str(settings.model)
+    if model is not None:
+        path = mistral_tokenizer_path()
+        return Tokenizer.beside(model, path.read_bytes(), path), "Mistral 7B's tokenizer"
     return Tokenizer.load(mistral_tokenizer_path()), "Mistral 7B's tokenizer"
 
 

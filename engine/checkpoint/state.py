@@ -23,7 +23,7 @@ from engine.distributed.sharding import local
 from engine.optim.adamw import AdamW
 from model.config import read_json
 from model.folder import write_file
-from model.weights import resolve_folder
+from model.hub import resolve_folder
 
 STATE = Path("training") / "state.json"
 OPTIMIZER = Path("training") / "optimizer"
@@ -71,9 +71,9 @@ def newest_checkpoint(out: str | Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, *, weights: bool = True) -> Path:
     """The Hugging Face folder of a model's name: the newest checkpoint of a run folder, else what `resolve_folder` returns."""
-    return newest_checkpoint(name) or resolve_folder(name)
+    return newest_checkpoint(Path(name).expanduser()) or resolve_folder(name, weights=weights)
 
 
 def read_state(folder: Path) -> TrainingState:

@@ -213,7 +213,7 @@ class Checkpointer:
             write_tensor_folder(partial, tensors, max_shard_bytes=MAX_SHARD_BYTES, share=share)
             if self._ranks.main:
                 write_config(partial, self._config, dtype)
-                write_tokenizer_folder(partial, self._tokenizer.model_bytes)
+                write_tokenizer_folder(partial, self._tokenizer)
 
         self._together(write)
 

@@ -11,8 +11,10 @@ Shapes: T places of a micro-batch, B documents in it (parts, for documents longe
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import overload
 
 import numpy as np
 import torch
@@ -97,7 +99,7 @@ class Step:
     """One rank's part of a global step. The batches are this rank's; all numbers count the whole step over all ranks."""
 
     index: int  # from 0
-    batches: list[Batch]
+    batches: Sequence[Batch]
     weight: float  # sum of all places' weights
     pairs: int  # of preferences, else 0
     tokens: int  # places computed
@@ -135,6 +137,73 @@ def make_step(plan: Plan, step: int, packing: Packing) -> Step:
     )
 
 
+class EvaluationBatches(Sequence[Batch]):
+    """A whole dataset in unpadded micro-batches for all ranks, each collated when it is asked for. A slice stays as lazy.
+
+    A million pairs are a few megabytes here. Collated, their tensors would be 41 bytes a place.
+    """
+
+    def __init__(
+        self,
+        table: SegmentTable,
+        bounds: np.ndarray,  # int64 [micro-batches + 1]: first unit of each micro-batch
+        packing: Packing,
+        chosen: range | None = None,  # the micro-batches of a slice; default: all
+    ):
+        self._table, self._bounds = table, bounds
+        self._packing = Packing(packing.window, packing.pack_tokens)
+        self._chosen = range(len(bounds) - 1) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "EvaluationBatches": ...
+
+    def __getitem__(self, index: int | slice) -> "Batch | EvaluationBatches":
+        if isinstance(index, slice):
+            return EvaluationBatches(self._table, self._bounds, self._packing, self._chosen[index])
+        units = self._units(self._chosen[index])
+        return _collate([self._table.dataset], [0], units, list(range(len(units.sizes))), self._packing)
+
+    def parts(self) -> Iterator[Units]:
+        """The units of each micro-batch."""
+        return map(self._units, self._chosen)
+
+    @property
+    def tokens(self) -> int:
+        """Places to compute."""
+        return sum(int(self._table.sizes[self._bounds[pack] : self._bounds[pack + 1]].sum()) for pack in self._chosen)
+
+    def as_step(self) -> Step:
+        """All micro-batches as one step, so that an objective's values are means over the whole set. Nothing is collated."""
+        saved = trained = attended = pairs = 0
+        for units in self.parts():
+            saved += int(units.shared.sum())
+            trained += _trained([self._table.dataset], units)
+            attended += _attended(units, self._packing.window)
+            pairs += len(units.sizes) if units.unit == 2 else 0
+        return Step(
+            index=0,
+            batches=self,
+            weight=float(trained),
+            pairs=pairs,
+            tokens=self.tokens,
+            tokens_saved=saved,
+            trained=trained,
+            attended=attended,
+        )
+
+    def _units(self, pack: int) -> Units:
+        numbers = np.arange(self._bounds[pack], self._bounds[pack + 1])
+        document, start, places = self._table.locate(numbers)
+        unit = 2 if self._table.paired else 1
+        return Units(np.zeros_like(document), document, start, places, self._table.shared(numbers), unit)
+
+
 def evaluation_batches(
     dataset: TokenDataset,
     packing: Packing,  # its window and pack_tokens
@@ -142,7 +211,7 @@ def evaluation_batches(
     *,
     limit: int | None = None,
     share_prompts: bool = False,
-) -> list[Batch]:
+) -> EvaluationBatches:
     """All documents (pairs) of a dataset, or the first `limit`, once and in order, packed next-fit and unpadded, for all ranks.
 
     Long documents are split, and prompts of pairs shared, as in training. Pairs with a side longer than the context are left
@@ -158,35 +227,31 @@ def evaluation_batches(
             f"{context_length} and left out of the evaluation",
             stacklevel=2,
         )
-    numbers, unit = np.arange(len(table)), 2 if table.paired else 1
-    document, start, places = table.locate(numbers)
+    count = len(table)
     if limit is not None:
-        keep = document < limit * unit
-        document, start, places = document[keep], start[keep], places[keep]
-    if not len(document):
+        # Units are in the order of their documents.
+        unit = 2 if table.paired else 1
+        count = bisect_left(range(count), limit * unit, key=lambda number: int(table.locate(np.array([number]))[0][0]))
+    if not count:
         raise ValueError(f"{dataset.folder}: nothing to evaluate on within context_length = {context_length}: raise it")
-    shared = table.shared(numbers[: len(document) // unit])
-    units = Units(np.zeros_like(document), document, start, places, shared, unit)
-    packs: list[list[int]] = []
-    room = 0
-    for index, size in enumerate(units.sizes.tolist()):
-        if size > packing.pack_tokens:
-            raise ValueError(f"pack_tokens = {packing.pack_tokens} is below a segment or pair of {size} places: raise it")
-        if size > room:
-            packs.append([])
-            room = packing.pack_tokens
-        packs[-1].append(index)
-        room -= size
-    unpadded = Packing(packing.window, packing.pack_tokens)
-    return [_collate([dataset], [0], units, pack, unpadded) for pack in packs]
+    longest = int(table.sizes[:count].max())
+    if longest > packing.pack_tokens:
+        raise ValueError(f"pack_tokens = {packing.pack_tokens} is below a segment or pair of {longest} places: raise it")
+    ends = np.cumsum(table.sizes[:count], dtype=np.int64)
+    bounds = [0]
+    while bounds[-1] < count:
+        before = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, before + packing.pack_tokens, side="right")))
+    return EvaluationBatches(table, np.array(bounds, dtype=np.int64), packing)
 
 
-def share_of(batches: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
-    """A rank's micro-batches of a list that all ranks have, filled up to the same number, as collectives must match."""
-    mine = list(batches[rank::ranks])
-    missing = -(-len(batches) // ranks) - len(mine)
-    first = batches[0]
-    return mine + [_filler(1 if first.pair_B is None else 2, first.attention.window)] * missing
+def share_of(batches: Sequence[Batch], rank: int, ranks: int) -> Iterator[Batch]:
+    """A rank's micro-batches of a sequence that all ranks have, filled up to the same number, as collectives must match."""
+    mine = batches[rank::ranks]
+    yield from mine
+    if len(mine) < -(-len(batches) // ranks):
+        first = batches[0]
+        yield _filler(1 if first.pair_B is None else 2, first.attention.window)
 
 
 def padded_places(places: int, pack_tokens: int) -> int:

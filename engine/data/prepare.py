@@ -18,7 +18,8 @@ from engine.data.dataset import KINDS, REPORT, SHARD_TOKENS, VERSION, DatasetWri
 from engine.data.records import READING, Pair, Turn, Unusable, read_conversation, read_pair, read_text
 from engine.data.sources import RECORD_SUFFIXES, SPLITS, TEXT_SUFFIXES, HubSource, Record, SourceFile, find_sources
 from model.folder import complete_folder
-from model.vocabulary.chat import CHAT_TEMPLATE, Message, encode_chat
+from model.vocabulary.chat import EncodedChat, Message, encode_chat
+from model.vocabulary.template import CHAT_TEMPLATE, unmarked
 from model.vocabulary.tokenizer import Tokenizer
 
 # Enough texts to keep all of the tokenizer's threads busy, few enough to bound the memory.
@@ -73,7 +74,9 @@ def prepare(
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    template = "" if kind == "text" else CHAT_TEMPLATE
+    # The generation block marks training, not text: a dataset does not depend on it.
+    template = tokenizer.template.source if tokenizer.template else unmarked(CHAT_TEMPLATE)
+    template = "" if kind == "text" else template
     determined_by = [VERSION, kind, settings, tokenizer.fingerprint, template, identities]
     if kind != "text":
         determined_by.append(READING)
@@ -222,17 +225,25 @@ class _Reader:
 
     def _chat(self, messages: list[Turn]) -> tuple[Any, Any, int]:
         self._count(messages)
-        encoded = encode_chat(self.tokenizer, messages)
+        encoded = self._encoded(messages)
         trained = np.array(encoded.trained)
         # The trained tokens of an answer are a run of their own: the next segment's beginning token follows.
         answer = np.cumsum(np.diff(trained, prepend=False) & trained) - 1
         weights = [message.get("train", True) for message in messages if message["role"] == "assistant"]
         return encoded.ids, trained & np.array(weights)[answer], 0
 
+    def _encoded(self, messages: Sequence[Message]) -> EncodedChat:
+        try:
+            return encode_chat(self.tokenizer, messages)
+        except ValueError as error:
+            if self.tokenizer.template is None:
+                raise
+            raise Unusable("the chat template of the tokenizer's folder refuses it", str(error)) from None
+
     def _pair(self, pair: Pair) -> list[tuple[Any, Any, int]]:
         documents = []
         for answer in (pair.chosen, pair.rejected):
-            encoded = encode_chat(self.tokenizer, [*pair.prompt, Message(role="assistant", content=answer)])
+            encoded = self._encoded([*pair.prompt, Message(role="assistant", content=answer)])
             # Everything before the last answer is prompt, earlier answers included.
             trained = np.array(encoded.trained)
             prompt_length = int(np.flatnonzero(~trained)[-1]) + 1

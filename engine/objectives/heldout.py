@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.data.batch import Batch, Step, share_of
+from engine.data.batch import Step, share_of
 from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import reshard
 from engine.objectives import Objective
-from kernels.attention.work import pairs_of
 from model.mistral import Mistral
 
 
@@ -55,18 +54,3 @@ def evaluate(
     reshard(model)
     model.train()
     return results
-
-
-def whole_step(batches: Sequence[Batch]) -> Step:
-    """A held-out set as one step, so that an objective's values are means over the whole set."""
-    weight = sum(float(batch.weight_T.sum()) for batch in batches)
-    return Step(
-        index=0,
-        batches=list(batches),
-        weight=weight,
-        pairs=sum(0 if batch.pair_B is None else len(batch.pair_B) // 2 for batch in batches),
-        tokens=sum(batch.tokens for batch in batches),
-        tokens_saved=sum(batch.tokens_saved for batch in batches),
-        trained=int(weight),
-        attended=sum(pairs_of(batch.attention) for batch in batches),
-    )

@@ -10,7 +10,7 @@ hinge: SLiC-HF's rank loss on DPO's margin (Zhao et al. 2023, https://arxiv.org/
 Shapes: T tokens, P pairs, B = 2P documents: the chosen sides at even indices, the rejected sides at odd indices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +102,7 @@ class Preference:
 
 def reference_log_probs(
     model: Mistral,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     pairs: int,  # of the dataset
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.data.batch import Batch, share_of
+from engine.data.batch import EvaluationBatches, share_of
 from engine.data.dataset import TokenDataset
 from engine.distributed.ranks import lost_ranks_named
 from engine.distributed.sharding import reshard, whole
@@ -44,7 +45,7 @@ class Reference:
 @lost_ranks_named()
 def reference_tables(
     run: Run,
-    sets: Mapping[str, tuple[TokenDataset, list[Batch]]],  # name -> (dataset, its pairs in micro-batches)
+    sets: Mapping[str, tuple[TokenDataset, EvaluationBatches]],  # name -> (dataset, its pairs in micro-batches)
     cache: Path,  # folder of the files
 ) -> tuple[dict[str, Tensor], Mistral]:
     """Log-probabilities of each set's pairs, and the policy to train.
@@ -112,18 +113,18 @@ def weights_hash(model: Mistral) -> str:
     return digest.hexdigest()
 
 
-def _key(run: Run, reference: Reference, dataset: TokenDataset, batches: list[Batch]) -> str:
+def _key(run: Run, reference: Reference, dataset: TokenDataset, batches: EvaluationBatches) -> str:
     identity = f"1 {reference.weights}" if reference.config is None else f"2 {reference.weights} {reference.config}"
     digest = hashlib.sha256(f"{identity} {dataset.fingerprint} {run.settings.context_length}\n".encode())
-    for batch in batches:
-        assert batch.pair_B is not None
-        digest.update(batch.pair_B.numpy().tobytes())
+    for units in batches.parts():
+        # Both sides of a pair name it, as the tables of earlier versions were named.
+        digest.update((units.document // 2).astype(np.int64).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _compute(run: Run, model: Mistral, name: str, dataset: TokenDataset, batches: list[Batch]) -> Tensor:
-    mine = share_of(batches, run.ranks.rank, run.ranks.ranks)
-    tokens = sum(batch.tokens for batch in mine)
+def _compute(run: Run, model: Mistral, name: str, dataset: TokenDataset, batches: EvaluationBatches) -> Tensor:
+    rank, ranks = run.ranks.rank, run.ranks.ranks
+    mine, tokens = share_of(batches, rank, ranks), batches[rank::ranks].tokens
     disable = None if run.ranks.main else True
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc=f"reference log-probs, {name}", disable=disable) as bar:
         table = reference_log_probs(model, mine, len(dataset) // 2, bar.update)

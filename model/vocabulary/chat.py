@@ -14,43 +14,18 @@ an answer has the same tokens in training as after its prompt in generation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from model.vocabulary.template import BOS, EOS, FolderTemplate
 from model.vocabulary.tokenizer import Tokenizer
 
 Message = TypedDict("Message", {"role": str, "content": str})  # noqa: UP013 - the two keys read best on one line
 
-BOS, EOS = "<s>", "</s>"
-
-# Every tag trims both sides: environments differ in what they do with blank lines around tags.
-CHAT_TEMPLATE = """\
-{%- set system = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
-{%- if messages | length <= system -%}
-    {{- raise_exception('the conversation has no user message') -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set turn = loop.index0 - system -%}
-    {%- set role = 'system' if turn < 0 else ('user' if turn % 2 == 0 else 'assistant') -%}
-    {%- if message['role'] != role -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' must be of role ' ~ role ~ ', not ' ~ message['role']) -}}
-    {%- endif -%}
-    {%- if message['content'] is not string -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ '): its content must be text') -}}
-    {%- endif -%}
-    {%- if role != 'system' and message['content'] | trim == '' -%}
-        {{- raise_exception('message ' ~ loop.index ~ ' (' ~ role ~ ') is empty') -}}
-    {%- endif -%}
-    {%- if role == 'system' -%}
-        {{- bos_token + '[INST] <<SYS>>\\n' + message['content'] + '\\n<</SYS>>\\n\\n' -}}
-    {%- elif role == 'user' -%}
-        {{- ('' if turn == 0 and system else bos_token + '[INST] ') + message['content'] + ' [/INST]' -}}
-    {%- else -%}
-        {{- ' ' + message['content'] + ' ' + eos_token -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
+# Stands inside a special token that a message spells, so that it stays text in the rendered conversation.
+_TEXT_MARK = "\ufdd0"
 
 
 @dataclass(frozen=True)
@@ -109,11 +84,14 @@ def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedChat:
     """The conversation as token ids with its training mask.
 
-    A token is the assistant's only if all of its characters come after `[/INST]`.
+    A token is the assistant's only if all of its characters come after `[/INST]`. Where the tokenizer's folder has a template
+    of its own, that template forms the conversation.
 
     Raises:
-        ValueError: see `check_messages`.
+        ValueError: see `check_messages`; also where the folder's template refuses the conversation.
     """
+    if tokenizer.template is not None:
+        return _encode_by_folder(tokenizer, tokenizer.template, messages)
     ids: list[int] = []
     trained: list[bool] = []
     for prompt, answer in _segments(messages):
@@ -132,10 +110,76 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     Raises:
         ValueError: see `check_messages`; also when the last message is not the user's.
     """
-    encoded = encode_chat(tokenizer, messages)
+    check_messages(messages)
     if messages[-1]["role"] != "user":
         raise ValueError(f"a prompt must end with a user message, not with one of role {messages[-1]['role']!r}")
-    return encoded.ids
+    if tokenizer.template is not None:
+        text = tokenizer.template.render(_as_text(tokenizer, messages), add_generation_prompt=True)
+        return _encode_parts(tokenizer, [(text, False)]).ids
+    return encode_chat(tokenizer, messages).ids
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The token that an assistant's answer ends with, in the tokenizer's chat template."""
+    if tokenizer.template is not None:
+        probe = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+        encoded = encode_chat(tokenizer, probe)
+        last = encoded.ids[max((place for place, trained in enumerate(encoded.trained) if trained), default=0)]
+        if last in tokenizer.special_ids.values():
+            return last
+    return tokenizer.eos_id
+
+
+def _encode_by_folder(tokenizer: Tokenizer, template: FolderTemplate, messages: Sequence[Message]) -> EncodedChat:
+    """`encode_chat` by a folder's own template; an answer is trained on up to its last special token, which ends it."""
+    check_messages(messages)
+    return _encode_parts(tokenizer, template.render_parts(_as_text(tokenizer, messages)))
+
+
+def _as_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
+    """The messages, marked where they spell a special token."""
+    special = _special_pattern(tokenizer)
+
+    def mark(text: str) -> str:
+        return special.sub(lambda found: found[0][0] + _TEXT_MARK + found[0][1:], text)
+
+    return [Message(role=message["role"], content=mark(message["content"])) for message in messages]
+
+
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True))))
+
+
+def _encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> EncodedChat:
+    """Consecutive texts as ids: special tokens are ids of their own, and each text between them is encoded alone."""
+    text = "".join(part for part, _ in parts)
+    bounds: list[tuple[int, int]] = []  # the assistant's parts as [begin, end)
+    place = 0
+    for part, said in parts:
+        if said:
+            last = max((found.end() for found in _special_pattern(tokenizer).finditer(part)), default=len(part))
+            bounds.append((place, place + last))
+        place += len(part)
+    ids: list[int] = []
+    trained: list[bool] = []
+
+    def add(id: int, begin: int, end: int) -> None:
+        ids.append(id)
+        trained.append(any(first <= begin and end <= stop and begin < stop for first, stop in bounds))
+
+    done = 0
+    for found in [*_special_pattern(tokenizer).finditer(text), None]:
+        section = text[done : None if found is None else found.start()]
+        # Offsets in the rendered text, whose marks are no part of the encoded text.
+        places = [done + place for place, character in enumerate(section) if character != _TEXT_MARK]
+        pieces, offsets = tokenizer.encode_with_offsets(section.replace(_TEXT_MARK, "")) if places else ([], [])
+        places.append(done + len(section))
+        for id, (begin, end) in zip(pieces, offsets, strict=True):
+            add(id, places[begin], places[end])
+        if found is not None:
+            add(tokenizer.special_ids[found[0]], found.start(), found.end())
+            done = found.end()
+    return EncodedChat(ids, trained)
 
 
 def _segments(messages: Sequence[Message]) -> list[tuple[str, str | None]]:

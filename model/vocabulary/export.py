@@ -13,46 +13,50 @@ import re
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from model.folder import write_file
-from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.scripts import SPACE
-from model.vocabulary.tokenizer import CHATML, MODEL_FILE
+from model.vocabulary.template import CHAT_TEMPLATE
+from model.vocabulary.tokenizer import MODEL_FILE, Tokenizer, inside_text
 
 _NO_LIMIT = 10**30  # transformers' number for a tokenizer without a maximum length
 _protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
 _Piece = _protobuf.ModelProto.SentencePiece
 
 
-def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
+def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> None:
     """Write `tokenizer.model` and, derived from it, tokenizer.json, tokenizer_config.json (with the chat template),
     special_tokens_map.json and chat_template.jinja.
 
     `AutoTokenizer` gives the same ids as sentencepiece, with two exceptions. A text that spells `<s>`, `</s>`, `<unk>` or
-    ChatML's `<|im_start|>` and `<|im_end|>` (where the model has them as control pieces) gives special tokens there. And a
-    model that normalizes text may differ where several combining marks follow one another.
+    another special token of the tokenizer, such as ChatML's, gives special tokens there. And a model that normalizes text may
+    differ where several combining marks follow one another.
 
-    The bytes depend on the model alone. `tokenizer.model` is written last: a folder that has it has all files.
+    Args: tokenizer: the tokenizer, or the bytes of a `tokenizer.model` without added tokens and with our chat template.
+
+    The bytes depend on the tokenizer alone. `tokenizer.model` is written last: a folder that has it has all files.
 
     Raises:
         ValueError: the model is not BPE, or writes spaces in a way that tokenizer.json cannot express.
     """
-    proto = _protobuf.ModelProto.FromString(model_bytes)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-    specials = {
-        "bos_token": processor.id_to_piece(processor.bos_id()),
-        "eos_token": processor.id_to_piece(processor.eos_id()),
-        "unk_token": processor.id_to_piece(processor.unk_id()),
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    proto = _protobuf.ModelProto.FromString(tokenizer.model_bytes)
+    pieces = tokenizer.pieces()
+    own = {
+        "bos_token": pieces[tokenizer.bos_id],
+        "eos_token": pieces[tokenizer.eos_id],
+        "unk_token": pieces[tokenizer.unk_id],
     }
-    # Chat templates spell ChatML's tokens. Other control pieces stay ordinary entries, as no text may encode to them.
+    template = tokenizer.template
+    specials = own | ({} if template is None else dict(template.specials))
+    # Chat templates spell these tokens. Other control pieces stay ordinary entries, as no text may encode to them.
     added = [
-        {"id": id, "content": piece.piece, "special": True}
+        {"id": id, "content": pieces[id], "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for id, piece in enumerate(proto.pieces)
-        if piece.piece in specials.values() or (piece.type == _Piece.CONTROL and piece.piece in CHATML)
+        for id in sorted(tokenizer.special_ids.values())
     ]
+    source = CHAT_TEMPLATE if template is None else template.source
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -60,18 +64,18 @@ def write_tokenizer_folder(folder: str | Path, model_bytes: bytes) -> None:
             str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added
         },
         **specials,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": source,
         "clean_up_tokenization_spaces": False,
         "model_max_length": _NO_LIMIT,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, specials), indent=None))
+    write_file(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, own), indent=None))
     write_file(folder / "tokenizer_config.json", _json(config))
     write_file(folder / "special_tokens_map.json", _json(specials))
-    write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
-    write_file(folder / MODEL_FILE, model_bytes)
+    write_file(folder / "chat_template.jinja", source)
+    write_file(folder / MODEL_FILE, tokenizer.model_bytes)
 
 
 def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
@@ -108,7 +112,14 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     # text, with a space before it.
     defined = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED]
     pattern = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    splits = [pattern, _whole(proto)] if defined else []
+    split = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in filter(None, splits)
+        ],
+    }
     bos = specials["bos_token"]
     bos_id = next(token["id"] for token in added if token["content"] == bos)
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
@@ -142,8 +153,26 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     }
 
 
-def _merges(proto: Any) -> list[list[str]]:
-    """Every pair of pieces that joins to a piece, in SentencePiece's order of joining.
+def _whole(proto: Any) -> str:
+    """A pattern of the first piece of a text that spells, as a whole, a piece which text never encodes to.
+
+    Between user-defined pieces, a text that is an entry is taken whole; split after its first piece, it is encoded as ever.
+    """
+    inside = inside_text(proto)
+    entries = {piece.piece: id for id, piece in enumerate(proto.pieces)}
+    starts = []
+    for text, id in entries.items():
+        if proto.pieces[id].type not in (_Piece.NORMAL, _Piece.CONTROL, _Piece.UNUSED):
+            continue
+        found = inside.encode(text.replace(SPACE, " "), out_type=str)
+        if len(found) > 1:
+            first = found[0]
+            starts.append(f"{re.escape(first)}(?={re.escape(text[len(first) :])}\\z)")
+    return f"\\A(?:{'|'.join(starts)})" if starts else ""
+
+
+def _merges(proto: Any) -> list[str]:
+    """Every pair of pieces that joins to a piece, in SentencePiece's order of joining, as text that all versions read.
 
     SentencePiece joins the pair whose piece has the highest score, the leftmost among equals; a merge list joins the pair that
     comes first in it. Among equal scores (runs of spaces) longer pieces come first: a run then grows from its left end to the
@@ -152,7 +181,7 @@ def _merges(proto: Any) -> list[list[str]]:
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
     order = sorted(scores, key=lambda piece: (-scores[piece], -len(piece)))
     return [
-        [piece[:cut], piece[cut:]]
+        f"{piece[:cut]} {piece[cut:]}"
         for piece in order
         for cut in range(len(piece) - 1, 0, -1)
         if piece[:cut] in scores and piece[cut:] in scores

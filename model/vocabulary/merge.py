@@ -23,7 +23,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from model.vocabulary.scripts import SPACE, Scripts
 from model.vocabulary.selection import select
-from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.tokenizer import Tokenizer, inside_text
 from model.vocabulary.train import Trained, train
 
 _protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
@@ -196,7 +196,7 @@ def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
     proto = _protobuf.ModelProto.FromString(model_bytes)
     ids = [id for id in range(first, len(proto.pieces)) if proto.pieces[id].type == _Piece.NORMAL]
     texts = [proto.pieces[id].piece.replace(SPACE, " ") for id in ids]
-    return [id for id, encoded in zip(ids, _inside(proto).encode(texts, out_type=int), strict=True) if encoded != [id]]
+    return [id for id, encoded in zip(ids, inside_text(proto).encode(texts, out_type=int), strict=True) if encoded != [id]]
 
 
 def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
@@ -208,17 +208,8 @@ def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
     pieces, known = merged.pieces(), base.pieces()
     if pieces[: len(known)] != known:
         raise ValueError("the merged tokenizer does not begin with the base tokenizer's pieces: merge into the same base")
-    inside = _inside(_protobuf.ModelProto.FromString(base.model_bytes))
+    inside = inside_text(_protobuf.ModelProto.FromString(base.model_bytes))
     return inside.encode([piece.replace(SPACE, " ") for piece in pieces[len(known) :]], out_type=int)
-
-
-def _inside(proto: Any) -> sentencepiece.SentencePieceProcessor:
-    """An encoder for text inside a longer text: it adds and removes no spaces at the ends."""
-    inside = _protobuf.ModelProto()
-    inside.CopyFrom(proto)
-    inside.normalizer_spec.add_dummy_prefix = False
-    inside.normalizer_spec.remove_extra_whitespaces = False
-    return sentencepiece.SentencePieceProcessor(model_proto=inside.SerializeToString())
 
 
 def _append(proto: Any, pieces: Sequence[str], controls: Sequence[str] = ()) -> bytes:

@@ -29,11 +29,12 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels import TILE, padded_to_tiles
-from model.config import MistralConfig, read_config, write_config
+from kernels import padded_to_tiles
+from model.config import MistralConfig, write_config
 from model.tensor_file import TensorStream
 from model.vocabulary.distill import Distillation, distill
 from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.fitting import fitted_config
 from model.vocabulary.merge import split_pieces
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import TensorFolder, hugging_face_shapes, write_tensor_folder
@@ -168,8 +169,7 @@ def resize_model(
     """
     if method != "distilled" and (texts or distillation):
         raise ValueError(f"method = {method!r} learns from no text: leave texts and distillation out")
-    config = read_config(source)
-    check_rows(config, base, source)
+    config = fitted_config(source, base)
     subpieces = split_pieces(base, merged)
     resized = replace(config, vocab_size=padded_to_tiles(merged.vocab_size), unpadded_vocab_size=merged.vocab_size)
     sides: dict[str, Side] = {_EMBEDDING: "input", _HEAD: "head"}
@@ -192,25 +192,10 @@ def resize_model(
         shapes = hugging_face_shapes(resized)
         write_tensor_folder(folder, {name: TensorStream(shape, dtype, partial(blocks, name)) for name, shape in shapes.items()})
     write_config(folder, resized, dtype)
-    write_tokenizer_folder(folder, merged.model_bytes)
+    write_tokenizer_folder(folder, merged)
     if method == "distilled":
         distill(folder, subpieces, merged, texts, distillation or Distillation())
     return resized
-
-
-def check_rows(config: MistralConfig, tokenizer: Tokenizer, source: str | Path) -> None:
-    """Check that a model has one row for each piece of a tokenizer, and at most padding behind them.
-
-    Raises:
-        ValueError: the numbers do not match.
-    """
-    padding = config.vocab_size - tokenizer.vocab_size
-    named = config.unpadded_vocab_size not in (config.vocab_size, tokenizer.vocab_size)
-    if named or not 0 <= padding < TILE:
-        raise ValueError(
-            f"{source}: the model has rows for {config.unpadded_vocab_size:,} pieces, the base tokenizer has "
-            f"{tokenizer.vocab_size:,}: give the tokenizer that the model was trained with"
-        )
 
 
 def _mean(base_BD: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The tokenizer: a SentencePiece BPE model, read from a folder's `tokenizer.model`.
 
-That file alone decides; the other files of a tokenizer folder are derived from it (see `model.vocabulary.export`).
+That file decides, with two things of the folder's other files (see `model.vocabulary.tokenizer_folder`): tokens that were added
+behind its pieces become pieces too, and a chat template of the folder's own forms conversations. All else is
+derived (see `model.vocabulary.export`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_pb2
+
+from model.vocabulary.template import CHAT_TEMPLATE, FolderTemplate
+from model.vocabulary.tokenizer_folder import JSON_FILE, added_tokens, folder_template, model_of_json, with_pieces
 
 MODEL_FILE = "tokenizer.model"
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -29,10 +34,22 @@ class Tokenizer:
         bos_id, eos_id, unk_id: ids of `<s>`, `</s>`, `<unk>`. No text encodes to them.
         fingerprint: SHA-256 of the model file, in hexadecimal.
         model_bytes: the model file itself.
+        added: control pieces that files for other readers declare as special tokens, `<s>`, `</s>` and `<unk>` left out.
+        special_ids: ids by spelling of the special tokens that a chat template may write.
+        template: the folder's own chat template; None for ours.
     """
 
-    def __init__(self, model_bytes: bytes, source: str | Path = "the given model"):
+    def __init__(
+        self,
+        model_bytes: bytes,
+        source: str | Path = "the given model",
+        *,
+        added: Sequence[str] = (),
+        template: FolderTemplate | None = None,
+    ):
         """Build from the bytes of a `tokenizer.model`; `source` names it in messages.
+
+        Args: added: control pieces that the folder declares as special tokens; ChatML's always are. template: see the class.
 
         Raises:
             ValueError: the bytes are no SentencePiece model, or the model lacks `<s>`, `</s>` or `<unk>`.
@@ -51,23 +68,53 @@ class Tokenizer:
         self.unk_id: int = self._processor.unk_id()
         if min(self.bos_id, self.eos_id, self.unk_id) < 0:
             raise ValueError(f"{source} lacks a beginning, end or unknown piece: train it with bos_id, eos_id and unk_id")
-        chatml = (self._processor.piece_to_id(piece) for piece in CHATML)
-        self._specials = frozenset((self.bos_id, self.eos_id, self.unk_id, *filter(self._processor.is_control, chatml)))
+        self.template = template
+        declared = (*CHATML, *added)
+        if template is None:
+            # In our template, which writes [INST] as text, the control pieces of that name stay unused.
+            declared = tuple(piece for piece in declared if piece not in CHAT_TEMPLATE)
+        else:
+            spelled = (piece for id, piece in enumerate(self.pieces()) if self._processor.is_control(id))
+            declared += tuple(piece for piece in spelled if piece in template.source)
+        ids = {piece: self._processor.piece_to_id(piece) for piece in dict.fromkeys(declared)}
+        main = (self.bos_id, self.eos_id, self.unk_id)
+        ids = {piece: id for piece, id in ids.items() if self._processor.is_control(id) and id not in main}
+        self.added = tuple(ids)
+        self.special_ids = {self._processor.id_to_piece(id): id for id in main} | ids
+        self._specials = frozenset(self.special_ids.values())
+
+    def extended(self, model_bytes: bytes) -> Tokenizer:
+        """The tokenizer of a model that extends this one's, with the same special tokens and chat template."""
+        return Tokenizer(model_bytes, added=self.added, template=self.template)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Load from a folder that holds `tokenizer.model`, or from the path of a `*.model` file.
+        """Load from a folder that holds `tokenizer.model`, or `tokenizer.json` alone, or from the path of a `*.model` file.
 
         Raises:
             FileNotFoundError: there is no such folder or file.
-            ValueError: the file is no SentencePiece model.
+            ValueError: the file is no SentencePiece model, or the folder's other files contradict it.
         """
-        path = Path(folder)
-        if path.is_dir():
-            path = path / MODEL_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: give a folder with {MODEL_FILE} in it, or a *.model file")
-        return cls(path.read_bytes(), path)
+        path = Path(folder).expanduser()
+        if path.is_file():
+            return cls(path.read_bytes(), path)
+        model = path / MODEL_FILE
+        if not model.is_file() and (path / JSON_FILE).is_file():
+            return cls.beside(path, model_of_json(path / JSON_FILE), path / JSON_FILE)
+        if not model.is_file():
+            file = model if path.is_dir() else path
+            raise FileNotFoundError(f"no tokenizer at {file}: give a folder with {MODEL_FILE} in it, or a *.model file")
+        return cls.beside(path, model.read_bytes(), model)
+
+    @classmethod
+    def beside(cls, folder: Path, model_bytes: bytes, source: str | Path) -> Tokenizer:
+        """A model with the added tokens and the chat template of a folder. Raises: ValueError as `load` does."""
+        base = cls(model_bytes, source)
+        tokens = added_tokens(folder, base.pieces())
+        behind = [token for token in tokens if token.id >= base.vocab_size]
+        model_bytes = with_pieces(model_bytes, behind) if behind else model_bytes
+        declared = [token.content for token in tokens if token.special]
+        return cls(model_bytes, source, added=declared, template=folder_template(folder, base.special_ids))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text's pieces. A special token spelled in the text is plain text, so no id of one appears.
@@ -123,6 +170,9 @@ class Tokenizer:
         """A decoder that takes ids one at a time."""
         return StreamDecoder(self)
 
+    def _is_control(self, id: int) -> bool:
+        return bool(self._processor.is_control(id))
+
     def _byte(self, id: int) -> int | None:
         """The byte of a byte piece, None for any other piece."""
         return int(self._processor.id_to_piece(id)[3:-1], 16) if self._processor.is_byte(id) else None
@@ -142,6 +192,11 @@ class StreamDecoder:
         """The text that the id adds; empty for a special token and for a byte of an incomplete character."""
         if id in self._tokenizer._specials:
             return ""
+        if self._tokenizer._is_control(id):
+            # It has no text, but the next piece is no longer the first, whose leading space decoding drops.
+            self._ids.append(id)
+            self._bytes = []
+            return self._advance(self._tokenizer.decode(self._ids))
         byte = self._tokenizer._byte(id)
         self._bytes = [] if byte is None else [*self._bytes, byte]
         self._ids.append(id)
@@ -176,6 +231,15 @@ def mistral_tokenizer_path() -> Path:
         ) from None
 
     return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
+
+def inside_text(proto: Any) -> sentencepiece.SentencePieceProcessor:
+    """An encoder for text inside a longer text: it adds and removes no spaces at the ends."""
+    inside = type(proto)()
+    inside.CopyFrom(proto)
+    inside.normalizer_spec.add_dummy_prefix = False
+    inside.normalizer_spec.remove_extra_whitespaces = False
+    return sentencepiece.SentencePieceProcessor(model_proto=inside.SerializeToString())
 
 
 def _incomplete(run: list[int]) -> int:

@@ -106,12 +106,28 @@ def test_a_preset_takes_its_vocabulary_from_the_tokenizer(tiny_settings, tiny_to
     assert (other / "model-00001-of-00001.safetensors").read_bytes() != weights[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("preset:tinny", "unknown preset 'tinny'; the nearest known one is 'tiny'"),
+        ("preset:", "the preset has no name; the known ones are mistral-7b"),
+        ("", "model is empty"),
+    ],
+)
+def test_a_model_that_cannot_be_meant_is_refused(tiny_settings, tmp_path, model, message):
+    assert message in refused(pretrain, tiny_settings("pretrain", tmp_path / "run", model=model))
+
+
+def test_a_run_folder_that_is_the_starting_model_is_refused(tiny_settings, tiny_model):
+    assert "the run would write into its starting model" in refused(pretrain, tiny_settings("pretrain", tiny_model))
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_settings, tmp_path):
     write_tokenizer_folder(tmp_path / "large", mistral_tokenizer_path().read_bytes())
     message = refused(pretrain, tiny_settings("pretrain", tmp_path / "run", tokenizer=str(tmp_path / "large")))
-    assert "the tokenizer has 32000 pieces" in message
-    assert "only 340" in message
-    assert "resize the model with recipes.vocabulary, or name its own tokenizer" in message
+    assert "the tokenizer has 32,000" in message
+    assert "rows for 340" in message
+    assert "or resize the model with recipes.vocabulary" in message
 
 
 def test_two_held_out_folders_of_one_name_are_refused(tiny_settings, tiny_data, tmp_path):

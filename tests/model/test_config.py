@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers import MistralConfig as ReferenceConfig
 
 from model.config import PRESETS, MistralConfig, generation_table, preset, read_config, write_config
@@ -93,6 +93,16 @@ def test_an_absent_key_means_what_it_means_to_transformers(tmp_path, absent):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
+@pytest.mark.parametrize("ends", [[4, 2], 2, None])
+def test_end_tokens_are_read_and_written_as_transformers_does(tmp_path, ends):
+    write(tmp_path, eos_token_id=ends)
+    config = read_config(tmp_path)
+    assert list(config.end_ids) == (ends if isinstance(ends, list) else [] if ends is None else [ends])
+    write_config(tmp_path, config, torch.float32)
+    assert AutoConfig.from_pretrained(tmp_path).eos_token_id == ends
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
+
+
 def test_the_older_spelling_of_the_rotary_base_is_read(tmp_path):
     write(tmp_path, rope_parameters=..., rope_scaling=None, rope_theta=1000000.0)
     assert read_config(tmp_path).rope_theta == 1000000.0
@@ -141,6 +151,12 @@ def test_padding_rows_are_suppressed_for_transformers():
         ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small': must be"),
         ({"rope_theta": [1], "rope_parameters": ...}, r"rope_theta = \[1\]: must be"),
         ({"rope_parameters": "default"}, "rope_parameters = 'default'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling = .*linear.* is not supported"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, r"rope_theta = -1\.0: must be a finite number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: must be a finite number"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>': must be a token id in 0 .. 127"),
+        ({"eos_token_id": [2, 128]}, r"eos_token_id = .*128.*: must be a token id"),
+        ({"bos_token_id": [1]}, r"bos_token_id = \[1\]: must be a token id"),
     ],
 )
 def test_an_unsupported_configuration_is_refused_by_file_and_key(tmp_path, changes, message):

@@ -1,6 +1,8 @@
 """The chat recipe: its output, its memory of the conversation, its end."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,6 +150,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(
     speaker, prompts = scripted([*whole[:2], KeyboardInterrupt], [KeyboardInterrupt], "Four.")
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
     monkeypatch.setattr(chat, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
     monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
     talk(monkeypatch, "Count\nOn\nOn!\n", "--model", ".")
     output = capsys.readouterr()
@@ -161,6 +164,7 @@ def test_ctrl_c_ends_a_single_answer_with_the_shells_status(scripted, tokenizer,
     speaker, _ = scripted([*tokenizer.encode("One"), KeyboardInterrupt])
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
     monkeypatch.setattr(chat, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
     monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
     with pytest.raises(SystemExit) as ended:
         chat.main(["--model", ".", "--device", "cpu", "--prompt", "Count"])
@@ -280,15 +284,23 @@ def test_a_run_folder_means_its_newest_checkpoint(folder, tmp_path, capsys):
     assert capsys.readouterr().out == of_the_run
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(silent_model, tokenizer):
-    silent_model.config = replace(CONFIG, unpadded_vocab_size=31999)
-    with pytest.raises(ValueError, match="tokenizer has 32000 pieces, the model only 31999"):
-        chat.Speaker(silent_model, tokenizer, Sampling())
+def test_undeclared_padding_rows_are_not_sampled(folder, tmp_path, monkeypatch):
+    """Also not by a repetition penalty, which marks tokens in a row of the vocabulary's size."""
+    padded = shutil.copytree(folder, tmp_path / "padded")
+    table = json.loads((padded / "config.json").read_text())
+    del table["unpadded_vocab_size"]
+    (padded / "config.json").write_text(json.dumps(table))
+    seen = []
+    monkeypatch.setattr(chat.Speaker, "converse", lambda speaker, *_: seen.append(speaker.model))
+    chat.main(["--model", str(padded), "--prompt", "a", "--device", "cpu"])
+    assert (seen[0].config.unpadded_vocab_size, seen[0].lm_head.pieces) == (32000, 32000)
 
 
-def test_undeclared_padding_rows_are_not_sampled(silent_model, tokenizer):
-    silent_model.config = replace(CONFIG, unpadded_vocab_size=32128)
-    assert chat.Speaker(silent_model, tokenizer, Sampling()).model.config.unpadded_vocab_size == 32000
+def test_a_tokenizer_of_another_size_is_refused(folder, tiny_tokenizer, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    write_tokenizer_folder(other, (tiny_tokenizer / "tokenizer.model").read_bytes())
+    with pytest.raises(SystemExit, match="rows for 32,000 pieces, the tokenizer has 340"):
+        chat.main(["--model", str(other), "--prompt", "a", "--device", "cpu"])
 
 
 @pytest.mark.parametrize(

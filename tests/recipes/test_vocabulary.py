@@ -271,7 +271,7 @@ def test_unwritable_outputs_are_refused_before_training(text, tmp_path, model):
 def test_a_model_of_another_tokenizer_is_refused(text, tmp_path, model):
     other = tmp_path / "other"
     run(settings_for(text, tmp_path, out=str(other)))
-    with pytest.raises(ValueError, match="rows for 32,000 pieces, the base tokenizer has 32,022"):
+    with pytest.raises(ValueError, match="rows for 32,000 pieces, the tokenizer has 32,022"):
         run(settings_for(text, tmp_path, base=str(other), model=str(model), model_out=str(tmp_path / "resized")))
     assert not (tmp_path / "resized").exists()
 

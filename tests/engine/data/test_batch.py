@@ -1,6 +1,7 @@
 """Steps cut into micro-batches: packing, ranks, shared prompts, padding, prefetching, evaluation."""
 
 import threading
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -11,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.data.batch import Batch, Packing, evaluation_batches, make_step, padded_places
+from engine.data.batch import Batch, Packing, evaluation_batches, make_step, padded_places, share_of
 from engine.data.plan import Plan
 from engine.data.stream import step_stream
 from engine.settings.sections import Source
+from kernels.attention.work import pairs_of
 
 WINDOW = 5
 # Fields of a batch with a value for each place.
@@ -314,6 +316,81 @@ def test_evaluation_sees_every_pair_that_fits_once_in_order(write_dataset):
     first_too_long = write_dataset([[1] * n for n in (30, 5, 3, 4)], "preferences", prompts=[1] * 4)
     with pytest.warns(UserWarning, match="1 of 2"), pytest.raises(ValueError, match="nothing to evaluate on"):
         evaluation_batches(first_too_long, Packing(WINDOW, 60), 16, limit=1)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("kind", ["conversations", "preferences"])
+def test_evaluation_counts_are_sums_over_its_batches_and_nothing_is_collated(
+    kind, share_prompts, write_dataset, random_documents, monkeypatch
+):
+    documents = random_documents(20, 16)
+    trained = [[place % 3 > 0 for place in range(len(ids))] for ids in documents]
+    prompts = None
+    if kind == "preferences":
+        documents, prompts = with_common_beginnings(documents, np.random.default_rng(0))
+        trained = [[place >= prompt for place in range(len(ids))] for ids, prompt in zip(documents, prompts, strict=True)]
+    batches = evaluation_batches(
+        write_dataset(documents, kind, trained, prompts=prompts), Packing(WINDOW, 40), 16, share_prompts=share_prompts
+    )
+    for part in (batches, batches[1::2]):
+        made = list(part)
+        monkeypatch.setattr("engine.data.batch._collate", None)
+        step = part.as_step()
+        monkeypatch.undo()
+        assert step.weight == step.trained == sum(float(batch.weight_T.sum()) for batch in made)
+        assert step.pairs == (sum(len(batch.pair_B) // 2 for batch in made) if kind == "preferences" else 0)
+        assert step.tokens == part.tokens == sum(batch.tokens for batch in made)
+        assert step.tokens_saved == sum(batch.tokens_saved for batch in made)
+        assert step.attended == sum(pairs_of(batch.attention) for batch in made)
+
+
+def test_ranks_share_an_evaluation_and_lack_no_collective(write_dataset, random_documents):
+    batches = evaluation_batches(write_dataset(random_documents(30, 16)), Packing(WINDOW, 40), 16)
+    assert len(batches) % 3 == 2
+    shares = [list(share_of(batches, rank, 3)) for rank in range(3)]
+    assert {len(share) for share in shares} == {-(-len(batches) // 3)}
+    assert [int(share[-1].document_B[0]) < 0 for share in shares] == [False, False, True]
+    whole = [shares[index % 3][index // 3] for index in range(len(batches))]
+    for alone, shared in zip(batches, whole, strict=True):
+        assert torch.equal(alone.tokens_T, shared.tokens_T)
+        assert torch.equal(alone.document_B, shared.document_B)
+
+
+class ManyPairs:
+    """A hundred thousand synthetic pairs of 64 places each, which take no memory."""
+
+    kind, folder, count = "preferences", "many", 100_000
+    lengths = np.broadcast_to(np.int64(33), (2 * count,))
+    shared_places = np.broadcast_to(np.int64(9), (count,))
+
+    def __len__(self):
+        return 2 * self.count
+
+    def tokens(self, document):
+        return np.full(33, document % 340, dtype=np.uint32)
+
+    def trained(self, document, start=0, stop=None):
+        return (np.arange(33) >= 10)[start:stop]
+
+
+def test_a_hundred_thousand_pairs_cost_a_rank_what_it_works_on():
+    list(share_of(evaluation_batches(ManyPairs(), Packing(WINDOW, 4096), 32), 0, 512))  # first calls load modules
+    tracemalloc.start()
+    batches = evaluation_batches(ManyPairs(), Packing(WINDOW, 4096), 32, share_prompts=True)
+    held, peak = tracemalloc.get_traced_memory()
+    assert held < 16 * ManyPairs.count
+    assert peak < 64 * ManyPairs.count
+    tracemalloc.reset_peak()
+    seen = 0
+    for batch in share_of(batches, 3, 128):
+        assert set(batch.tokens_T.tolist()) <= {document % 340 for document in batch.document_B.tolist()}
+        seen += len(batch.pair_B) // 2
+    held_after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seen > ManyPairs.count / 130
+    # All of the rank's micro-batches together are 41 bytes x 55 places x `seen` = 1.8 MB, the whole set's are 225 MB.
+    assert held_after - held < 2**20
+    assert peak - held < 2**20
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from engine.data.batch import Packing, evaluation_batches, make_step
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.loop import accumulate
-from engine.objectives.heldout import Evaluation, evaluate, whole_step
+from engine.objectives.heldout import Evaluation, evaluate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference, preference_loss, reference_log_probs
 from engine.objectives.scoring import document_log_probs, token_log_probs
@@ -97,7 +97,7 @@ def test_the_loss_of_a_step_equals_transformers(model, theirs, tiny_data, kind):
 def test_evaluation_is_the_mean_over_the_whole_set_without_noise(model, theirs, tiny_data):
     batches = batches_of(tiny_data.conversations_heldout, 64)
     assert len(batches) > 1
-    found = evaluate(model, [Evaluation("chat", NextToken(neftune_alpha=15.0), whole_step(batches))])
+    found = evaluate(model, [Evaluation("chat", NextToken(neftune_alpha=15.0), batches.as_step())])
     assert model.training
     assert found == {"eval/chat/loss": pytest.approx(their_loss(theirs, tiny_data.conversations_heldout), rel=1e-5)}
 
@@ -176,7 +176,7 @@ def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
     reference = (scores + 8 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) - 4).float()
     lengths = [int((labels[:, 1:] != -100).sum()) for _, labels in documents(tiny_data.preferences)]
     objective = Preference(PreferenceSettings(loss=kind, beta=beta), [reference])
-    found = evaluate(model, [Evaluation("p", objective, whole_step(batches_of(tiny_data.preferences, 100)))])
+    found = evaluate(model, [Evaluation("p", objective, batches_of(tiny_data.preferences, 100).as_step())])
 
     losses, chosen, rejected = [], [], []
     for i in range(32):
@@ -211,7 +211,7 @@ def test_before_the_first_step_the_margin_is_zero(model, tiny_data, kind, loss):
     """
     reference = reference_log_probs(model, batches_of(tiny_data.preferences, 300), 32)
     objective = Preference(PreferenceSettings(loss=kind), [reference], neftune_alpha=15.0)
-    found = evaluate(model, [Evaluation("p", objective, whole_step(batches_of(tiny_data.preferences, 60)))])
+    found = evaluate(model, [Evaluation("p", objective, batches_of(tiny_data.preferences, 60).as_step())])
     assert found["eval/p/loss"] == pytest.approx(loss, rel=1e-5)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert found[f"eval/p/{name}"] == pytest.approx(0, abs=1e-5), name

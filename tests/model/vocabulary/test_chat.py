@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from model.vocabulary.chat import CHAT_TEMPLATE, check_messages, encode_chat, encode_prompt, render
+from model.vocabulary.chat import check_messages, encode_chat, encode_prompt, render
+from model.vocabulary.template import CHAT_TEMPLATE
 
 SPECIALS = ("<s>", "</s>", "<unk>")
 
@@ -104,7 +105,7 @@ def test_a_token_across_the_boundary_is_not_trained(extended):
     class Joining:
         """A tokenizer with one token for the end of [/INST] and the beginning of the answer."""
 
-        bos_id, eos_id = 1, 2
+        bos_id, eos_id, template = 1, 2, None
 
         def encode_with_offsets(self, text):
             cut = text.index("[/INST]") + 5

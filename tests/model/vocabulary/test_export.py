@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from kernels import padded_to_tiles
-from model.vocabulary.chat import CHAT_TEMPLATE
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.merge import extend, merge
+from model.vocabulary.template import CHAT_TEMPLATE
 from model.vocabulary.tokenizer import CHATML, Tokenizer
 
 SPECIALS = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")

@@ -20,8 +20,9 @@ from model.tensor_file import TensorStream
 from model.vocabulary import resize
 from model.vocabulary.distill import Distillation
 from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.fitting import check_rows
 from model.vocabulary.merge import extend, split_pieces
-from model.vocabulary.resize import check_rows, resize_model
+from model.vocabulary.resize import resize_model
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import (
     TensorFolder,
@@ -263,12 +264,12 @@ def test_resizing_and_converting_take_little_memory(small_base, small_merged, tm
 
 
 def test_models_of_another_tokenizer_are_refused(base_folder, small_base, small_merged, tmp_path):
-    with pytest.raises(ValueError, match=r"base: the model has rows for 700 pieces, the base tokenizer has 820"):
+    with pytest.raises(ValueError, match=r"base: the model has rows for 700 pieces, the tokenizer has 820"):
         resize_model(base_folder, tmp_path, small_merged, small_merged)
     config = read_config(base_folder)
     check_rows(replace(config, vocab_size=768), small_base, "padded")
     check_rows(replace(config, vocab_size=768, unpadded_vocab_size=700), small_base, "padded and said so")
-    for wrong in ({"vocab_size": 699}, {"vocab_size": 828}, {"vocab_size": 768, "unpadded_vocab_size": 701}):
+    for wrong in ({"vocab_size": 699}, {"vocab_size": 829}, {"vocab_size": 768, "unpadded_vocab_size": 701}):
         with pytest.raises(ValueError, match="give the tokenizer that the model was trained with"):
             check_rows(replace(config, **({"unpadded_vocab_size": 0} | wrong)), small_base, "other")
 
