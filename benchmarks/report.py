@@ -134,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if check:
         raise SystemExit(None if before == after else f"error: {PAGE.name} differs from the results; run benchmarks.report")
     write_file(PAGE, after)
-    for name, table in TABLES.items():
-        if table.bars:
-            draw(name, table, ROOT / "benchmarks" / "plots")
+    for name in _REGION.findall(after):
+        if TABLES[name[1]].bars:
+            draw(name[1], TABLES[name[1]], ROOT / "benchmarks" / "plots")
 
 
 if __name__ == "__main__":
