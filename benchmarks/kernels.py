@@ -1,6 +1,6 @@
 """One table of all operators of `kernels`, ours beside torch, torch.compile and the installed peers.
 
-    python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small ones on a CPU
+    python -m benchmarks.kernels                     Shisa 7B's shapes at 8,192 tokens on CUDA, small shapes on a CPU
     python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
 
 "backward" is the backward pass alone (its memory covers both passes), "both" is timed in one piece. Data is random and

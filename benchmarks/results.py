@@ -131,7 +131,7 @@ def commit() -> str:
 
 
 def _without_folders(value: Any) -> Any:
-    """Only the last part of absolute paths: the rest says nothing outside the machine."""
+    """The value with absolute paths cut to their last part: the rest says nothing outside the machine."""
     if isinstance(value, str):
         return _FOLDERS.sub("", value)
     if isinstance(value, Mapping):

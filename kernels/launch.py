@@ -1,4 +1,4 @@
-"""Where an operator runs, and how its Triton kernels are launched.
+"""Chooses where an operator runs, and launches its Triton kernels.
 
 CUDA tensors go to the Triton kernels, CPU tensors to the eager references. With TRITON_INTERPRET=1 set before Triton is
 imported, CPU tensors go to the same kernels in Triton's interpreter. float64 always goes to the references, because the kernels

@@ -38,7 +38,7 @@ class KeyValueCache:
         self._work: AttentionWork | None = None
 
     def __len__(self) -> int:
-        """Tokens that went through all layers, overwritten ones included: the position of the next token."""
+        """Tokens that went through all layers, also the overwritten tokens: the position of the next token."""
         return self._rings[-1].seen
 
     def keep(self, tokens: int) -> int:

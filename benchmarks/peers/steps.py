@@ -33,7 +33,7 @@ class Document:
 
     @property
     def prompt(self) -> int:
-        """Tokens before the first one that is predicted."""
+        """Tokens before the first predicted token."""
         return self.trained.index(True)
 
 

@@ -56,7 +56,7 @@ class _Step:
         self.account = Account()
         self.sending = 0  # bytes of the last unit's gradients, which are still being sent
         self.first = True  # the first micro-batch of the step
-        self.last = True  # the last one
+        self.last = True  # the last micro-batch of the step
 
     def run(self) -> None:
         training, sizes, account = self.training, self.sizes, self.account

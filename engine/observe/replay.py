@@ -39,9 +39,9 @@ class _Document:
 
 @lost_ranks_named()
 def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
-    """Run step `settings.replay` forward and backward with the weights in `model`, and print its values beside the logged ones.
+    """Run step `settings.replay` forward and backward with the weights in `model`, and compare its values with the log.
 
-    The values equal the logged ones to the bit if the weights are from the step before and the number of ranks is the same.
+    The values equal the log to the bit if the weights are from the step before and the number of ranks is the same.
     Prints each micro-batch's part of the loss and the documents with the largest losses. Writes nothing.
     """
     number, ranks = run.settings.replay, run.ranks

@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses, read from TOML, overridden on the command line by dotted names, saved resolved.
 
-A recipe declares its settings as a frozen dataclass (nested ones for groups) and calls `parse`. This module checks names and
-types; each class checks its ranges in `__post_init__`. A wrong file is refused before any work starts.
+A recipe declares its settings as a frozen dataclass, with nested dataclasses for groups, and calls `parse`. This module checks
+names and types; each class checks its ranges in `__post_init__`. A wrong file is refused before any work starts.
 
 The reader is our own: msgspec and cattrs name neither the wrong value nor the nearest known key, and cannot build the
 incomplete draft that command-line overrides complete.

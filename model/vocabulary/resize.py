@@ -9,7 +9,7 @@ A new piece stands for several base pieces, its sub-pieces, which spelled the sa
 
 Why weights: a plain mean gives です and すで, which have the same sub-pieces, the same rows, and nothing tells them apart
 before training. In the head the first sub-piece weighs most, as the new piece must win where that sub-piece won. In the
-embedding the last one weighs most, as the model predicted the following text from it. Why noise: repetitions (ああ and あああ)
+embedding the last weighs most, as the model predicted the following text from it. Why noise: repetitions (ああ and あああ)
 have equal means under any weights; 1 % of a typical row separates them.
 
 Both matrices are padded to whole tiles of the kernels' products. A padding row is the mean of the base's rows: its score is

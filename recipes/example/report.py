@@ -195,8 +195,8 @@ def markdown(table: dict[str, Any], drawn: bool) -> list[str]:
         *_score_table(table, "held_out"),
         "",
         "Exact: greedy decoding gives an accepted answer, end token included. Loss: -log probability of the accepted answers, "
-        "nats per answer, which does not depend on the vocabulary. Models up to CPT continue plain text; later ones are asked "
-        "through the chat template, where both registers are accepted.",
+        "nats per answer, which does not depend on the vocabulary. Models up to CPT continue plain text; later models are "
+        "asked through the chat template, where both registers are accepted.",
         "",
         "## Sums never seen, facts never asked about",
         "",

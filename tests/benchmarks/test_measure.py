@@ -64,7 +64,7 @@ def test_a_process_says_how_it_ended(tmp_path):
 
 
 def test_the_end_of_a_process_ends_everything_that_it_started(tmp_path):
-    """Also a child with a session of its own, as torchrun starts them."""
+    """A child with a session of its own ends too; torchrun starts such children."""
     psutil = pytest.importorskip("psutil")
     mark = tmp_path / "pid"
     child = f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"

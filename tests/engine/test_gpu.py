@@ -59,7 +59,7 @@ def test_float32_training_follows_the_cpu(tiny_settings, tmp_path, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_bfloat16_resumes_exactly(tiny_settings, tmp_path, stage):
     whole = STAGES[stage].run(tiny_settings(stage, tmp_path / "whole", device="cuda", checkpoint_every=3, keep_checkpoints=9))
-    # Without its last checkpoint the run is as a kill after the third step would leave it.
+    # Without its last checkpoint the folder looks like a run that was killed after the third step.
     STAGES[stage].run(tiny_settings(stage, tmp_path / "resumed", device="cuda", checkpoint_every=3, keep_checkpoints=9))
     (tmp_path / "resumed" / "step-00000006").rename(tmp_path / "lost")
     resumed = STAGES[stage].run(tiny_settings(stage, tmp_path / "resumed", device="cuda", checkpoint_every=3))

@@ -196,7 +196,7 @@ def faults(tiny_settings, tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault)))
 def test_a_run_continues_after_a_fault(faults, assert_same_end, fault):
-    """From the last complete checkpoint, on any number of ranks; on the same number, with the same bits."""
+    """The run continues from the last complete checkpoint on any number of ranks; on the same number, with the same bits."""
     point, rank, ranks, then = fault
     out, result = faults[fault]
     codes, newest = FAULTS[fault]

@@ -232,7 +232,7 @@ def test_attention_of_new_tokens_is_right(new, shapes):
 
 @pytest.mark.parametrize("way", ["keep", "recompute", "known"])
 def test_head_is_right(way, shapes):
-    """Over the listed half of the tokens, without probability for the rows that are no pieces."""
+    """Half of the tokens are listed; rows of the weight beyond `pieces` get no probability."""
     tokens = shapes.tokens // 4
     hidden = leaf(shapes.random(tokens, shapes.width, seed=0))
     weight = leaf(shapes.random(shapes.rows, shapes.width, seed=1, scale=shapes.width**-0.5))

@@ -12,7 +12,7 @@ ROWS = [4, -1, 7, 0, 8, -1]
 
 
 def logits_and_targets(columns, vocab_size, device, dtype=torch.float32, seed=0):
-    """(logits, targets, rows): peaked logits that rise along the row; the highest ones stand in padding columns."""
+    """(logits, targets, rows): peaked logits that rise along the row; the highest logits stand in padding columns."""
     logits = random(len(ROWS), columns, dtype=dtype, device=device, seed=seed, scale=4.0)
     logits += torch.linspace(-10, 10, len(ROWS), dtype=dtype, device=device)[:, None]
     logits += torch.linspace(0, 8, columns, dtype=dtype, device=device)
@@ -90,7 +90,7 @@ def test_statistics_and_gradients_are_right(columns, vocab_size, scaled, dtype, 
 
 
 def test_equal_logits_have_the_logarithm_of_the_vocabulary_as_entropy(device):
-    """However far the logits are from 0."""
+    """The logits may be far from 0."""
     rows = torch.arange(3, dtype=torch.int32, device=device)
     logits = torch.tensor([0.0, 3000.0, -3000.0], device=device)[:, None].expand(3, 200).contiguous()
     target = torch.zeros(TOKENS, dtype=torch.int64, device=device)

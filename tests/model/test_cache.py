@@ -95,7 +95,7 @@ def test_a_key_changes_the_outputs_of_its_window_and_no_other_bit(chunks):
     [(10, 9, 4, 4), (10, 10, 10, 10), (10, 30, 30, 30), (10, 30, 29, 0), (300, 290, 7, 7), (None, 60, 0, 0)],
 )
 def test_a_kept_beginning_continues_like_a_fresh_text(small_model, window, first, kept, left):
-    """Where some of the beginning is overwritten, nothing is kept."""
+    """Nothing is kept if a part of the beginning is overwritten."""
     model = small_model(sliding_window=window, max_position_embeddings=700).to(torch.float64)
     tokens = torch.randint(64, (first + 40,), generator=torch.Generator().manual_seed(0))
     cache = KeyValueCache(model.config, dtype=torch.float64)

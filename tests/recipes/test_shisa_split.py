@@ -74,7 +74,7 @@ def test_user_and_assistant_text_decides_the_language(tmp_path):
 
 
 def test_a_conversation_reads_the_same_after_the_split(tmp_path):
-    """So preparing a part holds out the same conversations as preparing the whole."""
+    """Preparing a part therefore holds out the same conversations as preparing the whole."""
     source = write(tmp_path / "chat.jsonl", JAPANESE + REST)
     run(SplitSettings(kind="conversations", paths=(source,), out=str(tmp_path / "out")))
     assert [read_conversation(row) for row in read(tmp_path / "out" / "ja.jsonl.gz")] == list(map(read_conversation, JAPANESE))

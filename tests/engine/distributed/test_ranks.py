@@ -80,7 +80,7 @@ def short(trajectories):
 
 
 def assert_same(found: Trajectory, expected: Trajectory, steps: int) -> None:
-    # Validation comes before the first step and after the last one.
+    # Validation comes before the first step and after the last.
     assert len(found.lines) == len(expected.lines) == steps + 2
     for line, one in zip(found.lines, expected.lines, strict=True):
         for name in ("step", "tokens", "learning_rate"):

@@ -148,7 +148,7 @@ def test_shisa_7b_takes_10_bytes_a_parameter_and_the_designs_activations():
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits():
-    """Also where the peak falls, because logits are no longer kept: `block` keeps so little else."""
+    """With `block` the peak falls once, where logits are no longer kept; the search must not stop there."""
     for mode, most in (("light", 32768), ("block", 16384)):
         peaks = {tokens: plan(shisa(recompute=mode, tokens=tokens, rows=tokens)).peak for tokens in range(1024, most + 1, 1024)}
         for limit in (77 * 2**30, 79 * 2**30, 100 * 2**30):

@@ -11,7 +11,7 @@ small change at a time:
     a cast       x.to(tl.int64), tl.cast(x, tl.int64) and x.to(tl.float32) become x
     a choice     tl.where(c, a, b) becomes a, and b; minimum becomes maximum, and the other way round
     a condition  if, while and if-else become always true, and always false
-    a loop       the first step of a range goes, and the last one
+    a loop       the first step of a range goes, and the last step
     a sign       -x and ~x become x; tl.abs(x) and tl.trans(x) become x
 """
 

@@ -92,7 +92,7 @@ class FindersFirst:
 
 
 def start(module: Module, source: str, folder: Path, number: int, before: bool) -> int:
-    """The process, forked from this one, that runs a module's tests where the module has this source.
+    """Fork a process that runs a module's tests with this source in the module's place. Returns its id.
 
     before: forbid memory before every tensor's start, instead of memory behind its end.
     """
@@ -118,7 +118,7 @@ def start(module: Module, source: str, folder: Path, number: int, before: bool) 
             arguments = [*ARGUMENTS, "-m", marked, "-k", WIRING, *map(str, module.tests)]
             status = int(pytest.main(arguments, [FindersFirst(folder / FINDERS, path.with_suffix(".running"))]))
     finally:
-        # Without what the forking process would do at its end.
+        # Skip the clean-up that the forking process does at its own end.
         os._exit(status)
 
 
@@ -230,5 +230,5 @@ def try_module(module: Module, given: argparse.Namespace, done: dict[tuple[str, 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Without the interpreter's clean-up, which would print leaks of Triton's bindings.
+    # Skip the interpreter's clean-up, which would print leaks of Triton's bindings.
     os._exit(status)
