@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import accumulation_dtype
-from kernels.attention.backends import Backend, chosen, flash_attention, flex_attention
+from kernels.attention.backends import chosen, flash_attention, flex_attention
 from kernels.attention.backward import attention_backward
+from kernels.attention.choice import Backend
 from kernels.attention.forward import attention_forward
 from kernels.attention.work import AttentionWork, MaskedTile, attention_work
 from kernels.launch import unit_stride
