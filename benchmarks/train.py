@@ -32,7 +32,7 @@ from engine.environment import choose_device
 from engine.estimate.flops import peak_flops
 from engine.settings.sections import OptimizerSettings
 from engine.settings.toml import to_table
-from kernels.attention.backends import Backend
+from kernels.attention.choice import Backend
 from model.config import MistralConfig
 from model.mistral import Recompute
 

@@ -26,14 +26,13 @@ from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
-from model.config import MistralConfig, preset
+from model.config import PRESET, MistralConfig, preset
 from model.mistral import Mistral, initial_weights
 from model.vocabulary.chat import end_id
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
-PRESET = "preset:"
 # Paths that may change on resuming: the plan's fingerprint covers the content of data and tokenizer.
 _CONTENT_COUNTS = re.compile(r"tokenizer|sources\.\d+\.path")
 # The memory plan covers the last step and this many steps, evenly spread over the run.

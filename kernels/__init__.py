@@ -3,13 +3,16 @@
 Numerics: inputs and outputs keep their dtype; sums, exponentials and quotients are computed in `accumulation_dtype`.
 """
 
+from __future__ import annotations
+
 import sys
 from functools import cache
 from importlib import metadata, util
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Rows of a tile of the kernels' matrix products. Lengths are padded to whole tiles: rows that fill the last tile cost nothing.
 TILE = 128
@@ -22,6 +25,8 @@ def padded_to_tiles(rows: int) -> int:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of reductions over `dtype`: float32, or float64 for float64."""
+    import torch  # here, so that settings and help texts, which need this package's names, load without torch
+
     return torch.promote_types(dtype, torch.float32)
 
 

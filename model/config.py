@@ -1,16 +1,21 @@
 """The dimensions of a Mistral model, its presets, and Hugging Face's `config.json`, read and written."""
 
+from __future__ import annotations
+
 import difflib
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from model.folder import foreign_folder, write_file
 
+if TYPE_CHECKING:
+    import torch
+
+# In front of the name of one of PRESETS, where a model is named.
+PRESET = "preset:"
 _DIMENSIONS = (
     "vocab_size",
     "hidden_size",
@@ -98,7 +103,7 @@ class MistralConfig:
         ends = self.eos_token_id
         return () if ends is None else (ends,) if isinstance(ends, int) else ends
 
-    def ending_with(self, *ids: int) -> "MistralConfig":
+    def ending_with(self, *ids: int) -> MistralConfig:
         """The same configuration with these end tokens, in front of its own."""
         return replace(self, eos_token_id=(*ids, *self.end_ids))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention.backends import Backend
+from kernels.attention.choice import Backend
 from kernels.attention.sliding_window import sliding_window_attention
 from kernels.attention.work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding

@@ -8,36 +8,36 @@ Answers stream to standard output, remarks go to standard error. In a conversati
 input) ends the conversation; Ctrl-C ends an answer or, at the question, the conversation.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from engine.checkpoint.state import model_folder
-from engine.environment import choose_device
-from model.generate import Past, Sampling, generate
-from model.mistral import Mistral
+from engine.settings.toml import PathName
+from model.sampling import Sampling
 from model.vocabulary.chat import Message, encode_prompt
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
-from model.weights import load_model
 from recipes.command import command
 
 with contextlib.suppress(ImportError):
     # The import alone gives input() a history, and line editing that knows the width of Japanese characters.
     import readline  # noqa: F401
 
+if TYPE_CHECKING:
+    from model.mistral import Mistral
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
     """Conversation with a model."""
 
-    model: str
+    model: PathName
     """Run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name."""
     system: str | None = None
     """System message, in front of the first question."""
@@ -63,6 +63,8 @@ class Speaker:
     """A model with its tokenizer; answers go to standard output."""
 
     def __init__(self, model: Mistral, tokenizer: Tokenizer, sampling: Sampling, *, show_speed: bool = False) -> None:
+        from model.generate import Past
+
         self.model, self.tokenizer, self.sampling, self.show_speed = model, tokenizer, sampling, show_speed
         # An answer of max_new_tokens must fit behind the prompt, but the prompt may always take half of the positions.
         positions = model.config.max_position_embeddings
@@ -108,6 +110,8 @@ class Speaker:
         trim: Callable[[Iterable[str]], Iterable[str]],
     ) -> None:
         """Print the pieces in `said`, then the answer; each printed piece is appended to `said` at once."""
+        from model.generate import generate
+
         start = time.perf_counter()
         # Each answer has its own seed, because equal draws would make answers resemble one another.
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._answers) % 2**63)
@@ -189,6 +193,12 @@ def remark(text: str) -> None:
 
 def run(settings: ChatSettings) -> None:
     """Answer the prompt, or else each line of standard input."""
+    import torch
+
+    from engine.checkpoint.state import model_folder
+    from engine.environment import choose_device
+    from model.weights import load_model
+
     device = choose_device(settings.device)
     folder = model_folder(settings.model)
     tokenizer = Tokenizer.load(folder)

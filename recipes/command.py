@@ -1,29 +1,50 @@
-"""The shell side of every recipe: settings in, one clear line out where something is wrong."""
+"""The shell side of every recipe: settings in, one clear line out where something is wrong.
 
+Nothing here loads torch before the settings are read, so that `--help` and a wrong setting answer at once.
+"""
+
+import io
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from engine.distributed.ranks import leave
-from engine.environment import DeviceError
 from engine.settings.toml import parse
 
 Settings = TypeVar("Settings")
 
+# Seconds that the other ranks leave to rank 0, which mostly has the same to say; torchrun ends them when rank 0 has ended.
+PATIENCE = 5.0
+
 
 def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv: Sequence[str] | None, prog: str) -> None:
-    """Parse settings and run. A user's mistake ends with `error: ...` and status 1; a defect keeps its traceback."""
-    settings = parse(settings_class, argv, prog=prog)
+    """Parse settings and run. A user's mistake ends with `error: ...` and status 1; a defect keeps its traceback.
+
+    Under torchrun one rank says what all ranks found.
+    """
+    try:
+        settings = _settings(settings_class, argv, prog)
+    except BrokenPipeError:
+        _end_unread()
+    from engine.distributed.ranks import leave
+    from engine.environment import DeviceError
+
     try:
         run(settings)
         leave()
+    except BrokenPipeError:
+        _end_unread()
     except (ValueError, OSError, FloatingPointError, DeviceError) as error:
         # A library's own error class was not written for our user.
         if type(error).__module__ not in ("builtins", DeviceError.__module__):
             raise
         rank = os.environ.get("RANK", "0")
-        raise SystemExit(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}") from None
+        _end(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", 1)
     except SystemExit:
         # A stop by SIGTERM reaches all ranks at the same step, so they leave the process group together.
         leave()
@@ -31,3 +52,48 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
     except KeyboardInterrupt:
         print("stopped; everything that was complete is kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:
+    if not _under_torchrun():
+        return parse(settings_class, argv, prog=prog)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            return parse(settings_class, argv, prog=prog)
+    except SystemExit as ended:
+        if ended.code:
+            _end(*((ended.code, 1) if isinstance(ended.code, str) else (err.getvalue().rstrip(), ended.code)))
+        if os.environ.get("RANK") == "0":
+            print(out.getvalue(), end="")
+        raise
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _end_unread() -> NoReturn:
+    """End quietly where the reader of the output has gone, as in `... --help | head`."""
+    # Python flushes standard output when it ends, and would complain once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _end(said: str, status: int) -> NoReturn:
+    """End this process with a message.
+
+    torchrun repeats the message at the end of its own traceback: it reads the file that TORCHELASTIC_ERROR_FILE names.
+    Source: torch.distributed.elastic.multiprocessing.errors.
+    """
+    if not _under_torchrun():
+        raise SystemExit(said) from None
+    if os.environ.get("RANK") != "0":
+        # A run's own handler would note the signal and wait on.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        stamp = {"timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": said, "extraInfo": stamp}}), encoding="utf-8")
+    print(said, file=sys.stderr, flush=True)
+    raise SystemExit(status) from None

@@ -10,16 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.loop import train
-from engine.objectives.heldout import Evaluation
-from engine.objectives.preference import Preference
-from engine.objectives.reference import reference_tables
-from engine.observe.replay import replay
-from engine.run import open_run
 from engine.settings.sections import PreferenceSettings
+from engine.settings.toml import PathName
 from engine.settings.training import TrainSettings, check_neftune
 from recipes.command import command
-from recipes.training import announce, fitting_batches, heldout_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +26,7 @@ class DpoSettings(TrainSettings):
     share_prompts: bool = True
     """Compute the common prompt of a pair once for both answers: loss and gradients are the same. A run may not change this
     midway, because NEFTune draws one noise for a shared prompt and two for separate prompts."""
-    reference_cache: str = ""
+    reference_cache: PathName = ""
     """Folder for the reference's log-probabilities; default: `reference` in the run folder."""
 
     def __post_init__(self) -> None:
@@ -42,6 +36,14 @@ class DpoSettings(TrainSettings):
 
 def run(settings: DpoSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
+    from engine.loop import train
+    from engine.objectives.heldout import Evaluation
+    from engine.objectives.preference import Preference
+    from engine.objectives.reference import reference_tables
+    from engine.observe.replay import replay
+    from engine.run import open_run
+    from recipes.training import announce, fitting_batches, heldout_batches
+
     opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)
     heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from engine.checkpoint.state import newest_checkpoint, read_state
+from engine.settings.toml import PathName
 from model.folder import complete_folder
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import convert_folder
 from recipes.command import command
 
 
@@ -23,9 +20,9 @@ from recipes.command import command
 class ExportSettings:
     """Export of a trained model."""
 
-    source: str
+    source: PathName
     """Run folder (its newest checkpoint) or Hugging Face folder with its tokenizer.model."""
-    out: str
+    out: PathName
     """Folder to write."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the written weights."""
@@ -35,6 +32,11 @@ class ExportSettings:
 
 def run(settings: ExportSettings) -> Path:
     """Write the folder and return its path. The same source gives the same bytes."""
+    import torch
+
+    from engine.checkpoint.state import newest_checkpoint, read_state
+    from model.weights import convert_folder
+
     source = Path(settings.source)
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such run, checkpoint or model folder")

@@ -7,29 +7,30 @@ The configuration is a training recipe's TOML file, with the same dotted overrid
 the model's config.json or a preset is enough.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
-from engine.checkpoint.state import model_folder
-from engine.estimate.memory import MemoryPlan, Training, largest_micro_batch, plan
-from engine.estimate.throughput import ASSUMPTIONS, DEVICES, Device, Speed, speed
-from engine.run import PRESET
+from engine.estimate.devices import DEVICES, Device
 from engine.settings.toml import parse, read_table
 from engine.settings.training import TrainSettings
 from kernels import TILE, padded_to_tiles
 from kernels.recompute import Recompute
-from model.config import MistralConfig, preset, read_config
+from model.config import PRESET, MistralConfig, preset, read_config
 from recipes.dpo import DpoSettings
 from recipes.drawing import new_figure, save_figure
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
+
+if TYPE_CHECKING:
+    from engine.estimate.memory import MemoryPlan, Training
+    from engine.estimate.throughput import Speed
 
 # GiB outside torch's allocator, assumed because they depend on the driver: the CUDA context with our kernels; NCCL's buffers.
 _CONTEXT, _NCCL = 0.6, 1.0
@@ -59,6 +60,8 @@ class Outlook:
 
     def table(self) -> dict[str, Any]:
         """For JSON: sizes in GiB."""
+        from engine.estimate.throughput import ASSUMPTIONS
+
         scaling = [
             {**dataclasses.asdict(found), "hidden": found.hidden, "not_hidden": found.not_hidden} for found in self.curve
         ]
@@ -92,6 +95,8 @@ def settings_of(path: str, overrides: Sequence[str]) -> TrainSettings:
 
 def config_of(settings: TrainSettings) -> MistralConfig:
     """The model's shape. Raises: FileNotFoundError where the folder does not exist, naming the remedy."""
+    from engine.checkpoint.state import model_folder
+
     if settings.model.startswith(PRESET):
         return preset(settings.model.removeprefix(PRESET))
     if not Path(settings.model).exists():
@@ -108,6 +113,11 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
 
     Raises: ValueError where parallel.replicas does not divide the GPUs, or optimizer.offload meets several GPUs.
     """
+    import torch
+
+    from engine.estimate.memory import Training, largest_micro_batch, plan
+    from engine.estimate.throughput import speed
+
     replicas = settings.parallel.replicas
     if gpus < 1 or gpus % replicas:
         raise ValueError(f"gpus = {gpus}: must be a multiple of parallel.replicas = {replicas}, at least 1")
@@ -164,6 +174,10 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
 
 def lines_of(outlook: Outlook, name: str) -> list[str]:
     """The plan as text."""
+    import torch
+
+    from engine.estimate.throughput import ASSUMPTIONS
+
     training, config = outlook.training, outlook.training.config
     optimizer = training.optimizer
     gpus = f"{outlook.gpus} GPU" + ("s" if outlook.gpus > 1 else "")

@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.data.dataset import TokenDataset
 from engine.data.prepare import describe, prepare
+from engine.settings.toml import PathName
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from recipes.command import command
 
@@ -26,11 +27,11 @@ class PrepareSettings:
     kind: Literal["text", "conversations", "preferences"]
     """text: .txt files and records with a text field; conversations: ShareGPT, messages, Alpaca, or prompt and completion;
     preferences: prompt, chosen, rejected."""
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """Files (.txt, .jsonl, .json, each also .gz; .parquet), folders, patterns, or a hub data set (recipes/README.md)."""
-    out: str
+    out: PathName
     """Folder for the prepared dataset."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Folder with tokenizer.model, or a *.model file; default: Mistral 7B's own (needs mistral-common)."""
     text_field: str = "text"
     """Field of a record that holds the text (kind text)."""

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.objectives.next_token import NextToken
-from engine.run import open_run
 from engine.settings.training import TrainSettings
 from recipes.command import command
-from recipes.training import train_next_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +19,10 @@ class PretrainSettings(TrainSettings):
 
 def run(settings: PretrainSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
+    from engine.objectives.next_token import NextToken
+    from engine.run import open_run
+    from recipes.training import train_next_token
+
     return train_next_token(open_run(settings, ("text",)), NextToken())
 
 

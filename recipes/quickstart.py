@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from engine.environment import choose_device
-from engine.settings.toml import read_toml
+from engine.settings.toml import PathName, read_toml
 from engine.settings.training import TrainSettings
 from model.folder import write_file
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import load_model
 from recipes import dpo, export, prepare, pretrain, sft, vocabulary
 from recipes.command import command
 from recipes.example import report
-from recipes.example.evaluate import ask, score
 from recipes.example.text import Example, ExampleSettings, make_example, write_example
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIGURATIONS = Path(__file__).parent / "tiny"
 ROOT = "runs/quickstart"  # the paths in the configurations begin with this
@@ -41,7 +39,7 @@ MADE = ("example", "data", "base", "tokenizer", "resized", "cpt", "sft1", "sft2"
 class QuickstartSettings:
     """The whole pipeline on the embedded example."""
 
-    out: str = ROOT
+    out: PathName = ROOT
     """Folder for all results; an earlier quickstart in it is replaced."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
@@ -110,6 +108,8 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     if settings.dry_run:
         print("\n".join(_plan(settings)))
         return {}
+    from engine.environment import choose_device
+
     device = choose_device(settings.device)
     out = start_afresh(Path(settings.out))
     example = make_example(settings.example)
@@ -219,7 +219,12 @@ def start_afresh(out: Path) -> Path:
     return out
 
 
-def _evaluate(stage: Stage, folder: str, example: Example, device: torch.device) -> dict[str, Any]:
+def _evaluate(stage: Stage, folder: str, example: Example, device: "torch.device") -> dict[str, Any]:
+    import torch
+
+    from model.weights import load_model
+    from recipes.example.evaluate import ask, score
+
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, dtype=torch.float32, device=device)
     sets = {"held_out": example.held_out, "unseen": example.unseen}

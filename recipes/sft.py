@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.objectives.next_token import NextToken
-from engine.run import open_run
 from engine.settings.training import TrainSettings, check_neftune
 from recipes.command import command
-from recipes.training import train_next_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +27,10 @@ class SftSettings(TrainSettings):
 
 def run(settings: SftSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
+    from engine.objectives.next_token import NextToken
+    from engine.run import open_run
+    from recipes.training import train_next_token
+
     objective = NextToken(neftune_alpha=settings.neftune_alpha, seed=settings.seed)
     return train_next_token(open_run(settings, ("conversations", "text")), objective)
 

@@ -10,12 +10,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.checkpoint.state import STATE, checkpoints
-from engine.checkpoint.verifying import problems
-
 
 def verify(folder: Path) -> bool:
     """Print the problems of a checkpoint; returns whether it is whole."""
+    from engine.checkpoint.verifying import problems
+
     found = list(problems(folder))
     for problem in found:
         print(f"error: {problem}")
@@ -28,7 +27,9 @@ def verify(folder: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m recipes.verify", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkpoint", type=Path, help="checkpoint (step-...), or run folder (all its checkpoints)")
-    chosen = parser.parse_args(argv).checkpoint
+    chosen = parser.parse_args(argv).checkpoint.expanduser()
+    from engine.checkpoint.state import STATE, checkpoints
+
     if not chosen.is_dir():
         raise SystemExit(f"error: {chosen}: no such folder")
     found = checkpoints(chosen) or [chosen]

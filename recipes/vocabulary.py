@@ -21,16 +21,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.checkpoint.state import model_folder
 from engine.data.records import Unusable, read_text
 from engine.data.sources import SPLITS, TEXT_SUFFIXES, find_sources
-from engine.settings.toml import to_table
+from engine.settings.toml import PathName, to_table
 from kernels import padded_to_tiles
 from model.folder import complete_folder, write_file
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.merge import check_base, extend, merge, unreachable
-from model.vocabulary.resize import Method, resize_model
+from model.vocabulary.methods import Method
 from model.vocabulary.scripts import JAPANESE, Scripts
 from model.vocabulary.tokenizer import CHATML, MODEL_FILE, Tokenizer, mistral_tokenizer_path
 from model.vocabulary.tokenizer_folder import JSON_FILE
@@ -48,7 +47,7 @@ MOST_OVER = 10_000
 class VocabularySettings:
     """A larger vocabulary for a tokenizer, and a model resized to it."""
 
-    text: tuple[str, ...]
+    text: tuple[PathName, ...]
     """Text to learn the pieces from: files, folders or patterns of .txt, .jsonl, .json (or .gz of each), .parquet, or
     hub:owner/name. Other languages in it do no harm. A repeated document counts once."""
     weights: tuple[float, ...] = ()
@@ -57,20 +56,20 @@ class VocabularySettings:
     """Scripts of the new pieces, by ISO 15924 name, separated by commas: hira,kata,han or hang or thai ..."""
     chatml: bool = True
     """Add ChatML's <|im_start|> and <|im_end|>, which take rows of the padding."""
-    out: str
+    out: PathName
     """Tokenizer folder to write."""
     new_pieces: int | None = None
     """Pieces to add."""
     size: int | None = None
     """Instead of new_pieces: pieces in the end."""
-    base: str | None = None
+    base: PathName | None = None
     """Tokenizer to extend: a folder with tokenizer.model, or a *.model file; default: the model's, or else Mistral 7B's own
     (needs mistral-common)."""
-    heldout: tuple[str, ...] = ()
+    heldout: tuple[PathName, ...] = ()
     """Text to measure on, never trained on; default: 2 % of the characters of `text`, held out."""
-    model: str | None = None
+    model: PathName | None = None
     """Model to resize: run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name."""
-    model_out: str | None = None
+    model_out: PathName | None = None
     """Folder for the resized model with its tokenizer."""
     method: Method | None = None
     """Initial rows of new pieces: weighted (default), mean, random, or distilled (trained on the text, with the whole model in
@@ -92,7 +91,7 @@ class VocabularySettings:
     the package mistral-common. Prints a table; writes comparison.json and comparison.svg to `out`."""
     sizes: tuple[int, ...] = (8_000, 16_000, 32_000, 64_000, 88_000)
     """Numbers of new pieces to compare."""
-    against: tuple[str, ...] = ()
+    against: tuple[PathName, ...] = ()
     """Folders of further tokenizers to compare with."""
 
     def __post_init__(self) -> None:
@@ -145,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _extend(settings: VocabularySettings) -> dict[str, Any]:
+    from engine.checkpoint.state import model_folder
+    from model.vocabulary.resize import resize_model
+
     stages = _Stages()
     find_sources(settings.text, TEXT_SUFFIXES)
     model = None if settings.model is None else model_folder(settings.model)

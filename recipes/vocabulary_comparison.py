@@ -12,9 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from engine.estimate.flops import training_flops
 from kernels import padded_to_tiles
-from kernels.attention.work import attended_pairs
 from model.config import MISTRAL_7B, MistralConfig
 from model.vocabulary.merge import Merged, candidates_for, merge, unreachable
 from model.vocabulary.scripts import Scripts
@@ -171,6 +169,9 @@ def _measure(contender: Contender, texts: Mapping[str, list[str]], about: Mappin
 
 def _training(config: MistralConfig) -> int:
     """FLOPs of training on one token of a full context."""
+    from engine.estimate.flops import training_flops
+    from kernels.attention.work import attended_pairs
+
     pairs = attended_pairs([CONTEXT], config.sliding_window)
     return training_flops(config, tokens=CONTEXT, rows=CONTEXT, pairs=pairs) // CONTEXT
 

@@ -7,6 +7,7 @@ assumed shares of the ceilings; a test compares the results with published figur
 
 from dataclasses import dataclass, replace
 
+from engine.estimate.devices import Device
 from engine.estimate.flops import recomputed_flops, training_flops
 from engine.estimate.sizes import Training
 from kernels.attention.work import attended_pairs
@@ -15,22 +16,6 @@ from model.config import MistralConfig
 # GPUs of a node: they share NVLink, and each has its own network card.
 NODE = 8
 
-
-@dataclass(frozen=True)
-class Device:
-    """Speeds that a GPU reaches in practice."""
-
-    memory: float  # usable GiB
-    products: float  # bf16 operations a second of a large matrix product
-    bandwidth: float  # bytes a second of a copy in its own memory
-    nvlink: float = 400e9  # bytes a second and direction, in a node
-    network: float = 45e9  # bytes a second and direction, between nodes
-    host: float = 50e9  # bytes a second and direction, to the host's memory
-
-
-# The H200's products and bandwidth are measured. The H100 has the same chip; its memory is assumed to reach the same share of
-# the published bandwidth (3.35 TB/s; H200: 4.8 TB/s).
-DEVICES = {"h200": Device(139.0, 790e12, 4.3e12), "h100": Device(79.0, 790e12, 3.0e12)}
 
 # Shares of the ceilings that a step reaches, and attention's speed relative to matrix products.
 _PRODUCTS, _BANDWIDTH = 0.93, 0.84

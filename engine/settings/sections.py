@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.settings.toml import PathName
+
 # Fewer losses have no meaningful spread.
 LEAST_HISTORY = 10
 
@@ -22,7 +24,7 @@ def check_finite(name: str, value: float, *, above: bool = False, remedy: str = 
 class Source:
     """One prepared dataset of the mixture. A mixture uses either shares or passes."""
 
-    path: str
+    path: PathName
     """Folder of the prepared dataset."""
     share: float | None = None
     """Relative part of the run's tokens (pairs, for preferences). The source repeats as often as its share needs."""

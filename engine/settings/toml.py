@@ -15,13 +15,17 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 Settings = TypeVar("Settings")
 
+_PATH = "a path, in which ~ means the home folder"
+PathName = Annotated[str, _PATH]
+"""The type of a setting that names a file or folder: a leading ~ becomes the home folder, as the shell does outside quotes."""
+
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Settings:
-    """Read settings from an optional TOML file (the first argument, unless it is an option) and dotted overrides.
+    """Read settings from an optional TOML file (anywhere among the arguments) and dotted overrides.
 
     `python -m recipes.sft recipes/tiny/sft1.toml --steps 10 --schedule.peak 1e-4` is
     `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`. Overrides may add keys that the file lacks; ranges
@@ -32,18 +36,96 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not arguments or arguments[0].startswith("-"):
+        file = _taken_file(settings_class, arguments)
+        if file is None:
             default = _draft(settings_class, {})
-        elif len(arguments) == 1:
-            return read_toml(settings_class, arguments[0])
+        elif not arguments:
+            return read_toml(settings_class, file)
         else:
-            path = Path(arguments.pop(0))
-            default = _in_file(path, _draft, settings_class, read_table(path))
+            default = _in_file(Path(file), _draft, settings_class, read_table(Path(file)))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     import tyro  # here, as only a command line with options needs it
 
-    return tyro.cli(settings_class, args=arguments, prog=prog, default=default)
+    given = tyro.cli(settings_class, args=arguments, prog=prog, default=default, description=_description(settings_class, prog))
+    return _with_homes(given)
+
+
+def _taken_file(settings_class: type, arguments: list[str]) -> str | None:
+    """Take the name of the TOML file out of the arguments; None where there is none.
+
+    Raises: ValueError for two files, or a first argument that is neither an option nor a TOML file.
+    """
+    files = [argument for argument in arguments if argument.endswith(".toml") and not argument.startswith("-")]
+    if len(files) > 1:
+        raise ValueError(f"{files[1]}: a second settings file, beside {files[0]}: name one, and give the rest as options")
+    if not files:
+        if not arguments or arguments[0].startswith("-"):
+            return None
+        files = [arguments[0]]
+        if not Path(files[0]).is_file():
+            raise ValueError(f"{files[0]}: {_no_settings_file(settings_class, files[0])}")
+    arguments.remove(files[0])
+    return files[0]
+
+
+def _no_settings_file(settings_class: type, argument: str) -> str:
+    """Why an argument that is no file and no option cannot be used, and which option may be meant."""
+    found = "is a folder" if Path(argument).is_dir() else "no such settings file"
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    paths = [name for name in hints if hints[name] in (PathName, tuple[PathName, ...])]
+    meant = next((name for name in ("model", "source", "paths", "text") if name in paths), None)
+    option = f" as an option, such as --{meant} {argument}" if meant else " as an option"
+    return f"{found}; the only argument without an option's name is a TOML file of settings; name everything else{option}"
+
+
+def _description(settings_class: type, prog: str | None) -> str:
+    """What `--help` says above the options."""
+    lists = []
+    hints = typing.get_type_hints(settings_class)
+    for name in _required(settings_class):
+        if (element := _table_of(hints[name])) is not None:
+            keys = ", ".join(field.name for field in dataclasses.fields(element))
+            lists.append(f"[[{name}]] tables can be added in the file alone, with the keys {keys}. {_sentences(element)}")
+    file = (
+        f"Settings come from a TOML file, from options, or from both; an option overrides the file's key: "
+        f"{prog or 'the command'} SETTINGS.toml [OPTIONS]. The option --a.b-c is the key b_c of the table [a]."
+    )
+    return "\n\n".join([_sentences(settings_class), file, *lists])
+
+
+def _sentences(settings_class: type) -> str:
+    return " ".join((settings_class.__doc__ or "").split())
+
+
+def _table_of(hint: Any) -> type | None:
+    """The dataclass of a list of tables; None for another type."""
+    element = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return element if isinstance(element, type) and dataclasses.is_dataclass(element) else None
+
+
+def _with_homes(settings: Settings) -> Settings:
+    """The settings with the home folder in place of a leading ~ in every path, which would else name a folder '~'."""
+    changes = {}
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        expanded = _with_home(hints[field.name], value)
+        if expanded != value:
+            changes[field.name] = expanded
+    return dataclasses.replace(settings, **changes) if changes else settings  # type: ignore[type-var]
+
+
+def _with_home(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _with_homes(value)
+    if isinstance(value, tuple):
+        element = next(iter(typing.get_args(hint)), None)
+        return tuple(_with_home(element, each) for each in value)
+    named = _PATH in getattr(hint, "__metadata__", ()) or any(
+        _PATH in getattr(option, "__metadata__", ()) for option in typing.get_args(hint)
+    )
+    return str(Path(value).expanduser()) if named and isinstance(value, str) and value.startswith("~") else value
 
 
 def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
@@ -53,15 +135,19 @@ def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:
         one), a wrong type or a value out of range.
     """
     path = Path(path)
-    return _in_file(path, from_table, settings_class, read_table(path))
+    return _with_homes(_in_file(path, from_table, settings_class, read_table(path)))
 
 
 def read_table(path: Path) -> dict[str, Any]:
     """The content of a TOML file. Raises: FileNotFoundError, ValueError naming the file."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f"{path}: is a folder, not a settings file")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
+        raise FileNotFoundError(f"{path}: no such settings file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte-order mark in front.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
 
@@ -93,8 +179,7 @@ def _draft(settings_class: type[Settings], table: dict[str, Any]) -> Settings:
     hints = typing.get_type_hints(settings_class)
     for name in _required(settings_class):
         # A command line cannot give a list of tables; tyro would refuse even to show the help if one was missing.
-        tables = typing.get_origin(hints[name]) is tuple and dataclasses.is_dataclass(typing.get_args(hints[name])[0])
-        values.setdefault(name, () if tables else tyro.MISSING)
+        values.setdefault(name, tyro.MISSING if _table_of(hints[name]) is None else ())
     draft = object.__new__(settings_class)
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -14,7 +14,8 @@ from engine.settings.sections import (
     Source,
     check_finite,
 )
-from kernels.attention.backends import Backend
+from engine.settings.toml import PathName
+from kernels.attention.choice import Backend
 from kernels.recompute import Recompute
 
 DEFAULT_CHECKPOINT_MINUTES = 30.0
@@ -59,17 +60,17 @@ _LEAST = {
 class TrainSettings:
     """Settings that the training recipes share."""
 
-    model: str
+    model: PathName
     """Run folder (its newest checkpoint), Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights."""
-    out: str
+    out: PathName
     """Run folder: config.toml, metrics.jsonl, tensorboard, checkpoints."""
     sources: tuple[Source, ...]
     """Prepared datasets and their share of the run."""
     step_size: int
     """Batch size: tokens of an optimizer step over all ranks (pairs, for preference tuning)."""
-    tokenizer: str = ""
+    tokenizer: PathName = ""
     """Tokenizer folder; default: the model's. A preset needs one."""
-    heldout: tuple[str, ...] = ()
+    heldout: tuple[PathName, ...] = ()
     """Validation: prepared datasets to evaluate on."""
     heldout_limit: int | None = None
     """Documents of each held-out dataset to evaluate; default: all."""

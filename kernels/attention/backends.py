@@ -18,10 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.attention.choice import Backend
 from kernels.attention.work import UNBOUNDED, AttentionWork
 from kernels.launch import INTERPRETED, runs_triton
-
-Backend = Literal["auto", "triton", "flash", "flex", "reference"]
 
 
 def chosen(backend: Backend, query_THE: Tensor, work: AttentionWork) -> Literal["triton", "flash", "flex", "reference"]:

@@ -10,8 +10,9 @@ Shapes: T tokens, H query heads, K key/value heads, E head size.
 import torch
 from torch import Tensor
 
-from kernels.attention.backends import Backend, chosen, flash_attention, flex_attention
+from kernels.attention.backends import chosen, flash_attention, flex_attention
 from kernels.attention.backward import attention_backward
+from kernels.attention.choice import Backend
 from kernels.attention.eager import batched_attention, log_sum_exps, tiled_attention
 from kernels.attention.forward import attention_forward
 from kernels.attention.work import AttentionWork, attention_work

@@ -36,10 +36,10 @@ from model.vocabulary.distill import Distillation, distill
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.merge import split_pieces
+from model.vocabulary.methods import Method
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import TensorFolder, hugging_face_shapes, write_tensor_folder
 
-Method = Literal["weighted", "mean", "random", "distilled"]
 Side = Literal["input", "head"]
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

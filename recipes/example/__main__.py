@@ -6,6 +6,7 @@ python -m recipes.example --out runs/quickstart/example
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.settings.toml import PathName
 from recipes.command import command
 from recipes.example.text import Example, ExampleSettings, make_example, write_example
 
@@ -14,7 +15,7 @@ from recipes.example.text import Example, ExampleSettings, make_example, write_e
 class WriteSettings:
     """The embedded example as files."""
 
-    out: str = "runs/quickstart/example"
+    out: PathName = "runs/quickstart/example"
     """Folder to write."""
     overwrite: bool = False
     """Replace an existing folder."""

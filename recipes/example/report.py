@@ -1,22 +1,25 @@
 """The report of a quickstart: tables in Markdown, everything in JSON, the losses as a drawing."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from model.folder import write_file
-from model.generate import Sampling, generate
+from model.sampling import Sampling
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import load_model
 from recipes.drawing import new_figure, save_figure
-from recipes.example.evaluate import Score
 from recipes.example.facts import KINDS, LANGUAGES
 from recipes.example.text import Example
+
+if TYPE_CHECKING:
+    import torch
+
+    from recipes.example.evaluate import Score
 
 FILES = ("report.md", "report.json", "losses.png")
 TRAINED = {"base": "base", "cpt": "CPT", "sft1": "SFT 1", "sft2": "SFT 2", "dpo": "DPO"}  # run folder -> name
@@ -29,6 +32,8 @@ MOST_ENGLISH_LOSS = 0.05  # of the exact share, by SFT 2
 
 def machine(device: torch.device) -> str:
     """The device, in words."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.machine()} CPU ({os.cpu_count()} cores)"
@@ -52,6 +57,9 @@ def language_share(scores: dict[tuple[str, str], Score], language: str, value: s
 
 def sample_answers(folder: Path, example: Example, device: torch.device) -> list[dict[str, str]]:
     """Greedy answers to two held-out facts and a sum in each language: `language`, `question`, `answer`."""
+    from model.generate import generate
+    from model.weights import load_model
+
     tokenizer = Tokenizer.load(folder)
     model = load_model(folder, device=device)
     sampling = Sampling(temperature=0.0, max_new_tokens=40)
@@ -81,6 +89,8 @@ def collect(
     full: bool,
 ) -> dict[str, Any]:
     """The report as JSON values; `missed` lists the missed targets."""
+    import torch
+
     by_name = {entry["model"]: entry for entry in models}
     curves = {folder: _curve(out / folder / "metrics.jsonl") for folder in TRAINED}
     margins = {when: _last_value(curves["dpo"], "rewards/margins", first=when == "before") for when in ("before", "after")}

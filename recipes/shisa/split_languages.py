@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from engine.data.records import Unusable, read_conversation, read_text
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
+from engine.settings.toml import PathName
 from model.folder import complete_folder, write_file
 from recipes.command import command
 
@@ -37,9 +38,9 @@ class SplitSettings:
 
     kind: Literal["text", "conversations"]
     """text: records with a text field; conversations: ShareGPT, messages, Alpaca, or prompt and completion."""
-    paths: tuple[str, ...]
+    paths: tuple[PathName, ...]
     """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, or hub:owner/name[:split]."""
-    out: str
+    out: PathName
     """Folder for ja.jsonl.gz, rest.jsonl.gz, and split.json with their counts."""
     text_field: str = "text"
     """Field of a record that holds the text (kind text)."""

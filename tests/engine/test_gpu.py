@@ -17,8 +17,9 @@ from engine.estimate.flops import product_ceiling
 from engine.observe.profile import memory_curve
 from engine.optim.adamw import AdamW
 from engine.run import open_run
-from model.generate import Sampling, generate
+from model.generate import generate
 from model.mistral import packed_attention
+from model.sampling import Sampling
 from model.weights import load_model, read_tensors
 from recipes import dpo, pretrain, sft
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipes.chat as chat
 from model.config import MistralConfig
-from model.generate import Sampling
 from model.mistral import Mistral, initialize
+from model.sampling import Sampling
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
@@ -79,7 +79,7 @@ def scripted(monkeypatch, silent_model, tokenizer):
                     raise KeyboardInterrupt
                 yield token
 
-        monkeypatch.setattr(chat, "generate", speak)
+        monkeypatch.setattr("model.generate.generate", speak)
         silent_model.config = replace(CONFIG, **changes)
         return chat.Speaker(silent_model, tokenizer, Sampling(max_new_tokens=50)), prompts
 
@@ -149,7 +149,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(
     whole = tokenizer.encode("One two three")
     speaker, prompts = scripted([*whole[:2], KeyboardInterrupt], [KeyboardInterrupt], "Four.")
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
-    monkeypatch.setattr(chat, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr("model.weights.load_model", lambda *_, **__: None)
     monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
     monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
     talk(monkeypatch, "Count\nOn\nOn!\n", "--model", ".")
@@ -163,7 +163,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(
 def test_ctrl_c_ends_a_single_answer_with_the_shells_status(scripted, tokenizer, monkeypatch, capsys):
     speaker, _ = scripted([*tokenizer.encode("One"), KeyboardInterrupt])
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
-    monkeypatch.setattr(chat, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr("model.weights.load_model", lambda *_, **__: None)
     monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
     monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
     with pytest.raises(SystemExit) as ended:

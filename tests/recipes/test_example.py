@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from model.config import read_config
-from model.generate import Sampling, generate
+from model.generate import generate
 from model.mistral import Mistral, initialize, packed_attention
+from model.sampling import Sampling
 from model.vocabulary.chat import encode_chat, encode_prompt, render
 from model.vocabulary.tokenizer import Tokenizer
 from recipes.example import report

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.estimate.devices import DEVICES
 from engine.estimate.memory import plan
-from engine.estimate.throughput import DEVICES
 from model.config import PRESETS
 from recipes.dpo import DpoSettings
 from recipes.plan import look_ahead, main, settings_of

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.estimate.devices import DEVICES
 from engine.estimate.memory import Training
-from engine.estimate.throughput import DEVICES, speed
+from engine.estimate.throughput import speed
 from engine.settings.sections import OptimizerSettings
 from model.config import PRESETS, MistralConfig
 

@@ -155,12 +155,12 @@ def test_errors_name_the_file_and_the_key(tmp_path, text, message):
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.toml: no such configuration file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.toml: no such settings file"):
         read_toml(PretrainSettings, tmp_path / "nowhere.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary.toml: not valid TOML"):
         read_toml(PretrainSettings, tmp_path / "binary.toml")
-    with pytest.raises(SystemExit, match=r"error: nowhere.toml: no such configuration file"):
+    with pytest.raises(SystemExit, match=r"error: nowhere.toml: no such settings file"):
         parse(PretrainSettings, ["nowhere.toml", "--out", "x"])
 
 
@@ -252,3 +252,58 @@ def test_lists_of_fixed_length_are_checked_by_element(tmp_path):
         from_table(_Shapes, {"pair": [1, 2]})
     with pytest.raises(ValueError, match=r"kind = 'c': must be one of 'a', 'b'"):
         from_table(_Shapes, {"pair": [1, "x"], "kind": "c"})
+
+
+def test_the_file_may_stand_anywhere_and_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + (BASE + SOURCE).encode())
+    assert parse(PretrainSettings, ["--steps", "3", str(path), "--seed", "1"]) == parse(
+        PretrainSettings, [str(path), "--seed", "1", "--steps", "3"]
+    )
+    with pytest.raises(SystemExit, match=r"error: b.toml: a second settings file, beside .*config.toml: name one"):
+        parse(PretrainSettings, [str(path), "b.toml"])
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "argument", "message"),
+    [
+        (ChatSettings, "models", "models: is a folder; the only argument without .* such as --model models$"),
+        (ChatSettings, "nowhere/m", "nowhere/m: no such settings file; the only argument .* --model nowhere/m$"),
+        (ExportSettings, "models", "models: is a folder; .* such as --source models$"),
+        (PretrainSettings, "models.toml", "models.toml: is a folder, not a settings file$"),
+    ],
+)
+def test_an_argument_without_an_options_name_must_be_a_settings_file(tmp_path, monkeypatch, settings_class, argument, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("models", "models.toml"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        parse(settings_class, [argument])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_and_in_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.chdir(tmp_path)
+    text = 'model = "~/m"\nout = "~/o"\nstep_size = 8\nheldout = ["~/h"]\nreference_cache = "~/r"\n[[sources]]\npath = "~/p"\n'
+    found = read_toml(DpoSettings, written(tmp_path, text))
+    assert (found.model, found.out, found.heldout, found.reference_cache) == (
+        "/home/ada/m",
+        "/home/ada/o",
+        ("/home/ada/h",),
+        "/home/ada/r",
+    )
+    assert found.sources[0].path == "/home/ada/p"
+    # Bash leaves a ~ behind = alone.
+    said = parse(ChatSettings, ["--model=~/m", "--prompt", "~/m", "--system", "~"])
+    assert (said.model, said.prompt, said.system) == ("/home/ada/m", "~/m", "~")
+    assert parse(PrepareSettings, ["--kind", "text", "--paths", "~/a", "b", "--out", "c"]).paths == ("/home/ada/a", "b")
+
+
+@pytest.mark.parametrize("settings_class", sorted({type(value) for value in EVERY}, key=lambda c: c.__name__))
+def test_help_names_the_settings_file(capsys, settings_class):
+    with pytest.raises(SystemExit):
+        parse(settings_class, ["--help"], prog="python -m recipes.x")
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "from both; an option overrides the file's key: python -m recipes.x SETTINGS.toml [OPTIONS]" in shown
+    if issubclass(settings_class, TrainSettings):
+        assert "[[sources]] tables can be added in the file alone, with the keys path, share, passes." in shown
