@@ -1,6 +1,6 @@
 # make quickstart   installs into .venv, then runs the whole pipeline on the embedded example
 # make test         installs into .venv, then runs the tests: without kernels, then the kernels in Triton's interpreter
-# make test-all     all tests, slow ones included, offline compilation for every chip, and all mutants
+# make test-all     all tests, also the slow tests, offline compilation for every chip, and mutants of every kernel
 # make lint         style, types, and that texts and generated pages are up to date
 # make mutants      checks that the kernels' tests fail on every wrong version of a kernel (MUTANTS="rms_norm --all")
 # make stress       kills training runs at random moments (KILLS=100, SEED=0), ten minutes

@@ -388,7 +388,7 @@ def _parts(rows: int, size: int) -> list[slice]:
 
 
 def _check_rows(rows_N: Tensor, tokens: int) -> None:
-    """Refuse a token that is listed twice: its gradient would be one of the two or their sum, as the device has it."""
+    """Refuse a token that is listed twice: its gradient would be either of the two or their sum, depending on the device."""
     if rows_N.device.type == "meta" or not len(rows_N):
         return
     listed_N = (rows_N >= 0).to(torch.int32)

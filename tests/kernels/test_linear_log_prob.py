@@ -229,7 +229,7 @@ def test_a_target_outside_the_vocabulary_is_refused(wrong, score):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_layouts_and_integer_types_do_not_matter(way, device):
-    """Rows of a wider matrix, transposed inputs, other integer types, and a gradient with strides of 0 (that of a sum)."""
+    """Rows of a wider matrix, transposed inputs, other integer types, and the gradient of a sum, whose strides are 0."""
     hidden, weight, target, chosen, _ = _inputs(torch.float32, HALF, device=device)
     grad = torch.ones((), device=device).expand(TOKENS)
     expected = _scored(way, hidden, weight, target, chosen, grad.contiguous())

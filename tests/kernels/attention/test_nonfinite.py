@@ -17,7 +17,7 @@ ROWS = {
     "padding": (Row((11,), 5, 16, padding=3), slice(11, 14)),
 }
 PARTS = ("query", "key", "value", "grad")
-# Descriptors are a matter of kernels alone; infinities take the ways of NaN.
+# Only kernels read by descriptors. Infinities take the same paths as NaN, so they have fewer cases.
 LOADS = (True, False) if INTERPRETED or torch.cuda.is_available() else (None,)
 CASES = [(name, PARTS, NAN, load) for name in ROWS for load in LOADS] + [
     ("documents", (part,), INF, LOADS[0]) for part in PARTS

@@ -100,7 +100,7 @@ def test_missing_work_lists_and_lists_of_another_length_are_refused(device):
 
 
 def test_neighbouring_documents_change_no_bit(dtype, device):
-    """A document alone equals the same document behind a short document, behind a longer one, and beside large values."""
+    """A document alone equals the same document behind a short document, behind a longer document, and beside large values."""
     alone = Row((21,), 9, 16, (2, 1))
     tensors, grad = leaves(alone, dtype, device)
     expected = results(alone, tensors, grad)
