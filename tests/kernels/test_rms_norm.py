@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import kernels.rms_norm as module
 from kernels.rms_norm import add_rms_norm, rms_norm
-from tests.kernels.error_rule import compare, far_apart, random
+from tests.kernels.error_rule import check, compare, far_apart, random
 
 EPS = 1e-5
 SHAPES = [(1, 8), (5, 96), (37, 33), (0, 16)]
@@ -50,6 +50,12 @@ def test_equals_torch_in_float64(rows, width, reference_device):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     found, expected = (torch.autograd.grad(outputs, tensors, upstream) for outputs in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 70])
+def test_all_programs_parts_of_the_weights_gradient_are_summed(rows, triton_device):
+    partial = random(rows, 100, dtype=torch.float32, device=triton_device, seed=0)
+    check("sum", module.sum_rows(partial, torch.float32), partial.double().sum(dim=0), partial.sum(dim=0), sums=rows)
 
 
 def test_the_rounded_sum_is_normed(dtype, device):

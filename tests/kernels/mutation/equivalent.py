@@ -30,6 +30,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_total_kernel: tl.sqrt(tl.sum(total, axis=0)).to(tl.float32) -> tl.sqrt(tl.sum(total, axis=0))": _STORED,
     },
     "rms_norm": {
+        "_forward_kernel: tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(weight + column, mask=inside, other=0.0)": _PROMOTED,
         "_forward_kernel: tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
         "tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)": _PROMOTED,
     },

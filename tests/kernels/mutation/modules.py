@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[3]
 # Functions without @triton.jit that make what kernels read.
 FUNCTIONS = {"attention/work": ("attention_work", "_keys_of", "_queries_of", "_listed")}
 
+# Tests of several modules at once.
+ALSO = {"attention/forward": ("attention/test_nonfinite.py",), "attention/backward": ("attention/test_nonfinite.py",)}
+
 
 @dataclass(frozen=True)
 class Module:
@@ -64,14 +67,15 @@ def trees() -> dict[str, ast.Module]:
 
 
 def tests_of(name: str) -> tuple[Path, ...]:
-    """The test file with the module's name; without such a file, the tests of the modules that import the module."""
-    own = ROOT / "tests" / "kernels" / Path(name).parent / f"test_{Path(name).name}.py"
+    """The test file with the module's name and those of `ALSO`; without them, the tests of the modules that import the module."""
+    folder = ROOT / "tests" / "kernels"
+    own = folder / Path(name).parent / f"test_{Path(name).name}.py"
     if own.exists():
-        return (own,)
+        return (own, *(folder / also for also in ALSO.get(name, ())))
     imported = f"kernels.{name.replace('/', '.')}"
     importers = [
         other
         for other, tree in trees().items()
         if any(isinstance(node, ast.ImportFrom) and node.module == imported for node in tree.body)
     ]
-    return tuple(test for other in importers for test in tests_of(other))
+    return tuple(dict.fromkeys(test for other in importers for test in tests_of(other)))
