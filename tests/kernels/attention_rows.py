@@ -83,10 +83,7 @@ ROWS = {
 # Documents whose last blocks of keys, and of queries, reach into the next document.
 NEIGHBOURS = Row((21, 25, 9), 40, 32, (2, 1))
 # Reading by descriptors takes the rows behind a range's end along.
-WITHOUT_AND_WITH_DESCRIPTORS = pytest.mark.parametrize(
-    "descriptors",
-    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="0 times the NaN of a row behind a range is NaN"))],
-)
+WITHOUT_AND_WITH_DESCRIPTORS = pytest.mark.parametrize("descriptors", [False, True])
 
 
 # On a GPU every row in every dtype; in the interpreter the dtypes alternate.

@@ -67,7 +67,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def tests_of(name: str) -> tuple[Path, ...]:
-    """The test file with the module's name and those of `ALSO`; without them, the tests of the modules that import the module."""
+    """The test file with the module's name and those of `ALSO`; without them, the tests of the modules that import it."""
     folder = ROOT / "tests" / "kernels"
     own = folder / Path(name).parent / f"test_{Path(name).name}.py"
     if own.exists():
