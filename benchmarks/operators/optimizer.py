@@ -170,11 +170,11 @@ def _norm_case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
     return Case(sizes, dtype, inputs)
 
 
-def _norm_call(function: Callable[[list[Tensor]], Tensor], case: Case) -> Call:
-    return Call(lambda given: {"norm": function(list(given.values()))})
+def _norm_call(function: Callable[[list[Tensor], torch.device], Tensor], case: Case) -> Call:
+    return Call(lambda given: {"norm": function(list(given.values()), next(iter(given.values())).device)})
 
 
-def _torch_norm(gradients: list[Tensor]) -> Tensor:
+def _torch_norm(gradients: list[Tensor], _device: torch.device) -> Tensor:
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
     norms = [torch.linalg.vector_norm(gradient, dtype=wide) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -195,6 +195,9 @@ GRADIENT_NORM = Operator(
     peers=(
         Provider("torch.compile", lambda case: _norm_call(compiled(_torch_norm), case)),
         Provider("torch vector_norm", lambda case: _norm_call(_torch_norm, case)),
-        Provider("torch get_total_norm", lambda case: _norm_call(torch.nn.utils.get_total_norm, case)),
+        Provider(
+            "torch get_total_norm",
+            lambda case: _norm_call(lambda gradients, _device: torch.nn.utils.get_total_norm(gradients), case),
+        ),
     ),
 )

@@ -12,7 +12,7 @@ from benchmarks.results import ROOT
 
 
 def test_the_settings_of_every_task_need_no_optional_package():
-    lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel", "jinja2"]
+    lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel"]
     program = (
         f"import sys; sys.modules |= dict.fromkeys({lacking})\n"
         "from benchmarks import gpu, kernels, own\n"

@@ -46,7 +46,7 @@ def test_rank_0_decides_which_checkpoint_of_a_model_is_the_newest(monkeypatch, t
         (tmp_path / name).mkdir()
     monkeypatch.setattr(engine.run, "newest_checkpoint", lambda name: tmp_path / "step-00000001")
     monkeypatch.setattr(Ranks, "from_main", lambda self, value: [str(tmp_path / "step-00000002"), None])
-    assert engine.run._folder(str(tmp_path), SECOND) == tmp_path / "step-00000002"
+    assert engine.run._folder(str(tmp_path), SECOND, weights=True) == tmp_path / "step-00000002"
 
 
 def test_an_error_of_rank_0_reaches_every_rank(monkeypatch):
