@@ -11,7 +11,7 @@ from model.config import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Names without a wildcard match the repository's top folder alone. The adapter's tells what a folder without a model is.
+# Names without a wildcard match the repository's top folder alone. The adapter's file identifies a folder without a model.
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",

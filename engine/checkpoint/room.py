@@ -1,4 +1,4 @@
-"""Room for checkpoints, looked at before a run starts: the disk for the folders, the host's memory for the copies."""
+"""Room for checkpoints, checked before a run starts: the disk for the folders, the host's memory for the copies."""
 
 import os
 import shutil

@@ -59,7 +59,7 @@ class SourceOrder:
         if self._sizes is None or not rest:
             return epoch * self.count + (rest if self._sizes is None else 0)
         order, marks = self._epoch(epoch)
-        # The mark before the last unit that begins before `place`; all later units of its block are looked at.
+        # The block of the last unit that begins before `place`; the sum goes through the units of this block.
         block = int(np.searchsorted(marks, rest, side="left")) - 1
         sizes = self._sizes[order[block * _BLOCK : (block + 1) * _BLOCK]].astype(np.int64)
         starts = int(marks[block]) + np.cumsum(sizes) - sizes

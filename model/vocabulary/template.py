@@ -1,6 +1,6 @@
-"""Chat templates in Jinja: ours as the folders that we write carry it, and a folder's own.
+"""Chat templates in Jinja: our template in the folders that we write, and a folder's own template.
 
-A folder's own template is a program of other people. It runs in Jinja's sandbox, with what `transformers` gives it: loop
+A folder's own template is a program of other people. It runs in Jinja's sandbox, with the same tools as in `transformers`: loop
 controls, `raise_exception`, `strftime_now`, `tojson` without HTML's escapes, and the `generation` block.
 """
 
@@ -83,10 +83,10 @@ class FolderTemplate:
     def render_parts(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
         """The conversation as consecutive texts, each with whether the assistant says it.
 
-        Where the template has no generation block, an assistant's part is what its message adds to the conversation before it
-        with a generation prompt.
+        Without a generation block in the template, an assistant's part is the text that its message adds to the conversation
+        before it with a generation prompt.
 
-        Raises: ValueError as `render` does; also where a message changes the text before it, which leaves no such part.
+        Raises: ValueError as `render` does; also where a message changes the text before it, because then no part is certain.
         """
         if "generation" in self._tags:
             parts = re.split(f"{_OPEN}(.*?){_CLOSE}", self._rendered(messages, False), flags=re.DOTALL)

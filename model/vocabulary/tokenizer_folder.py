@@ -101,7 +101,7 @@ def folder_template(folder: Path, specials: Mapping[str, int]) -> FolderTemplate
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):
-        # Several templates by name: transformers takes the default one.
+        # Several templates by name: transformers takes the default.
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         source = named.get("default")
         if source is None:
@@ -155,7 +155,7 @@ def _model_of(table: dict[str, Any], path: Path) -> bytes:
         if piece == unknown:
             kind = _Piece.UNKNOWN
         elif piece in special or piece in unmade:
-            # A piece of several characters that no merge makes is one that no text encodes to.
+            # No text encodes to a piece of several characters that no merge makes.
             kind = _Piece.CONTROL
         elif piece in defined:
             kind = _Piece.USER_DEFINED

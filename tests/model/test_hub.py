@@ -67,7 +67,7 @@ def test_only_the_files_that_the_index_names_are_fetched(repository):
     assert {revision for revision, _ in repository} == {"v1.0"}
 
 
-def test_a_look_at_the_configuration_fetches_no_weights(repository):
+def test_resolving_a_configuration_fetches_no_weights(repository):
     resolve_folder("owner/name", weights=False)
     assert not [file for _, file in repository if file.endswith(".safetensors")]
 
@@ -75,7 +75,7 @@ def test_a_look_at_the_configuration_fetches_no_weights(repository):
 def test_a_gated_repository_says_what_to_do(tmp_path, monkeypatch):
     class Gated(GatedRepoError):
         def __init__(self):
-            """Without the hub's response."""
+            """The base class would need the hub's response."""
 
     def refuse(*_, **__):
         raise Gated

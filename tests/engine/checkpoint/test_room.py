@@ -1,4 +1,4 @@
-"""Room for checkpoints is looked at before a run starts."""
+"""Room for checkpoints is checked before a run starts."""
 
 import shutil
 from collections import namedtuple
@@ -44,7 +44,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_and_for_all_is_warned
     assert "1 more to keep" in check_room(run_of(checkpoint_minutes=0.0))[0]
 
 
-def test_memory_for_the_copies(run_of, monkeypatch):
+def test_too_little_memory_for_the_copies_is_refused_or_warned_of(run_of, monkeypatch):
     run = run_of()
     size = checkpoint_bytes(run)
     monkeypatch.setattr(room, "_host_memory", lambda: (size, size - 1))
