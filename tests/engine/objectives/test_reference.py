@@ -133,7 +133,6 @@ CONFIGURATIONS = [
     {"sliding_window": 8},
     {"rms_norm_eps": 1e-3},
     {"rope_parameters": {"rope_theta": 500.0}},
-    {"unpadded_vocab_size": 350},
 ]
 
 
