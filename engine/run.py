@@ -35,6 +35,8 @@ from model.weights import load_rows
 
 # Paths that may change on resuming: the plan's fingerprint covers the content of data and tokenizer.
 _CONTENT_COUNTS = re.compile(r"tokenizer|sources\.\d+\.path")
+# What older runs, which did not know a setting, did otherwise than its default says.
+_EARLIER = {"optimizer.gradients": "parameter"}
 # The memory plan covers the last step and this many steps, evenly spread over the run.
 _PLANNED_STEPS = 8
 
@@ -207,6 +209,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, start=0, starting_model=model)
     _check_sizes(fresh)
     run = _resumed(fresh)
+    run = _with_gradients(run, _gradients(run))
     if settings.replay > run.plan.steps:
         raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
     _check_same_content(run)
@@ -221,6 +224,18 @@ def _check_model(settings: TrainSettings) -> None:
         raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
     elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
         raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
+
+
+def _gradients(run: Run) -> str:
+    """Dtype in which gradients accumulate, as `optimizer.gradients` names it: the same for any number of ranks."""
+    bfloat16 = run.dtype == torch.bfloat16
+    return run.settings.optimizer.chosen_gradients(run.plan.mean_step_places, run.pack_tokens, bfloat16=bfloat16)
+
+
+def _with_gradients(run: Run, gradients: str) -> Run:
+    """The run with this `optimizer.gradients`."""
+    optimizer = dataclasses.replace(run.settings.optimizer, gradients=gradients)  # type: ignore[arg-type]
+    return dataclasses.replace(run, settings=dataclasses.replace(run.settings, optimizer=optimizer))
 
 
 def _check_sizes(run: Run) -> None:
@@ -245,6 +260,9 @@ def _resumed(run: Run) -> Run:
         raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
     checkpoint = seen(run.out / name, run.ranks)
     state = read_state(checkpoint)
+    if settings.optimizer.gradients == "auto":
+        # Another micro-batch size must not change the dtype of the sums midway.
+        run = _with_gradients(run, {**_EARLIER, **dict(_named(state.settings))}["optimizer.gradients"])
     before = run.plan.unmerged()
     if state.plan == before.fingerprint:
         run = dataclasses.replace(run, plan=before)
@@ -345,7 +363,7 @@ def _check_same_run(run: Run, state: TrainingState) -> None:
     now = run.state(0)
     asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
     # A setting that an older version did not know had the effect of its default.
-    began = dict(_named(defaults(type(run.settings)))) | began
+    began = dict(_named(defaults(type(run.settings)))) | _EARLIER | began
     for name in sorted({*asked, *began}):
         if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
             continue

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from engine.estimate.devices import DEVICES, Device
+from engine.estimate.devices import DEVICES, NODE, Device
 from engine.settings.toml import parse, read_table
 from engine.settings.training import TrainSettings
 from kernels import TILE, padded_to_tiles
@@ -45,25 +45,40 @@ class Outlook:
     """The prediction for one GPU of a run."""
 
     training: Training
+    device: Device
     gpus: int
     limit: float  # GiB of a GPU
     memory: MemoryPlan
     overhead: dict[str, float]  # GiB outside the plan, by name
-    largest: dict[str, int]  # recompute mode -> tokens of the largest micro-batch; 0 where none fits
-    speeds: dict[str, Speed]  # recompute mode -> speed with that micro-batch
-    curve: list[Speed]  # speed on 1, 2, 4 ... GPUs
+    largest: dict[str, int]  # recompute mode -> tokens of the largest micro-batch that memory holds; 0 for none
+    speeds: dict[str, Speed]  # recompute mode -> speed with that micro-batch, where a document (both sides of a pair) fits
+    least: int  # tokens of the smallest micro-batch that a document fits
+    curve: list[Speed]  # speed on 1, 2, 4 ... GPUs and the run's own number, where the run fits
+    left_out: dict[int, str]  # other numbers of GPUs -> why they are not in `curve`
 
     @property
     def free(self) -> float:
         """GiB left; below 0 where the run does not fit."""
-        return self.limit - self.memory.peak / 2**30 - sum(self.overhead.values())
+        return _free(self.limit, self.memory, self.overhead)
+
+    def basis(self, gpus: int) -> str:
+        """What the predicted speed on a number of GPUs rests on."""
+        if gpus == 1 and self.device.measured:
+            return f"predicted; {self.device.measured}"
+        return "predicted; never measured" + ("" if gpus <= NODE else ", network assumed")
 
     def table(self) -> dict[str, Any]:
         """For JSON: sizes in GiB."""
         from engine.estimate.throughput import ASSUMPTIONS
 
         scaling = [
-            {**dataclasses.asdict(found), "hidden": found.hidden, "not_hidden": found.not_hidden} for found in self.curve
+            {
+                **dataclasses.asdict(found),
+                "not_hidden": found.not_hidden,
+                "hidden": found.hidden,
+                "basis": self.basis(found.gpus),
+            }
+            for found in self.curve
         ]
         return {
             "tokens": self.training.tokens,
@@ -76,8 +91,12 @@ class Outlook:
             "peak_gib": self.memory.peak / 2**30,
             "free_gib": self.free,
             "largest_micro_batch": self.largest,
-            "tokens_per_second": {mode: found.hidden for mode, found in self.speeds.items()},
+            "tokens_per_second": {
+                mode: {"not_hidden": found.not_hidden, "hidden": found.hidden} for mode, found in self.speeds.items()
+            },
+            "basis": self.basis(self.gpus),
             "scaling": scaling,
+            "left_out": self.left_out,
             "assumptions": ASSUMPTIONS,
         }
 
@@ -115,7 +134,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
     """
     import torch
 
-    from engine.estimate.memory import Training, largest_micro_batch, plan
+    from engine.estimate.memory import Training, largest_micro_batch
     from engine.estimate.throughput import speed
 
     replicas = settings.parallel.replicas
@@ -131,10 +150,11 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
     # Without data the lengths of pairs are unknown: assume the longest.
     step_tokens = settings.step_size * (2 * settings.context_length if paired else 1)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    gradients = settings.optimizer.chosen_gradients(step_tokens, tokens, bfloat16=dtype == torch.bfloat16)
     training = Training(
         config,
         dtype,
-        settings.optimizer,
+        dataclasses.replace(settings.optimizer, gradients=gradients),
         settings.recompute,
         tokens=tokens,
         rows=tokens,
@@ -145,12 +165,8 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         reshard=settings.parallel.reshard,
     )
     limit = memory_gib or device.memory
-    found = plan(training)
-    held = found.items["weights"] + found.items["optimizer"] + found.items["gradients"]
-    overhead = {
-        "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
-        "fragmentation": _FRAGMENTATION * (found.peak - held) / 2**30,
-    }
+    found, overhead = _memory(training, gpus)
+    held = _held(found)
     # A micro-batch cannot exceed a rank's part of a step (in whole tiles).
     most = min(_LARGEST, padded_to_tiles(-(-step_tokens // gpus)))
     room = limit - overhead["context"]
@@ -160,16 +176,48 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         mode: largest_micro_batch(dataclasses.replace(training, recompute=mode), bytes_of_room, most=most, multiple=TILE)
         for mode in get_args(Recompute)
     }
+    least = min(sides * settings.context_length, most)
     asked = {"context": settings.context_length, "step_tokens": step_tokens}
     speeds = {
         mode: speed(
             dataclasses.replace(training, recompute=mode, tokens=fits, rows=fits), device, gpus=gpus, replicas=replicas, **asked
         )
         for mode, fits in largest.items()
-        if fits
+        if fits >= least
     }
-    curve = [speed(training, device, gpus=2**power, **asked) for power in range(1 if offloaded else 11)]
-    return Outlook(training, gpus, limit, found, overhead, largest, speeds, curve)
+    curve, left_out = [], {}
+    for number in [1] if offloaded else sorted({gpus, *(2**power for power in range(11))}):
+        copies = replicas if number == gpus else max(1, number // NODE)
+        accumulates = step_tokens > number * tokens
+        there = dataclasses.replace(training, accumulates=accumulates, shards=number // copies)
+        missing = -_free(limit, *_memory(there, number))
+        if missing > 0:
+            left_out[number] = f"{missing:.1f} GiB too little"
+        elif number > 1 and number * tokens > step_tokens:
+            left_out[number] = f"step_size has fewer micro-batches of {tokens:,} tokens"
+        else:
+            curve.append(speed(there, device, gpus=number, replicas=copies, **asked))
+    return Outlook(training, device, gpus, limit, found, overhead, largest, speeds, least, curve, left_out)
+
+
+def _memory(training: Training, gpus: int) -> tuple[MemoryPlan, dict[str, float]]:
+    """(a GPU's memory plan, GiB outside it by name)."""
+    from engine.estimate.memory import plan
+
+    found = plan(training)
+    return found, {
+        "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
+        "fragmentation": _FRAGMENTATION * (found.peak - _held(found)) / 2**30,
+    }
+
+
+def _held(found: MemoryPlan) -> int:
+    """Bytes that are held throughout a step."""
+    return found.items["weights"] + found.items["optimizer"] + found.items["gradients"]
+
+
+def _free(limit: float, found: MemoryPlan, overhead: dict[str, float]) -> float:
+    return limit - found.peak / 2**30 - sum(overhead.values())
 
 
 def lines_of(outlook: Outlook, name: str) -> list[str]:
@@ -180,7 +228,7 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
 
     training, config = outlook.training, outlook.training.config
     optimizer = training.optimizer
-    gpus = f"{outlook.gpus} GPU" + ("s" if outlook.gpus > 1 else "")
+    gpus = _gpus(str(outlook.gpus))
     lines = [
         f"{name}: {config.parameters / 1e9:.3f} billion parameters on {gpus} of {outlook.limit:g} GiB",
         f"recompute {training.recompute}, {optimizer.moments} moments{' on the host' if optimizer.offload != 'none' else ''}, "
@@ -192,32 +240,65 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
     lines += [f"  {item + ' (assumed)':<24}{size:>9.2f}" for item, size in outlook.overhead.items()]
     free = outlook.free
     lines += [f"  {'free' if free >= 0 else 'DOES NOT FIT: too much by':<24}{abs(free):>{9 if free >= 0 else 8}.2f}", ""]
-    lines.append(f"{'recompute':<12}{'largest micro-batch':>20}{'tokens/s expected':>20}")
-    for mode, most in outlook.largest.items():
-        found = outlook.speeds.get(mode)
-        lines.append(f"{mode:<12}{most or 'none':>20}{format(found.hidden, ',.0f') if found else '':>20}")
+    lines += _modes(outlook)
     if optimizer.offload != "none":
         moment = getattr(torch, optimizer.moments).itemsize
         lines += ["", f"host memory: {config.parameters * 2 * moment / 2**30:.1f} GiB of moments, page-locked"]
-    lines += ["", f"{'GPUs':>6}{'tokens a step':>16}{'tokens/s hidden':>18}{'not hidden':>14}{'a GPU':>10}{'efficiency':>12}"]
-    alone = outlook.curve[0].hidden
-    for found in outlook.curve:
-        each = found.hidden / found.gpus
-        lines.append(
-            f"{found.gpus:>6}{found.step_tokens:>16,}{found.hidden:>18,.0f}{found.not_hidden:>14,.0f}{each:>10,.0f}"
-            f"{each / alone:>12.1%}"
-        )
+    lines += ["", *_scaling(outlook)]
     return [*lines, "", "assumed:", *(f"  {text}" for text in ASSUMPTIONS)]
 
 
-def draw(outlook: Outlook, file: Path) -> None:
-    """Tokens per second of a GPU over the number of GPUs. Without matplotlib one line says so."""
+def _gpus(numbers: str) -> str:
+    return f"{numbers} GPU" if numbers == "1" else f"{numbers} GPUs"
 
+
+def _modes(outlook: Outlook) -> list[str]:
+    """The largest micro-batch and the speed of each recompute mode."""
+    speeds, basis = outlook.speeds, outlook.basis(outlook.gpus)
+    lines = []
+    if speeds:
+        lines.append(f"{'recompute':<12}{'largest micro-batch':>20}{'tokens/s not hidden':>21}{'hidden':>12}")
+    for mode, found in speeds.items():
+        lines.append(f"{mode:<12}{outlook.largest[mode]:>20,}{found.not_hidden:>21,.0f}{found.hidden:>12,.0f}  {basis}")
+    small = [f"{mode} ({most:,})" for mode, most in outlook.largest.items() if mode not in speeds]
+    if small:
+        lines.append(f"left out, as fewer than {outlook.least:,} tokens fit: {', '.join(small)}")
+    return lines
+
+
+def _scaling(outlook: Outlook) -> list[str]:
+    """The speed on each number of GPUs that the run fits, the slower assumption first."""
+    lines = []
+    if outlook.curve:
+        first = outlook.curve[0]
+        compared = f"of {_gpus(str(first.gpus))}"
+        lines.append(f"{'GPUs':>6}{'tokens a step':>16}{'tokens/s not hidden':>21}{'a GPU':>10}{compared:>12}{'hidden':>12}")
+    for found in outlook.curve:
+        each = found.not_hidden / found.gpus
+        lines.append(
+            f"{found.gpus:>6,}{found.step_tokens:>16,}{found.not_hidden:>21,.0f}{each:>10,.0f}"
+            f"{each / (first.not_hidden / first.gpus):>12.1%}{found.hidden:>12,.0f}  {outlook.basis(found.gpus)}"
+        )
+    reasons: dict[str, list[str]] = {}
+    for number, reason in outlook.left_out.items():
+        reasons.setdefault(reason, []).append(f"{number:,}")
+    if reasons:
+        lines.append("left out: " + "; ".join(f"{_gpus(', '.join(found))}: {reason}" for reason, found in reasons.items()))
+    return lines
+
+
+def draw(outlook: Outlook, file: Path) -> None:
+    """Tokens per second of a GPU over the number of GPUs. Without matplotlib one line says so.
+
+    Raises: ValueError where the run fits no number of GPUs.
+    """
+    if not outlook.curve:
+        raise ValueError("--plot: no number of GPUs fits this run: lower pack_tokens, or choose a leaner recompute")
     figure = new_figure(6.4, 4.0)
     if figure is None:
         return
     axes = figure.add_subplot()
-    for label in ("hidden", "not_hidden"):
+    for label in ("not_hidden", "hidden"):
         each = [getattr(found, label) / found.gpus for found in outlook.curve]
         axes.plot([found.gpus for found in outlook.curve], each, marker="o", label=f"communication {label.replace('_', ' ')}")
     axes.set(xscale="log", xlabel="GPUs", ylabel="tokens/s a GPU, predicted", ylim=(0, None))

@@ -225,6 +225,15 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def mean_step_places(self) -> float:
+        """Places to compute of a mean step: `step_size`; for preferences, that many pairs of mean length."""
+        if not self.paired:
+            return float(self.step_size)
+        return self.step_size * sum(
+            rate * float(table.sizes.mean()) for rate, table in zip(self._rates, self.tables, strict=True)
+        )
+
     def unmerged(self) -> "Plan":
         """The plan with a last step of its own for what is left, however little: the order of runs that began that way."""
         plan = copy.copy(self)

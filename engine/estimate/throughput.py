@@ -7,15 +7,11 @@ assumed shares of the ceilings; a test compares the results with published figur
 
 from dataclasses import dataclass, replace
 
-from engine.estimate.devices import Device
+from engine.estimate.devices import NODE, Device
 from engine.estimate.flops import recomputed_flops, training_flops
-from engine.estimate.sizes import Training
+from engine.estimate.sizes import FLOAT32, Training
 from kernels.attention.work import attended_pairs
 from model.config import MistralConfig
-
-# GPUs of a node: they share NVLink, and each has its own network card.
-NODE = 8
-
 
 # Shares of the ceilings that a step reaches, and attention's speed relative to matrix products.
 _PRODUCTS, _BANDWIDTH = 0.93, 0.84
@@ -30,8 +26,10 @@ ASSUMPTIONS = (
     "documents are as long as the context; all tokens reach the head",
     f"up to {NODE} GPUs shard the model over NVLink; beyond, each node holds a copy and nodes sum their gradients (HSDP)",
     "400 Gb/s of network a GPU, 90 % of it usable; all links are used at once",
-    "hidden: a step takes the longer of computation and communication, plus the first gather and the last reduction",
     "not hidden: a step takes computation plus communication",
+    "hidden: a step takes the longer of computation and communication, plus the first gather and the last reduction; never "
+    "measured",
+    "measured: a step of 8 of Shisa 7B's 32 layers on one H200, by an earlier version; predicted within 5 %",
     "not counted: multiprocessors that collectives occupy, stragglers, waiting for data",
 )
 
@@ -72,9 +70,11 @@ def speed(
     micro_batches = max(1, round(step_tokens / (gpus * training.tokens)))
     rank = replace(training, shards=gpus // replicas)
     compute = micro_batches * _micro_batch(rank, device, context, backward_products) + _update(rank, device)
-    # Gradient accumulation: two reads and a write of each gradient.
-    parameters = training.config.parameters
-    compute += (micro_batches - 1) * 3 * training.dtype.itemsize * parameters / (_BANDWIDTH * device.bandwidth)
+    # Gradient accumulation: a read of each gradient, and a read and a write of its sum.
+    item = training.dtype.itemsize
+    wide = rank.shards > 1 or training.optimizer.gradients == "float32"
+    moved = (item + 2 * (FLOAT32 if wide else item)) * training.config.parameters
+    compute += (micro_batches - 1) * moved / (_BANDWIDTH * device.bandwidth)
     communication, exposed = _communication(rank, device, gpus, replicas, micro_batches)
     return Speed(gpus, micro_batches * gpus * training.tokens, compute, communication, exposed)
 

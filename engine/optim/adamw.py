@@ -19,7 +19,8 @@ class AdamW:
     together they are an exact float32 master. State is sharded as its parameter is. The numbers do not depend on the number of
     shards, except for the order in which the squares of the gradient's norm are added.
 
-    Args: parameters: all of the model's, by name; their order keys the stochastic rounding of moments. seed: of the rounding.
+    Args: parameters: all of the model's, by name; their order keys the stochastic rounding of moments.
+        settings: gradients = auto means parameter here; `open_run` makes the choice. seed: of the rounding.
     Raises: ValueError for a parameter that is neither float32 nor bfloat16, and for float32 gradients of bfloat16 parameters
         with a torch that lacks them.
     """

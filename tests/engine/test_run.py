@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from engine.data.dataset import DatasetWriter, TokenDataset
 from engine.data.stream import step_stream
 from engine.observe.preview import describe
+from engine.optim.adamw import AdamW
 from engine.run import open_run
 from engine.settings.training import FREE_ON_RESUME
 from model.config import read_config
@@ -273,6 +275,61 @@ def test_a_setting_unknown_to_an_older_run_means_its_default(tiny_settings, begu
     assert open_run(tiny_settings("sft", copy), ("conversations",)).start == 3
     message = refused(sft, tiny_settings("sft", copy, optimizer={"clip_norm": 2.0}))
     assert "holds a run with optimizer.clip_norm = 1.0, the settings now say 2.0" in message
+
+
+def test_gradients_of_many_micro_batches_add_up_in_float32(tiny_settings, tmp_path):
+    """auto counts what one rank would need, so any number of ranks makes the same choice."""
+
+    def chosen(stage="sft", **changes):
+        kinds = ("preferences",) if stage == "dpo" else ("conversations",)
+        return open_run(tiny_settings(stage, tmp_path / "run", **changes), kinds).settings.optimizer.gradients
+
+    many = {"step_size": 1025, "pack_tokens": 256, "context_length": 64}
+    assert chosen(**many, dtype="bfloat16") == "float32"
+    assert chosen(**many | {"step_size": 1024}, dtype="bfloat16") == "parameter"
+    assert chosen(**many, dtype="float32") == "parameter"
+    for named in ("parameter", "float32"):
+        assert chosen(**many, dtype="bfloat16", optimizer={"gradients": named}) == named
+    # Pairs count with the places that they have, not with the longest.
+    run = open_run(tiny_settings("dpo", tmp_path / "run", dtype="bfloat16"), ("preferences",))
+    (data,) = run.datasets
+    fitting = [pair for pair in (data.lengths - 1).reshape(-1, 2).tolist() if max(pair) <= run.settings.context_length]
+    mean = sum(map(sum, fitting)) / len(fitting)
+    longest = max(map(sum, fitting))
+    few = int(4 * longest / mean)
+    for pairs, expected in ((few, "parameter"), (few + 1, "float32")):
+        assert chosen("dpo", step_size=pairs, pack_tokens=longest, dtype="bfloat16", share_prompts=False) == expected
+
+
+def test_a_resumed_run_adds_up_gradients_as_it_began(tiny_settings, tmp_path):
+    """Whatever the micro-batch size says now; a run of an older version, in its parameters' dtype."""
+    out = tmp_path / "run"
+    many = {"step_size": 1025, "context_length": 64, "dtype": "bfloat16", "steps": 2, "checkpoint_every": 1}
+    sft.run(tiny_settings("sft", out, pack_tokens=256, **many))
+    shutil.rmtree(out / "step-00000002")
+    assert tomllib.loads((out / "config.toml").read_text())["optimizer"]["gradients"] == "float32"
+
+    def resumed(**changes):
+        run = open_run(tiny_settings("sft", out, **many | changes), ("conversations",))
+        assert run.start == 1
+        model = run.load_model()
+        AdamW(model.named_parameters(), run.settings.optimizer)
+        wide = {parameter.grad_dtype for parameter in model.parameters()}
+        assert wide == {torch.float32 if run.settings.optimizer.gradients == "float32" else torch.bfloat16}
+        return run.settings.optimizer.gradients
+
+    assert resumed(pack_tokens=256) == resumed(pack_tokens=2048) == resumed(optimizer={"gradients": "float32"}) == "float32"
+    message = refused(sft, tiny_settings("sft", out, **many, optimizer={"gradients": "parameter"}))
+    assert "holds a run with optimizer.gradients = 'float32', the settings now say 'parameter'" in message
+    path = out / "step-00000001" / "training" / "state.json"
+    state = json.loads(path.read_text())
+    for older in ({"gradients": "parameter"}, {}):
+        state["settings"]["optimizer"].pop("gradients", None)
+        state["settings"]["optimizer"] |= older
+        path.write_text(json.dumps(state))
+        assert resumed(pack_tokens=256) == resumed(pack_tokens=256, optimizer={"gradients": "parameter"}) == "parameter"
+        message = refused(sft, tiny_settings("sft", out, **many, optimizer={"gradients": "float32"}))
+        assert "holds a run with optimizer.gradients = 'parameter', the settings now say 'float32'" in message
 
 
 def test_changed_data_on_resuming_is_refused(tiny_settings, tiny_data, begun, tmp_path, monkeypatch):

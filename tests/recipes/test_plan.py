@@ -29,8 +29,8 @@ def test_the_settings_in_the_file_tell_the_recipe(stage, recipe):
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_shisa_7b_fits_one_h200(stage):
-    """16,384 tokens a micro-batch with exact masters, bfloat16 moments and `light`."""
-    found = outlook(stage, "--pack-tokens", "16384")
+    """16,384 tokens a micro-batch with exact masters, bfloat16 moments and `light`, where gradients add up in bfloat16."""
+    found = outlook(stage, "--pack-tokens", "16384", "--optimizer.gradients", "parameter")
     assert found.training.tokens == 16384
     assert found.training.log_probs == (stage == "dpo")
     assert found.free > 5
@@ -38,9 +38,9 @@ def test_shisa_7b_fits_one_h200(stage):
 
 
 def test_shisa_7b_fits_one_80_gb_card_with_its_moments_on_the_host():
-    assert outlook("pretrain", "--pack-tokens", "8192", device="h100").free < 0
-    found = outlook("pretrain", "--optimizer.offload", "moments", "--pack-tokens", "8192", device="h100")
-    assert found.free > 5
+    assert outlook("pretrain", "--pack-tokens", "4096", device="h100").free < 0
+    found = outlook("pretrain", "--optimizer.offload", "moments", "--pack-tokens", "4096", device="h100")
+    assert found.free > 4
     with pytest.raises(ValueError, match="works on one rank only"):
         outlook("pretrain", "--optimizer.offload", "moments", device="h100", gpus=8)
 
@@ -75,7 +75,8 @@ def test_json_holds_every_item_of_the_plan(capsys, tmp_path):
     assert table["items_gib"]["weights"] * 2**30 == 2 * PRESETS["shisa-7b"].parameters
     total = table["peak_gib"] + table["context_gib"] + table["fragmentation_gib"] + table["free_gib"]
     assert total == pytest.approx(table["memory_gib"])
-    assert [found["gpus"] for found in table["scaling"]] == [2**power for power in range(11)]
+    assert [found["gpus"] for found in table["scaling"]] == [2**power for power in range(1, 7)]
+    assert table["left_out"].keys() == {"1", "128", "256", "512", "1024"}
     assert picture.read_text().count("<svg") == 1
 
 
@@ -85,6 +86,70 @@ def test_the_text_names_every_item(capsys):
     for word in ("weights", "optimizer", "gradients", "activations", "logits", "head gradient", "context", "fragmentation"):
         assert f"  {word}" in text
     assert "DOES NOT FIT: too much by" in text
+
+
+def rows(capsys, *arguments):
+    """The printed rows of numbers of GPUs, and the lines of what is left out."""
+    main([str(SHISA / "pretrain.toml"), *MODEL, *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    start = next((number for number, line in enumerate(lines) if line.split()[:1] == ["GPUs"]), len(lines) - 1)
+    table = [line.split() for line in lines[start + 1 : lines.index("assumed:") - 1] if not line.startswith("left out")]
+    return table, [line for line in lines if line.startswith("left out")]
+
+
+def test_numbers_of_gpus_that_the_run_does_not_fit_are_left_out(capsys):
+    """Each printed number of GPUs fits by a plan of its own; efficiencies relate to the first of them."""
+    table, (_, left_out) = rows(capsys, "--device", "h100", "--pack-tokens", "8192")
+    fitting = [row[0] for row in table]
+    assert fitting == ["4", "8", "16", "32", "64", "128"]
+    for gpus in (1, 2, 4, 8):
+        assert (outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=gpus).free >= 0) == (str(gpus) in fitting)
+    assert table[0][4] == "100.0%"
+    too_little = -outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=2).free
+    assert f"2 GPUs: {too_little:.1f} GiB too little" in left_out
+    # 2^20 tokens are 128 micro-batches.
+    assert "256, 512, 1,024 GPUs: step_size has fewer micro-batches of 8,192 tokens" in left_out
+
+
+def test_the_slower_assumption_comes_first_and_unmeasured_rows_say_so(capsys):
+    table, _ = rows(capsys, "--pack-tokens", "8192")
+    for row in table:
+        slow, each, share, fast = (float(value.strip("%").replace(",", "")) for value in row[2:6])
+        assert slow <= fast
+        assert each == pytest.approx(slow / int(row[0]), abs=1)
+        assert share == pytest.approx(100 * each / float(table[0][3].replace(",", "")), abs=0.06)
+        assert ("never measured" in " ".join(row)) == (row[0] != "1")
+        assert ("network assumed" in " ".join(row)) == (int(row[0]) > 8)
+    assert all("never measured" in " ".join(row) for row in rows(capsys, "--device", "h100", "--pack-tokens", "1024")[0])
+
+
+def test_a_recompute_mode_that_no_document_fits_has_no_speed(capsys):
+    _, left_out = rows(capsys, "--memory-gib", "80", "--optimizer.gradients", "parameter")
+    found = outlook("pretrain", "--optimizer.gradients", "parameter", memory_gib=80)
+    assert found.largest["light"] < 4096 <= found.largest["block"]
+    assert found.speeds.keys() == {mode for mode, most in found.largest.items() if most >= 4096}
+    assert left_out[0].startswith("left out, as fewer than 4,096 tokens fit: none (")
+
+
+def test_a_run_that_fits_nowhere_has_no_speeds(capsys, tmp_path):
+    table, (modes, gpus) = rows(capsys, "--memory-gib", "8")
+    assert table == []
+    assert modes.endswith("none (0), light (0), ffn (0), block (0)")
+    assert gpus.startswith("left out: 1 GPU: ")
+    with pytest.raises(SystemExit, match="--plot: no number of GPUs fits this run"):
+        main([str(SHISA / "pretrain.toml"), *MODEL, "--memory-gib", "8", "--plot", str(tmp_path / "scaling.svg")])
+
+
+def test_the_plan_holds_the_sums_that_the_run_would_choose():
+    for pack, gradients in ((4096, "float32"), (2**18, "parameter"), (2**18 - 128, "float32")):
+        found = outlook("pretrain", "--pack-tokens", str(pack))
+        assert found.training.optimizer.gradients == gradients
+    two, four = (
+        outlook("pretrain", "--optimizer.gradients", gradients).memory.items["gradients"]
+        for gradients in ("parameter", "float32")
+    )
+    assert (two, four) == tuple(size * PRESETS["shisa-7b"].parameters for size in (2, 4))
+    assert outlook("pretrain").memory.items["gradients"] == four
 
 
 def test_a_model_folder_gives_the_shape(tiny_model):
