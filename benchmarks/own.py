@@ -29,7 +29,7 @@ from engine.objectives.preference import Preference, reference_log_probs
 from engine.observe.profile import OPERATORS, breakdown, replaced
 from engine.optim.adamw import AdamW
 from engine.optim.schedule import learning_rate
-from engine.run import Run
+from engine.run import Run, with_chosen_gradients
 from engine.settings.sections import OptimizerSettings, ParallelSettings, PreferenceSettings
 from engine.settings.toml import from_table, to_table
 from engine.settings.training import TrainSettings
@@ -174,7 +174,7 @@ def open_job(job: dict[str, Any], *, share_prompts: bool = True) -> Run:
         epochs=settings.epochs,
         share_prompts=share_prompts and getattr(settings, "share_prompts", False),
     )
-    return Run(
+    run = Run(
         settings=settings,
         ranks=Ranks(torch.device(job["device"])),
         dtype=getattr(torch, job["dtype"]),
@@ -185,7 +185,9 @@ def open_job(job: dict[str, Any], *, share_prompts: bool = True) -> Run:
         plan=plan,
         checkpoint=None,
         start=0,
+        starting_model=Path(settings.model) if settings.model else None,
     )
+    return with_chosen_gradients(run)
 
 
 def steps_of(run: Run, count: int) -> list[Step]:

@@ -59,7 +59,7 @@ class Run:
     plan: Plan
     checkpoint: Path | None
     start: int
-    starting_model: Path | None = None
+    starting_model: Path | None
 
     @property
     def device(self) -> torch.device:
@@ -206,10 +206,10 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         epochs=settings.epochs,
         share_prompts=share_prompts,
     )
-    fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, start=0, starting_model=model)
+    fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0, model)
     _check_sizes(fresh)
     run = _resumed(fresh)
-    run = _with_gradients(run, _gradients(run))
+    run = with_chosen_gradients(run)
     if settings.replay > run.plan.steps:
         raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
     _check_same_content(run)
@@ -226,10 +226,11 @@ def _check_model(settings: TrainSettings) -> None:
         raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
 
 
-def _gradients(run: Run) -> str:
-    """Dtype in which gradients accumulate, as `optimizer.gradients` names it: the same for any number of ranks."""
+def with_chosen_gradients(run: Run) -> Run:
+    """The run with `optimizer.gradients` decided, where it is "auto": the same dtype for any number of ranks."""
     bfloat16 = run.dtype == torch.bfloat16
-    return run.settings.optimizer.chosen_gradients(run.plan.mean_step_places, run.pack_tokens, bfloat16=bfloat16)
+    chosen = run.settings.optimizer.chosen_gradients(run.plan.mean_step_places, run.pack_tokens, bfloat16=bfloat16)
+    return _with_gradients(run, chosen)
 
 
 def _with_gradients(run: Run, gradients: str) -> Run:
