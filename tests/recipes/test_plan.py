@@ -169,3 +169,12 @@ def test_wrong_arguments_give_one_clear_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main([str(SHISA / "pretrain.toml"), *arguments])
     assert message in str(error.value)
+
+
+def test_the_kind_of_gpu_and_the_device_have_names_of_their_own(capsys):
+    config = str(SHISA / "sft.toml")
+    with pytest.raises(SystemExit):
+        main([config, *MODEL, "--device", "h100"])
+    assert "--device says where a recipe runs (auto, cpu, cuda); the kind of GPU is --gpu h100" in capsys.readouterr().err
+    main([config, *MODEL, "--device", "cpu", "--gpu", "h100"])
+    assert "on 1 GPU of 79 GiB" in capsys.readouterr().out
