@@ -10,6 +10,7 @@ Each candidate trains in a process of its own, on the same tokens, from the same
 
 import dataclasses
 import itertools
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from engine.data.dataset import TokenDataset
 from engine.environment import choose_device
 from engine.estimate.flops import peak_flops
 from engine.settings.sections import OptimizerSettings
-from engine.settings.toml import to_table
+from engine.settings.toml import PathName, to_table
 from kernels.attention.choice import Backend
 from model.config import MistralConfig
 from model.mistral import Recompute
@@ -85,7 +86,7 @@ class TrainBenchSettings:
     """Processes that train together under torchrun; peers train in one."""
     peers: tuple[str, ...] = ()
     """Peers to measure beside ours; all: every peer that trains the objective."""
-    peers_python: str = ""
+    peers_python: PathName = ""
     """Interpreter of the peers; default: this one."""
     sweep: tuple[str, ...] = ()
     """Grid: name=value,value for each setting that varies."""
@@ -117,6 +118,11 @@ class TrainBenchSettings:
         check_least(self, warmup=1, rounds=1, steps=1, threads=0)
         check_names("recompute", [self.recompute], ["", *get_args(Recompute)])
         check_names("backend", [self.backend], ["", *get_args(Backend)])
+        if self.peers_python and shutil.which(self.peers_python) is None:
+            raise ValueError(
+                f"peers_python = '{self.peers_python}': no such program; name the interpreter of the peers' environment, "
+                "such as peers/bin/python"
+            )
         if self.ladder and self.peers:
             raise ValueError("peers have no effect with ladder; leave one of them out")
         if self.data and self.documents != "full":

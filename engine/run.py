@@ -175,7 +175,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     Raises: FileNotFoundError or ValueError naming what is missing or does not fit, and the remedy.
     """
     if not settings.replay:
-        _check_writable(Path(settings.out))
+        check_writable(Path(settings.out), "out")
     ranks = join(choose_device(settings.device), settings.parallel)
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
@@ -312,13 +312,13 @@ def _starting_point(settings: TrainSettings) -> str | None:
     return names[-1] if names else None
 
 
-def _check_writable(out: Path) -> None:
-    """Refuse a run folder that cannot be created, before hours of work depend on it."""
-    existing = next(path for path in (out, *out.parents) if path.exists())
+def check_writable(folder: Path, setting: str) -> None:
+    """Refuse a setting's folder that cannot be created or written, before hours of work depend on it."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise NotADirectoryError(f"{out}: cannot be written: {existing} is not a folder; choose another out")
+        raise NotADirectoryError(f"{folder}: cannot be written: {existing} is not a folder; choose another {setting}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{out}: cannot be written: no permission for {existing}; choose another out")
+        raise PermissionError(f"{folder}: cannot be written: no permission for {existing}; choose another {setting}")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

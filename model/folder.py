@@ -7,6 +7,7 @@ leaves at most the hidden sibling; the next writer of a folder removes it.
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -97,12 +98,12 @@ def replace_folder(source: Path, target: Path) -> None:
 def complete_file(path: str | Path) -> Iterator[Path]:
     """Yield a hidden path to write to; on leaving without an error it becomes `path`, all at once.
 
-    The hidden name holds the process id, so that two processes never write the same file. An old `path` is replaced.
+    No two writers share a hidden name, not even on two machines that share a disk. An old `path` is replaced.
     Raises: OSError of the original kind, naming `path` and the remedy, when the file cannot be written. On any error the hidden
         file is removed and `path` is left as it was.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         sync(partial)

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
-from model.config import read_json
+from model.config import PRESET, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -40,6 +40,10 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
         raise FileNotFoundError("the model's name is empty: give a folder, or a hub repository owner/name")
     if path.is_dir():
         return path
+    if str(name).startswith(PRESET):
+        raise FileNotFoundError(
+            f"{name}: a preset has no weights and no tokenizer; name a folder, or a hub repository owner/name"
+        )
     form = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(name))
     if form is None or path.parent.is_dir():
         raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name, or owner/name@revision)")

@@ -41,9 +41,12 @@ def run(settings: DpoSettings) -> Path | None:
     from engine.objectives.preference import Preference
     from engine.objectives.reference import reference_tables
     from engine.observe.replay import replay
-    from engine.run import open_run
+    from engine.run import check_writable, open_run
     from recipes.training import announce, fitting_batches, heldout_batches
 
+    cache = Path(settings.reference_cache) if settings.reference_cache else Path(settings.out) / "reference"
+    if not settings.replay:
+        check_writable(cache, "reference_cache")
     opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)
     heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):
@@ -51,7 +54,6 @@ def run(settings: DpoSettings) -> Path | None:
     sets = {f"source {index}": (dataset, fitting_batches(opened, dataset)) for index, dataset in enumerate(opened.datasets)}
     sources = list(sets)
     sets |= {f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()}
-    cache = Path(settings.reference_cache) if settings.reference_cache else opened.out / "reference"
     tables, model = reference_tables(opened, sets, cache)
 
     def objective(*names: str) -> Preference:

@@ -1,7 +1,7 @@
 """Predict a training run before anything is allocated: memory item by item, the largest micro-batch, tokens per second.
 
-    python -m recipes.plan recipes/shisa/pretrain.toml --model preset:shisa-7b --device h200
-    python -m recipes.plan recipes/shisa/sft.toml --gpus 8 --device h100 --optimizer.moments bfloat16 --pack-tokens 8192
+    python -m recipes.plan recipes/shisa/pretrain.toml --model preset:shisa-7b --gpu h200
+    python -m recipes.plan recipes/shisa/sft.toml --gpus 8 --gpu h100 --optimizer.moments bfloat16 --pack-tokens 8192
 
 The configuration is a training recipe's TOML file, with the same dotted overrides. No data, no weights and no GPU are needed:
 the model's config.json or a preset is enough.
@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -310,20 +311,27 @@ def draw(outlook: Outlook, file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m recipes.plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m recipes.plan",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        # "--dev" must not become one of the options below.
+        allow_abbrev=False,
     )
-    parser.add_argument("config", help="TOML file of a training recipe")
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="kind of GPU (default %(default)s)")
+    parser.add_argument("config", help="TOML file of a training recipe; its dotted overrides may follow (--pack-tokens 8192)")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), default="h200", help="kind of GPU (default %(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default %(default)s)")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="memory of a GPU (default: the device's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--plot", type=Path, help="draw the scaling curve to this file (.png, .svg or .pdf)")
     arguments, overrides = parser.parse_known_args(argv)
+    for option, value in pairwise(overrides):
+        if option == "--device" and value in DEVICES:
+            parser.error(f"--device says where a recipe runs (auto, cpu, cuda); the kind of GPU is --gpu {value}")
     try:
         settings = settings_of(arguments.config, overrides)
-        outlook = look_ahead(settings, DEVICES[arguments.device], arguments.gpus, arguments.memory_gib)
+        outlook = look_ahead(settings, DEVICES[arguments.gpu], arguments.gpus, arguments.memory_gib)
         if arguments.plot:
-            draw(outlook, arguments.plot)
+            draw(outlook, arguments.plot.expanduser())
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(json.dumps(outlook.table(), indent=2) if arguments.json else "\n".join(lines_of(outlook, settings.model)))

@@ -205,6 +205,8 @@ def _shell_command(stage: Stage) -> str:
 
 def start_afresh(out: Path) -> Path:
     """Make the folder, or remove an earlier quickstart's results from it, and nothing else."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out}: is a file; name a folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise FileExistsError(f"{out}: holds files that no quickstart made; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The peers of whole training steps: the script that trains each, what it can train, and how it differs from ours."""
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def candidates(
     job: Mapping[str, Any],
     python: str = "",  # interpreter; empty: this one
 ) -> list[Candidate]:
+    # Peers run in another folder, where a relative path would name nothing; a link stays, as it tells Python its environment.
+    interpreter = str(Path(shutil.which(python) or python).absolute()) if python else sys.executable
     found = []
     for name in names:
         peer = PEERS[name]
@@ -69,5 +72,5 @@ def candidates(
         if job["config"]["vocab_size"] > job["config"]["unpadded_vocab_size"]:
             differs.append("gives the padding rows of the vocabulary a probability")
         arguments = (str(SCRIPTS / peer.script),)
-        found.append(Candidate(name, arguments, {**job, "mode": peer.mode}, tuple(differs), python or sys.executable))
+        found.append(Candidate(name, arguments, {**job, "mode": peer.mode}, tuple(differs), interpreter))
     return found

@@ -106,9 +106,16 @@ class SourceFile:
         text = "".join(line for _, line in self._lines())
         if not text.strip():
             return
+        if _is_json_lines(text):
+            # Many tools name JSON Lines so.
+            yield from self._json_lines()
+            return
         values = _decode(text, self.name)
         if not isinstance(values, list):
-            raise ValueError(f"{self.name}: holds a JSON {type(values).__name__}, not an array of records: write JSONL")
+            raise ValueError(
+                f"{self.name}: holds a JSON {type(values).__name__}, not an array of records: "
+                "write a JSON array, or one record a line (JSONL)"
+            )
         for number, value in enumerate(values, 1):
             yield Record(f"{self.name}, record {number}", value)
 
@@ -217,6 +224,15 @@ def _within(path: Path, suffixes: Sequence[str]) -> list[Path]:
         return []
     children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
     return [file for child in children for file in _within(child, suffixes)]
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether each line of a text holds an object of its own, by its first two lines."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return isinstance(json.loads(first), dict) and bool(rest.strip())
+    except (ValueError, RecursionError):
+        return False
 
 
 def _decode(text: str, place: str) -> Any:

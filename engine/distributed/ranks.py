@@ -82,7 +82,7 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
         the ranks, or this machine has fewer GPUs than processes; ConnectionError if the other ranks cannot be reached.
     """
     _check_launcher()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _world_size()
     if ranks % settings.replicas:
         raise ValueError(
             f"parallel.replicas = {settings.replicas} does not divide the {ranks} ranks of this run; start another number of "
@@ -100,9 +100,29 @@ def join(device: torch.device, settings: ParallelSettings) -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        _check_rendezvous()
         _connect(device, settings)
     mesh = _mesh(device, ranks, settings)
     return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
+
+
+def _world_size() -> int:
+    """Number of processes. Raises: ValueError for a WORLD_SIZE that is no number."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) == 0:
+        raise ValueError(f"WORLD_SIZE = {text!r}: must be the number of processes; unset it, or start with torchrun")
+    return int(text)
+
+
+def _check_rendezvous() -> None:
+    """Refuse a WORLD_SIZE that another run left in the environment."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')} is set in the environment, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not: it may be left over from another run. Unset WORLD_SIZE for one "
+            "process, or start several with torchrun --standalone --nproc-per-node N --shutdown-timeout 600 -m RECIPE CONFIG"
+        )
 
 
 # Variable of a launcher that holds the number of processes -> command that starts one process.

@@ -43,12 +43,16 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
             return read_toml(settings_class, file)
         else:
             default = _in_file(Path(file), _draft, settings_class, read_table(Path(file)))
+        _check_no_tables(settings_class, arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     import tyro  # here, as only a command line with options needs it
 
     given = tyro.cli(settings_class, args=arguments, prog=prog, default=default, description=_description(settings_class, prog))
-    return _with_homes(given)
+    try:
+        return _with_homes(given)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def _taken_file(settings_class: type, arguments: list[str]) -> str | None:
@@ -67,6 +71,18 @@ def _taken_file(settings_class: type, arguments: list[str]) -> str | None:
             raise ValueError(f"{files[0]}: {_no_settings_file(settings_class, files[0])}")
     arguments.remove(files[0])
     return files[0]
+
+
+def _check_no_tables(settings_class: type, arguments: list[str]) -> None:
+    """Refuse a list of tables as an option by one line: tyro would list every option of its first table."""
+    for name, hint in typing.get_type_hints(settings_class).items():
+        asked = next((argument for argument in arguments if argument.partition("=")[0] == f"--{name}"), None)
+        if asked is not None and (element := _table_of(hint)) is not None:
+            key = dataclasses.fields(element)[0].name
+            raise ValueError(
+                f"{asked}: add {name} in the TOML file, each as a table ([[{name}]] {key} = ...); an option can change one "
+                f"that stands there (--{name}.0.{key} ...)"
+            )
 
 
 def _no_settings_file(settings_class: type, argument: str) -> str:
@@ -105,11 +121,16 @@ def _table_of(hint: Any) -> type | None:
 
 
 def _with_homes(settings: Settings) -> Settings:
-    """The settings with the home folder in place of a leading ~ in every path, which would else name a folder '~'."""
+    """The settings with the home folder in place of a leading ~ in every path, which would else name a folder '~'.
+
+    Raises: ValueError for an empty path, which would mean the current folder, where the setting is not empty by default.
+    """
     changes = {}
     hints = typing.get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
+        if field.default != "" and any(each == "" and _is_path(hint) for hint, each in _items(hints[field.name], value)):
+            raise ValueError(f"{field.name} is empty: name a file or folder (. is the current folder)")
         expanded = _with_home(hints[field.name], value)
         if expanded != value:
             changes[field.name] = expanded
@@ -120,12 +141,19 @@ def _with_home(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return _with_homes(value)
     if isinstance(value, tuple):
-        element = next(iter(typing.get_args(hint)), None)
-        return tuple(_with_home(element, each) for each in value)
-    named = _PATH in getattr(hint, "__metadata__", ()) or any(
-        _PATH in getattr(option, "__metadata__", ()) for option in typing.get_args(hint)
-    )
-    return str(Path(value).expanduser()) if named and isinstance(value, str) and value.startswith("~") else value
+        return tuple(_with_home(element, each) for element, each in _items(hint, value))
+    return str(Path(value).expanduser()) if _is_path(hint) and isinstance(value, str) and value.startswith("~") else value
+
+
+def _items(hint: Any, value: Any) -> list[tuple[Any, Any]]:
+    """(type, value) of a value alone, or of each element of a list."""
+    element = next(iter(typing.get_args(hint)), None)
+    return [(element, each) for each in value] if isinstance(value, tuple) else [(hint, value)]
+
+
+def _is_path(hint: Any) -> bool:
+    """Whether the type is `PathName`, or PathName | None."""
+    return any(_PATH in getattr(option, "__metadata__", ()) for option in (hint, *typing.get_args(hint)))
 
 
 def read_toml(settings_class: type[Settings], path: str | Path) -> Settings:

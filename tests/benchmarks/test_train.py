@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import kernels.linear_log_prob
 import model.mistral
 from benchmarks import own, train
 from benchmarks.candidates import Candidate, Outcome, Schedule, take_turns
+from benchmarks.peers import catalogue
 from benchmarks.peers.steps import Steps
 from benchmarks.peers.worker import peak_memory
 from benchmarks.results import RESULTS, read_result
@@ -401,3 +403,17 @@ def test_the_peak_is_the_allocators():
     del room
     assert peak_memory(device)["allocated_gib"] == torch.cuda.max_memory_allocated(device) / 2**30 == (held + 2**28) / 2**30
     assert peak_memory(device)["reserved_gib"] == torch.cuda.max_memory_reserved(device) / 2**30
+
+
+def test_an_interpreter_of_peers_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"peers_python = '/no/python': no such program; name the interpreter"):
+        TrainBenchSettings(peers_python="/no/python")
+
+
+def test_a_relative_interpreter_of_peers_is_found_from_another_folder(tmp_path, monkeypatch):
+    """The link stays: it tells Python its environment."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    job = {"dtype": "float32", "config": {"vocab_size": 1, "unpadded_vocab_size": 1}}
+    (found,) = catalogue.candidates([next(iter(catalogue.PEERS))], job, "./python")
+    assert found.python == str(tmp_path / "python")

@@ -414,3 +414,17 @@ def test_changed_data_is_found_between_runs_and_during_a_run(tiny_settings, tiny
     tokens[100] ^= 1
     overwrite(data / "tokens-00000.bin", tokens)
     assert pretrain.run(settings).name == "step-00000006"
+
+
+def test_a_left_over_world_size_is_named(tiny_settings, tmp_path, monkeypatch):
+    settings = tiny_settings("pretrain", tmp_path / "run")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(pretrain, settings)
+    assert message.startswith(
+        "WORLD_SIZE = 2 is set in the environment, and RANK, MASTER_ADDR, MASTER_PORT are not: it may be left"
+    )
+    assert "None" not in message
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert refused(pretrain, settings).startswith("WORLD_SIZE = 'two': must be the number of processes")

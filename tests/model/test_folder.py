@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from model.folder import complete_folder, replace_folder, write_file
+from model.folder import complete_file, complete_folder, replace_folder, write_file
 
 
 def names(folder) -> list[str]:
@@ -152,3 +152,15 @@ def test_only_one_process_writes_a_folder(tmp_path):
     assert names(tmp_path) == ["out"]
     with complete_folder(tmp_path / "out", overwrite=True):
         pass
+
+
+def test_writers_of_the_same_file_do_not_disturb_each_other_even_with_one_process_id(tmp_path):
+    """Two preference runs that share a cache of reference log-probabilities; containers often have the same process ids."""
+    file = tmp_path / "table"
+    with complete_file(file) as first:
+        first.write_text("first")
+        with complete_file(file) as second:
+            second.write_text("second")
+        assert file.read_text() == "second"
+    assert file.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]

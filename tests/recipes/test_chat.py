@@ -357,3 +357,8 @@ def test_it_runs_as_a_module_on_piped_questions(folder):
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("[cut after 3 tokens") == 2
     assert ended.stdout
+
+
+def test_a_preset_has_nothing_to_say():
+    with pytest.raises(SystemExit, match=r"error: preset:tiny: a preset has no weights and no tokenizer; name a folder"):
+        chat.main(["--model", "preset:tiny", "--device", "cpu"])

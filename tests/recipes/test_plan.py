@@ -99,7 +99,7 @@ def rows(capsys, *arguments):
 
 def test_numbers_of_gpus_that_the_run_does_not_fit_are_left_out(capsys):
     """Each printed number of GPUs fits by a plan of its own; efficiencies relate to the first of them."""
-    table, (_, left_out) = rows(capsys, "--device", "h100", "--pack-tokens", "8192")
+    table, (_, left_out) = rows(capsys, "--gpu", "h100", "--pack-tokens", "8192")
     fitting = [row[0] for row in table]
     assert fitting == ["4", "8", "16", "32", "64", "128"]
     for gpus in (1, 2, 4, 8):
@@ -120,7 +120,7 @@ def test_the_slower_assumption_comes_first_and_unmeasured_rows_say_so(capsys):
         assert share == pytest.approx(100 * each / float(table[0][3].replace(",", "")), abs=0.06)
         assert ("never measured" in " ".join(row)) == (row[0] != "1")
         assert ("network assumed" in " ".join(row)) == (int(row[0]) > 8)
-    assert all("never measured" in " ".join(row) for row in rows(capsys, "--device", "h100", "--pack-tokens", "1024")[0])
+    assert all("never measured" in " ".join(row) for row in rows(capsys, "--gpu", "h100", "--pack-tokens", "1024")[0])
 
 
 def test_a_recompute_mode_that_no_document_fits_has_no_speed(capsys):
@@ -169,3 +169,12 @@ def test_wrong_arguments_give_one_clear_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main([str(SHISA / "pretrain.toml"), *arguments])
     assert message in str(error.value)
+
+
+def test_the_kind_of_gpu_and_the_device_have_names_of_their_own(capsys):
+    config = str(SHISA / "sft.toml")
+    with pytest.raises(SystemExit):
+        main([config, *MODEL, "--device", "h100"])
+    assert "--device says where a recipe runs (auto, cpu, cuda); the kind of GPU is --gpu h100" in capsys.readouterr().err
+    main([config, *MODEL, "--device", "cpu", "--gpu", "h100"])
+    assert "on 1 GPU of 79 GiB" in capsys.readouterr().out

@@ -229,3 +229,9 @@ def test_each_configuration_alone_names_the_result_of_the_one_before(tmp_path):
 
 def test_the_machine_is_named():
     assert f"{torch.get_num_threads()} threads" in report.machine(torch.device("cpu"))
+
+
+def test_a_file_in_place_of_its_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"error: .*file: is a file; name a folder with --out"):
+        quickstart.main(["--out", str(tmp_path / "file"), "--device", "cpu"])

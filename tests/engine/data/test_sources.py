@@ -36,6 +36,17 @@ def test_gzip_and_byte_order_mark_change_nothing(tmp_path):
     assert read(tmp_path / "c.jsonl") == [(":1", {"text": "a"})]
 
 
+def test_json_lines_in_a_json_file_are_read(tmp_path):
+    values = [{"text": "one"}, {"text": "two"}]
+    file = tmp_path / "a.json"
+    file.write_text("\n" + "".join(json.dumps(value) + "\n" for value in values))
+    (source,) = find_sources([str(file)], TEXT_SUFFIXES)
+    assert list(source.records("blank")) == [(f"{file}:2", values[0]), (f"{file}:3", values[1])]
+    file.write_text('{"text": "one"}\n{"text" "two"}\n')
+    with pytest.raises(ValueError, match=r"a\.json:2: broken JSON"):
+        list(find_sources([str(file)], TEXT_SUFFIXES)[0].records("blank"))
+
+
 def test_jsonl_and_json_arrays_give_their_values(tmp_path):
     values = [{"text": "い\n"}, {"text": "ろ", "n": 1}, [3]]
     lines, array = tmp_path / "a.jsonl", tmp_path / "b.json"

@@ -236,3 +236,19 @@ def test_a_run_that_began_before_the_configuration_counted_finds_its_tables(
     resume()
     assert (computed, loaded) == ([], [])
     assert metric_lines(killed) == metric_lines(finished)
+
+
+@pytest.mark.parametrize("denied", [False, True])
+def test_a_cache_that_cannot_be_written_is_refused_before_computing(one_step, tmp_path, computed, monkeypatch, denied):
+    """`os.access` is replaced, as nothing denies the superuser permission."""
+    file = tmp_path / "file"
+    if denied:
+        file.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file)
+    else:
+        file.write_text("")
+    reason = f"no permission for {file}" if denied else f"{file} is not a folder"
+    with pytest.raises(OSError, match=rf"cache: cannot be written: {reason}; choose another reference_cache"):
+        one_step(reference_cache=str(file / "cache"))
+    assert computed == []
+    assert not (tmp_path / "run").exists()

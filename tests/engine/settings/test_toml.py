@@ -65,7 +65,8 @@ def test_every_recipes_settings_read_back_equal(tmp_path, value):
     assert parse(type(value), [str(path)]) == value
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# Paths; an empty one is refused, and a leading ~ becomes the home folder.
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda text: text[0] != "~")
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
 sources = st.builds(Source, path=texts, share=st.none() | positive)
 
@@ -307,3 +308,27 @@ def test_help_names_the_settings_file(capsys, settings_class):
     assert "from both; an option overrides the file's key: python -m recipes.x SETTINGS.toml [OPTIONS]" in shown
     if issubclass(settings_class, TrainSettings):
         assert "[[sources]] tables can be added in the file alone, with the keys path, share, passes." in shown
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "argv", "name"),
+    [
+        (ExportSettings, ["--source", "", "--out", "o"], "source"),
+        (PrepareSettings, ["--kind", "text", "--paths", "a", "", "--out", "o"], "paths"),
+        (PrepareSettings, ["--kind", "text", "--paths", "a", "--out", ""], "out"),
+        (PrepareSettings, ["--kind", "text", "--paths", "a", "--out", "o", "--tokenizer", ""], "tokenizer"),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_taken_for_the_current_folder(settings_class, argv, name):
+    with pytest.raises(SystemExit, match=rf"^error: {name} is empty: name a file or folder"):
+        parse(settings_class, argv)
+
+
+def test_a_path_that_is_empty_by_default_may_be_empty(tmp_path):
+    assert read_toml(DpoSettings, written(tmp_path, BASE + 'tokenizer = ""\n' + SOURCE)).tokenizer == ""
+
+
+def test_a_list_of_tables_as_an_option_is_refused_in_one_line(tmp_path):
+    path = written(tmp_path, BASE + SOURCE)
+    with pytest.raises(SystemExit, match=r"^error: --sources: add sources in the TOML file, each as a table"):
+        parse(PretrainSettings, [str(path), "--sources", "data/x"])
