@@ -42,6 +42,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "sections: end - shift - window -> end - shift": _QUICKER,
     },
     "embedding": {
+        "_forward_kernel: (word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) -> word.to(tl.int32, bitcast=True) >> 8": (
+            "the sum of an integer and 0.5 is float32 already"
+        ),
         "_backward_kernel: tl.load(sorted_tokens + at, mask=same, other=-1) -> "
         "tl.load(sorted_tokens + at, mask=same, other=0)": _HIDDEN,
     },
