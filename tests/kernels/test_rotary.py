@@ -20,7 +20,8 @@ def inputs(tokens, heads, kv_heads, size, dtype, device):
 
 
 def table_of(positions, size, device):
-    return RotaryTable(*(angles.to(device) for angles in rotary_table(positions, size, THETA)))
+    # Copies, so that a kernel that reads beyond a table is caught.
+    return RotaryTable(*(angles.to(device).clone() for angles in rotary_table(positions, size, THETA)))
 
 
 def turned(qkv, table, rotated_heads):

@@ -3,6 +3,9 @@
 _PROMOTED = "the other operand is float32 already and promotes it"
 _STORED = "the store converts to the type of the result"
 _QUICKER = "the condition only saves time: without it the masks give the same"
+_WIDENED = "the value lies within a row, which fits 32 bits, and the operand that it is added to has 64"
+_FEW_SPLITS = "splits times rows is at most the rows of all programs that a chip runs at once, which fits 32 bits"
+_ZEROS = "the rows behind the range's end are zeros, whatever their weight"
 _HIDDEN = "the value is never stored, or is replaced where it is masked"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -11,16 +14,37 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_key_kernel: start >= end -> start > end": _QUICKER,
         "_query_kernel: if start >= end: -> if False:": _QUICKER,
         "_query_kernel: start >= end -> start > end": _QUICKER,
-        "_query_kernel: tl.load(log_sum_exp + at, mask=inside, other=float('inf')) -> "
-        "tl.load(log_sum_exp + at, mask=inside, other=0)": _HIDDEN,
+        "_query_kernel: if section != 1: -> if True:": _QUICKER,
+        "_query_kernel: if section != 1: -> if True: (number 2)": _QUICKER,
+        "_query_kernel: g.to(tl.float32) -> g": _PROMOTED,
+        "_query_kernel: o.to(tl.float32) -> o": _PROMOTED,
+        "_key_kernel: tl.load(log_sum_exp + base + row, mask=inside, other=float('inf')) -> "
+        "tl.load(log_sum_exp + base + row, mask=inside, other=0)": _ZEROS,
     },
     "attention/decode": {
         "_split_kernel: (first_row + TILE - 1) // GROUP -> first_row + TILE - 1": _QUICKER,
+        "_split_kernel: (tl.program_id(0) % KV_HEADS).to(tl.int64) -> tl.program_id(0) % KV_HEADS": _WIDENED,
+        "_split_kernel: split.to(tl.int64) -> split": _WIDENED,
+        "_split_kernel: tl.where(total > 0, peak * scale + tl.log2(divisor), float('-inf')) -> "
+        "peak * scale + tl.log2(divisor)": "without a key the peak is NO_PEAK, which weighs nothing beside a split with keys",
+        "_combine_kernel: rows.to(tl.int64) -> rows": _FEW_SPLITS,
+        "_combine_kernel: rows.to(tl.int64) -> rows (number 2)": _FEW_SPLITS,
+    },
+    "attention/forward": {
+        "_forward_kernel: if start >= end: -> if False:": _QUICKER,
+        "_forward_kernel: start >= end -> start > end": _QUICKER,
+        "_forward_kernel: if section != 1: -> if True:": _QUICKER,
+        "_forward_kernel: if section != 1: -> if True: (number 2)": _QUICKER,
     },
     "attention/tiles": {
+        "cut: if DESCRIPTORS: -> if True:": _QUICKER,
+        "load_rows: tl.cast(head, tl.int64) -> head": _WIDENED,
         "sections: end - shift - window -> end - shift": _QUICKER,
     },
     "embedding": {
+        "_forward_kernel: (word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) -> word.to(tl.int32, bitcast=True) >> 8": (
+            "the sum of an integer and 0.5 is float32 already"
+        ),
         "_backward_kernel: tl.load(sorted_tokens + at, mask=same, other=-1) -> "
         "tl.load(sorted_tokens + at, mask=same, other=0)": _HIDDEN,
     },
@@ -30,10 +54,25 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_total_kernel: tl.sqrt(tl.sum(total, axis=0)).to(tl.float32) -> tl.sqrt(tl.sum(total, axis=0))": _STORED,
     },
     "rms_norm": {
+        "_backward_kernel: tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(weight + column, mask=inside, other=0.0)": _PROMOTED,
+        "_backward_kernel: tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(grad + row * grad_stride + column, mask=inside, other=0.0)": _PROMOTED,
+        "_backward_kernel: tl.load(total + row * total_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(total + row * total_stride + column, mask=inside, other=0.0)": _PROMOTED,
+        "_backward_kernel: tl.load(grad_total + row * grad_total_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(grad_total + row * grad_total_stride + column, mask=inside, other=0.0)": _PROMOTED,
         "_forward_kernel: tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) -> "
         "tl.load(weight + column, mask=inside, other=0.0)": _PROMOTED,
         "_forward_kernel: tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
         "tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)": _PROMOTED,
+    },
+    "rotary": {
+        "_rotary_kernel: if KEY_HEADS > 0: -> if True:": _QUICKER,
+        "_rotary_kernel: KEY_HEADS > 0 -> KEY_HEADS >= 0": _QUICKER,
+        "_rotary_kernel: if VALUE_HEADS > 0: -> if True:": _QUICKER,
+        "_rotary_kernel: VALUE_HEADS > 0 -> VALUE_HEADS >= 0": _QUICKER,
+        "_rotary_kernel: tl.load(cos + angle, mask=rotated, other=1.0) -> tl.load(cos + angle, mask=rotated, other=0)": _HIDDEN,
     },
     "row_log_prob": {
         "_move_kernel: x.to(tl.float32) -> x": _PROMOTED,

@@ -38,7 +38,8 @@ OUTCOMES = ROOT / "build" / "mutants.jsonl"
 # A test failed, or the process was killed for touching foreign memory, or for never ending.
 SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGXCPU)
 FOUND_OUT = (int(pytest.ExitCode.TESTS_FAILED), *(-number for number in SIGNALS))
-CPU_SECONDS = 60
+# CPU time of the unchanged module's tests at most; a mutant that takes three times as long as these never ends.
+CPU_SECONDS = 600
 FINDERS = "finders"
 # Mutants of a module that are tried by default.
 MOST = 50
@@ -91,17 +92,17 @@ class FindersFirst:
         items.sort(key=lambda item: -self.found[item.nodeid])
 
 
-def start(module: Module, source: str, folder: Path, number: int, before: bool) -> int:
+def start(module: Module, source: str, folder: Path, number: int, before: bool, seconds: int) -> int:
     """Fork a process that runs a module's tests with this source in the module's place. Returns its id.
 
-    before: forbid memory before every tensor's start, instead of memory behind its end.
+    before: forbid memory before every tensor's start, instead of memory behind its end. seconds: CPU time at most.
     """
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, 2 * CPU_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, 2 * seconds))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         # The first process compiles what all import.
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder / "compiled")
@@ -133,19 +134,21 @@ class Outcome:
 
 
 def outcomes_of(module: Module, sources: Sequence[str], processes: int) -> Iterator[Outcome]:
-    """The outcome of the module's tests with each source, as it ends, `processes` at once."""
+    """The outcome of the module's tests with each source, as it ends, `processes` at once; the first one runs alone."""
     waiting, running = [(number, False) for number in range(len(sources))], {}
-    seconds = [0.0] * len(sources)
+    seconds, most, at_once = [0.0] * len(sources), CPU_SECONDS, 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         while waiting or running:
-            while waiting and len(running) < processes:
+            while waiting and len(running) < at_once:
                 number, before = waiting.pop(0)
-                running[start(module, sources[number], folder, number, before)] = number, before
+                running[start(module, sources[number], folder, number, before, most)] = number, before
             child, ended, used = os.wait4(-1, 0)
             number, before = running.pop(child)
             seconds[number] += used.ru_utime + used.ru_stime
             status = os.waitstatus_to_exitcode(ended)
+            if number == 0:
+                most, at_once = min(CPU_SECONDS, 10 + round(3 * seconds[0])), processes
             if status == 0 and not before:
                 waiting.insert(0, (number, True))
                 continue
