@@ -18,7 +18,6 @@ from benchmarks.measure import ceilings
 from benchmarks.peers.worker import Worker, cpu_seconds
 from engine.data.batch import Packing, Step, make_step
 from engine.data.dataset import TokenDataset
-from engine.data.plan import Plan
 from engine.distributed.ranks import Ranks, gather, host_group, join, leave
 from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
@@ -29,7 +28,7 @@ from engine.objectives.preference import Preference, reference_log_probs
 from engine.observe.profile import OPERATORS, breakdown, replaced
 from engine.optim.adamw import AdamW
 from engine.optim.schedule import learning_rate
-from engine.run import Run, with_chosen_gradients
+from engine.run import Run, plan_of, with_chosen_gradients
 from engine.settings.sections import OptimizerSettings, ParallelSettings, PreferenceSettings
 from engine.settings.toml import from_table, to_table
 from engine.settings.training import TrainSettings
@@ -164,16 +163,7 @@ def open_job(job: dict[str, Any], *, share_prompts: bool = True) -> Run:
     """
     settings = from_table(SETTINGS[job["objective"]], job["settings"])
     datasets = [TokenDataset.open(source.path) for source in settings.sources]
-    plan = Plan(
-        datasets,
-        list(settings.sources),
-        seed=settings.seed,
-        context_length=settings.context_length,
-        step_size=settings.step_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        share_prompts=share_prompts and getattr(settings, "share_prompts", False),
-    )
+    share_prompts = share_prompts and getattr(settings, "share_prompts", False)
     run = Run(
         settings=settings,
         ranks=Ranks(torch.device(job["device"])),
@@ -182,7 +172,7 @@ def open_job(job: dict[str, Any], *, share_prompts: bool = True) -> Run:
         tokenizer=None,  # type: ignore[arg-type]
         datasets=datasets,
         heldout={},
-        plan=plan,
+        plan=plan_of(settings, datasets, share_prompts=share_prompts),
         checkpoint=None,
         start=0,
         starting_model=Path(settings.model) if settings.model else None,

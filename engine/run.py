@@ -196,16 +196,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
         raise ValueError(f"heldout = {list(settings.heldout)}: two folders share a name, and metrics are named after folders")
-    plan = Plan(
-        datasets,
-        list(settings.sources),
-        seed=settings.seed,
-        context_length=settings.context_length,
-        step_size=settings.step_size,
-        steps=settings.steps,
-        epochs=settings.epochs,
-        share_prompts=share_prompts,
-    )
+    plan = plan_of(settings, datasets, share_prompts=share_prompts)
     fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0, model)
     _check_sizes(fresh)
     run = _resumed(fresh)
@@ -224,6 +215,20 @@ def _check_model(settings: TrainSettings) -> None:
         raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
     elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
         raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
+
+
+def plan_of(settings: TrainSettings, datasets: list[TokenDataset], *, share_prompts: bool) -> Plan:
+    """The data order that the settings ask for."""
+    return Plan(
+        datasets,
+        list(settings.sources),
+        seed=settings.seed,
+        context_length=settings.context_length,
+        step_size=settings.step_size,
+        steps=settings.steps,
+        epochs=settings.epochs,
+        share_prompts=share_prompts,
+    )
 
 
 def with_chosen_gradients(run: Run) -> Run:
