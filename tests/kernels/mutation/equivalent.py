@@ -24,6 +24,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "attention/decode": {
         "_split_kernel: (first_row + TILE - 1) // GROUP -> first_row + TILE - 1": _QUICKER,
         "_split_kernel: (tl.program_id(0) % KV_HEADS).to(tl.int64) -> tl.program_id(0) % KV_HEADS": _WIDENED,
+        "_split_kernel: high - low -> high": "longer splits, of which fewer have keys, cover the same tokens",
         "_split_kernel: split.to(tl.int64) -> split": _WIDENED,
         "_split_kernel: tl.where(total > 0, peak * scale + tl.log2(divisor), float('-inf')) -> "
         "peak * scale + tl.log2(divisor)": "without a key the peak is NO_PEAK, which weighs nothing beside a split with keys",
@@ -68,6 +69,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)": _PROMOTED,
     },
     "rotary": {
+        "_rotary_kernel: tl.load(given, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(given, mask=inside, other=0.0)": _PROMOTED,
+        "_rotary_kernel: tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(given + HALF, mask=inside, other=0.0)": _PROMOTED,
         "_rotary_kernel: if KEY_HEADS > 0: -> if True:": _QUICKER,
         "_rotary_kernel: KEY_HEADS > 0 -> KEY_HEADS >= 0": _QUICKER,
         "_rotary_kernel: if VALUE_HEADS > 0: -> if True:": _QUICKER,
