@@ -69,6 +69,15 @@ def test_kernel_and_reference_give_the_same_bits(parameter, gradient, moments, t
         assert same(updated(given, first_index=first_index), expected)
 
 
+def test_a_scale_of_0_still_decays_weights_and_moments(triton_device):
+    """Only a negative scale skips the update."""
+    zero = torch.zeros((), device=triton_device)
+    tensors = state(1030, "cpu")
+    expected = updated(tensors, adamw_reference_, gradient_scale=zero.cpu())
+    assert not same(expected, tensors)
+    assert same(updated([tensor.to(triton_device) for tensor in tensors], gradient_scale=zero), expected)
+
+
 @pytest.mark.parametrize("moments", FLOATS)
 @pytest.mark.parametrize("parameter", FLOATS)
 def test_a_negative_scale_changes_nothing(parameter, moments, device):

@@ -7,8 +7,17 @@ _WIDENED = "the value lies within a row, which fits 32 bits, and the operand tha
 _FEW_SPLITS = "splits times rows is at most the rows of all programs that a chip runs at once, which fits 32 bits"
 _ZEROS = "the rows behind the range's end are zeros, whatever their weight"
 _HIDDEN = "the value is never stored, or is replaced where it is masked"
+_VAST = "heads times tokens passes 32 bits only where the queries of a row take more than 64 GB"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
+    "adamw": {
+        "_adamw_kernel: if (start >= 0) & (start + BLOCK <= elements): -> if False:": _QUICKER,
+        "_adamw_kernel: start >= 0 -> start > 0": _QUICKER,
+        "_adamw_kernel: start + BLOCK <= elements -> start + BLOCK < elements": _QUICKER,
+        "_round: bits & 2147483647 < 2139095040 -> bits & 2147483647 <= 2139095040": (
+            "the low bits of infinity are 0, so that 16 random bits carry nothing into its high half"
+        ),
+    },
     "attention/backward": {
         "_key_kernel: if start >= end: -> if False:": _QUICKER,
         "_key_kernel: start >= end -> start > end": _QUICKER,
@@ -34,6 +43,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "attention/forward": {
         "_forward_kernel: if start >= end: -> if False:": _QUICKER,
         "_forward_kernel: start >= end -> start > end": _QUICKER,
+        "_forward_kernel: head.to(tl.int64) -> head": _VAST,
         "_forward_kernel: if section != 1: -> if True:": _QUICKER,
         "_forward_kernel: if section != 1: -> if True: (number 2)": _QUICKER,
     },
