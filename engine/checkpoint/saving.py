@@ -25,7 +25,11 @@ class Saving:
 
     def due_again(self, failed: bool) -> bool:
         """Whether to save now because the checkpoint before failed. failed: on any rank, as all ranks know."""
-        return failed and not self._settled("trying again after this step") and self._failures == 1
+        if not failed:
+            return False
+        first = self._failures == 0
+        next_try = "trying again after this step" if first else "the next try comes with the next checkpoint that is due"
+        return not self._settled(next_try) and first
 
     def save(self, state: TrainingState) -> Path:
         """Begin a checkpoint. Returns: its path, which does not exist yet."""
@@ -53,8 +57,6 @@ class Saving:
             self._checkpointer.wait()
         except OSError as error:
             self._begun, self._failures, self._error = False, self._failures + 1, error
-            if self._failures > 1 and next_try.endswith("this step"):
-                next_try = "the next try comes with the next checkpoint that is due"
             self._say(f"a checkpoint could not be written: {error}; {next_try}")
             return False
         if self._begun:

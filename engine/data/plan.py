@@ -19,7 +19,6 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -243,14 +242,13 @@ class Plan:
     def _planned(self, ends: list[int]) -> tuple[int, int]:
         """Steps until the sources end, and the places (pairs) of the last of them."""
         total = sum(order.start(end) for order, end in zip(self._orders, ends, strict=True))
-        last = max((order.start(end - 1) / rate, i) for i, (order, end, rate) in enumerate(self._ended(ends)))[1]
+        begins = [order.start(end - 1) / rate for order, end, rate in zip(self._orders, ends, self._rates, strict=True)]
+        # Of units that begin at once, the later source's comes last.
+        last = max(range(len(begins)), key=lambda source: (begins[source], source))
         (size,) = self._orders[last].counted(self._orders[last].units(ends[last] - 1, ends[last])).tolist()
         steps = (total - size) // self.step_size + 1
         cut = self._cuts((steps - 1) * self.step_size, None)[0]
         return steps, total - sum(order.start(unit) for order, unit in zip(self._orders, cut, strict=True))
-
-    def _ended(self, ends: list[int]) -> Iterable[tuple[SourceOrder, int, float]]:
-        return zip(self._orders, ends, self._rates, strict=True)
 
     def _longest_unit(self) -> int:
         """Places to compute of the longest unit. Raises: ValueError for a source without units, or a step below a segment."""
