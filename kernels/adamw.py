@@ -24,13 +24,12 @@ from torch import Tensor
 from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton
-from kernels.philox import ROUNDING, key_of, philox, philox_words
+from kernels.philox import ROUNDING, WORD, key_of, philox, philox_words
 
 # Elements of one eager pass on a CPU: a block's arrays stay in the cache between operations. A GPU takes 128 times as many,
 # because small blocks would leave it waiting for the host.
 _BLOCK = 1 << 17
 _QUIET_NAN = 0x7FC0
-_WORD = 0xFFFFFFFF
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ def adamw_(
     _check(parameter, remainder, gradient, exp_avg, exp_avg_sq, gradient_scale)
     tensors = (parameter, remainder, gradient, exp_avg, exp_avg_sq)
     if runs_triton(parameter):
-        rounding = (seed, parameter_id & _WORD, first_index)
+        rounding = (seed, parameter_id & WORD, first_index)
         _adamw(*tensors, gradient_scale, learning_rate, *betas, eps, weight_decay, step, *rounding)
     elif parameter.device.type == "cpu" and exp_avg.dtype == torch.float32:
         _adamw_fused_(*tensors, gradient_scale, learning_rate, betas, eps, weight_decay, step)
@@ -289,7 +288,7 @@ def adamw_reference_(
             _write_master(master, value, low[0])
         if first.dtype == torch.bfloat16:
             start = first_index + number * size
-            noise = _noise(start, start + len(first), parameter_id & _WORD, key_of(ROUNDING, seed, step), first.device)
+            noise = _noise(start, start + len(first), parameter_id & WORD, key_of(ROUNDING, seed, step), first.device)
             first.copy_(_round_stochastically(wide_first, noise & 0xFFFF))
             second.copy_(_round_stochastically(wide_second, noise >> 16))
 
@@ -304,7 +303,7 @@ def _noise(start: int, stop: int, parameter_id: int, key: tuple[int, int], devic
     """32 random bits for each element from `start` to `stop` of a parameter."""
     group = torch.arange(start // 4, triton.cdiv(stop, 4), device=device)
     zero = torch.zeros_like(group)
-    words = philox((group & _WORD, group >> 32, zero + parameter_id, zero), key)
+    words = philox((group & WORD, group >> 32, zero + parameter_id, zero), key)
     return torch.stack(words, dim=1).view(-1)[start % 4 :][: stop - start]
 
 

@@ -20,9 +20,7 @@ from torch import Tensor
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
 from kernels.launch import launch, runs_triton, unit_stride
-from kernels.philox import NEFTUNE, key_of, philox, philox_words, uniform_symmetric
-
-_WORD = 0xFFFFFFFF
+from kernels.philox import NEFTUNE, WORD, key_of, philox, philox_words, uniform_symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
     group = torch.arange((width + 3) // 4, dtype=torch.int64, device=noise.position_T.device)[None, :]
     document_T = noise.document_T.to(torch.int64)[:, None]
     position_T = noise.position_T.to(torch.int64)[:, None]
-    counter = (group, position_T, document_T & _WORD, (document_T >> 32) & _WORD)
+    counter = (group, position_T, document_T & WORD, (document_T >> 32) & WORD)
     words = philox(counter, key_of(NEFTUNE, noise.seed, noise.step))
     uniform_TD = uniform_symmetric(torch.stack(words, dim=-1).flatten(1)[:, :width])
     return uniform_TD * noise.scale_T(width)[:, None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_MASK = 0xFFFFFFFF
+WORD = 0xFFFFFFFF  # all bits of an unsigned 32-bit word
 
 # The uses: the four letters of a name, as ASCII.
 NEFTUNE = 0x4E454654  # NEFT: noise on embeddings
@@ -23,7 +23,7 @@ ROUNDING = 0x524F554E  # ROUN: stochastic rounding of moments
 
 def key_of(use: int, seed: int, step: int) -> tuple[int, int]:
     """The key of a use of random numbers: (use xor seed, step), 32 bits of each."""
-    return (use ^ seed) & _MASK, step & _MASK
+    return (use ^ seed) & WORD, step & WORD
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -38,7 +38,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
         high0, low0 = _multiply(c0, _MULTIPLIER[0])
         high1, low1 = _multiply(c2, _MULTIPLIER[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & WORD, (k1 + _WEYL[1]) & WORD
     return c0, c1, c2, c3
 
 
