@@ -129,3 +129,13 @@ def with_unseen_changed(row, inputs, places):
         sign = random(*tensor.shape, dtype=tensor.dtype, device=tensor.device, seed=90 + number).sign()
         changed.append(torch.where(unseen[:, None, None], sign * large, tensor))
     return changed, unseen
+
+
+def with_nans(inputs, broken):
+    """(inputs with NaN at the places of a document, whether each place belongs to another document)."""
+    spoilt = [tensor.detach().clone() for tensor in inputs]
+    for tensor in spoilt:
+        tensor[broken] = float("nan")
+    others = torch.ones(len(inputs[0]), dtype=torch.bool)
+    others[broken] = False
+    return spoilt, others

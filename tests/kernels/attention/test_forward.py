@@ -12,6 +12,7 @@ from tests.kernels.attention_rows import (
     Row,
     plain,
     small_blocks,
+    with_nans,
     with_unseen_changed,
 )
 from tests.kernels.error_rule import check, far_apart
@@ -85,11 +86,7 @@ def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatc
 def test_a_document_of_nans_changes_no_bit_of_the_others(descriptors, triton_device, monkeypatch):
     small_blocks(monkeypatch, descriptors=descriptors)
     inputs = NEIGHBOURS.inputs(torch.float32, triton_device)
-    spoilt = [tensor.clone() for tensor in inputs]
-    for tensor in spoilt:
-        tensor[21:46] = float("nan")
-    others = torch.ones(NEIGHBOURS.tokens, dtype=torch.bool)
-    others[21:46] = False
+    spoilt, others = with_nans(inputs, slice(21, 46))
     found = []
     for given in (inputs, spoilt):
         out, lse = forward(NEIGHBOURS, *given[:3])

@@ -12,7 +12,7 @@ import kernels.attention.backends as backends
 import kernels.attention.sliding_window as module
 from kernels.attention.sliding_window import sliding_window_attention, sliding_window_attention_with_lse
 from kernels.launch import INTERPRETED
-from tests.kernels.attention_rows import ROWS, Row, plain, small_blocks, with_unseen_changed
+from tests.kernels.attention_rows import ROWS, Row, plain, small_blocks, with_nans, with_unseen_changed
 from tests.kernels.error_rule import check, compare
 
 # The interpreter is slow: here it runs one row; test_forward.py and test_backward.py run all rows on it.
@@ -304,12 +304,8 @@ def test_tiles_of_all_sizes_equal_the_formula_in_float64(device):
 def test_a_document_of_nans_changes_no_bit_of_the_others(broken, reference_device):
     tensors, grad = leaves(MIXED, torch.float32, reference_device)
     expected = results(MIXED, tensors, grad, backend="reference")
-    spoilt = [tensor.detach().clone() for tensor in (*tensors, grad)]
-    for tensor in spoilt:
-        tensor[broken] = float("nan")
+    spoilt, others = with_nans((*tensors, grad), broken)
     found = results(MIXED, [tensor.requires_grad_() for tensor in spoilt[:3]], spoilt[3], backend="reference")
-    others = torch.ones(MIXED.tokens, dtype=torch.bool)
-    others[broken] = False
     assert all(torch.equal(one[others], other[others]) for one, other in zip(expected, found, strict=True))
     assert found[0][broken].isnan().all()
 
