@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.folder import foreign_folder, write_file
+from model.folder import write_file
+from model.foreign import foreign_folder
 
 if TYPE_CHECKING:
     import torch

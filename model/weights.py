@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model.config import MistralConfig, read_config, read_json, write_config
-from model.folder import foreign_folder, write_file
+from model.folder import write_file
+from model.foreign import foreign_folder
 from model.hub import INDEX_NAME, SINGLE_NAME
 from model.mistral import Mistral
 from model.tensor_file import TensorFile, TensorStream, write_tensor_file

@@ -13,16 +13,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from model.folder import write_file
+from model.vocabulary.proto import ModelProto, Piece, TrainerSpec
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.template import CHAT_TEMPLATE
 from model.vocabulary.tokenizer import MODEL_FILE, Tokenizer, inside_text
 
 _NO_LIMIT = 10**30  # transformers' number for a tokenizer without a maximum length
-_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
-_Piece = _protobuf.ModelProto.SentencePiece
 
 
 def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> None:
@@ -41,7 +38,7 @@ def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> 
         ValueError: the model is not BPE, or writes spaces in a way that tokenizer.json cannot express.
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
-    proto = _protobuf.ModelProto.FromString(tokenizer.model_bytes)
+    proto = ModelProto.FromString(tokenizer.model_bytes)
     pieces = tokenizer.pieces()
     own = {
         "bos_token": pieces[tokenizer.bos_id],
@@ -81,7 +78,7 @@ def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> 
 def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
     """The content of `tokenizer.json`, in the form of the package `tokenizers`."""
     spec = proto.normalizer_spec
-    if proto.trainer_spec.model_type != _protobuf.TrainerSpec.BPE:
+    if proto.trainer_spec.model_type != TrainerSpec.BPE:
         raise ValueError("only a SentencePiece model of type BPE can be written as a tokenizer folder")
     if proto.trainer_spec.treat_whitespace_as_suffix or not spec.escape_whitespaces:
         raise ValueError(
@@ -110,7 +107,7 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     # User-defined pieces match before any merge: split off first, then taken whole. As added tokens, each would begin a new
     # text, with a space before it.
-    defined = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED]
+    defined = [piece.piece for piece in proto.pieces if piece.type == Piece.USER_DEFINED]
     pattern = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
     splits = [pattern, _whole(proto)] if defined else []
     split = {
@@ -162,7 +159,7 @@ def _whole(proto: Any) -> str:
     entries = {piece.piece: id for id, piece in enumerate(proto.pieces)}
     starts = []
     for text, id in entries.items():
-        if proto.pieces[id].type not in (_Piece.NORMAL, _Piece.CONTROL, _Piece.UNUSED):
+        if proto.pieces[id].type not in (Piece.NORMAL, Piece.CONTROL, Piece.UNUSED):
             continue
         found = inside.encode(text.replace(SPACE, " "), out_type=str)
         if len(found) > 1:
@@ -178,7 +175,7 @@ def _merges(proto: Any) -> list[str]:
     comes first in it. Among equal scores (runs of spaces) longer pieces come first: a run then grows from its left end to the
     longest piece, as under the leftmost rule. For the same reason a piece's longer left half comes first.
     """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == Piece.NORMAL}
     order = sorted(scores, key=lambda piece: (-scores[piece], -len(piece)))
     return [
         f"{piece[:cut]} {piece[cut:]}"

@@ -19,16 +19,12 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
+from model.vocabulary.proto import ModelProto, Piece, TrainerSpec
 from model.vocabulary.scripts import SPACE, Scripts
 from model.vocabulary.selection import select
 from model.vocabulary.tokenizer import Tokenizer, inside_text
 from model.vocabulary.train import Trained, train
-
-_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
-_Piece = _protobuf.ModelProto.SentencePiece
-_TrainerSpec = _protobuf.TrainerSpec
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,11 @@ def check_base(model_bytes: bytes, source: str = "the base tokenizer") -> int:
         ValueError: the bytes are no SentencePiece model, it is not BPE (Unigram, word, character) or lacks byte fallback.
     """
     Tokenizer(model_bytes, source)
-    proto = _protobuf.ModelProto.FromString(model_bytes)
-    if proto.trainer_spec.model_type != _TrainerSpec.BPE:
-        kind = _TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
+    proto = ModelProto.FromString(model_bytes)
+    if proto.trainer_spec.model_type != TrainerSpec.BPE:
+        kind = TrainerSpec.ModelType.Name(proto.trainer_spec.model_type).lower()
         raise ValueError(f"{source} is a SentencePiece model of type {kind}: new pieces can be merged into BPE only")
-    if sum(piece.type == _Piece.BYTE for piece in proto.pieces) != 256:
+    if sum(piece.type == Piece.BYTE for piece in proto.pieces) != 256:
         raise ValueError(
             f"{source} has no byte fallback: characters without a piece would be lost; use one trained with byte_fallback=true"
         )
@@ -131,7 +127,7 @@ def merge(
     base_size = check_base(base, source)
     if new_pieces < 1:
         raise ValueError(f"the number of new pieces must be at least 1, not {new_pieces}")
-    proto = _protobuf.ModelProto.FromString(base)
+    proto = ModelProto.FromString(base)
     known = {piece.piece for piece in proto.pieces}
     spelled, dropped = _spelled(candidates, known, new_pieces)
     if texts is None:
@@ -155,7 +151,7 @@ def merge(
         pieces = pieces[:new_pieces]
     else:
         encode = sentencepiece.SentencePieceProcessor(model_proto=with_candidates).encode
-        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _Piece.NORMAL}
+        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == Piece.NORMAL}
         pieces = select(pieces, new_pieces, texts, encode, ids, scores)
         finished("select")
     new_controls = [control for control in controls if control not in known]
@@ -193,8 +189,8 @@ def _first_reachable(proto: Any, pieces: list[str], new_pieces: int) -> list[str
 
 def unreachable(model_bytes: bytes, first: int = 0) -> list[int]:
     """Ids, from `first` on, of the pieces whose own text does not encode to them alone; hence no text encodes to them."""
-    proto = _protobuf.ModelProto.FromString(model_bytes)
-    ids = [id for id in range(first, len(proto.pieces)) if proto.pieces[id].type == _Piece.NORMAL]
+    proto = ModelProto.FromString(model_bytes)
+    ids = [id for id in range(first, len(proto.pieces)) if proto.pieces[id].type == Piece.NORMAL]
     texts = [proto.pieces[id].piece.replace(SPACE, " ") for id in ids]
     return [id for id, encoded in zip(ids, inside_text(proto).encode(texts, out_type=int), strict=True) if encoded != [id]]
 
@@ -208,19 +204,19 @@ def split_pieces(base: Tokenizer, merged: Tokenizer) -> list[list[int]]:
     pieces, known = merged.pieces(), base.pieces()
     if pieces[: len(known)] != known:
         raise ValueError("the merged tokenizer does not begin with the base tokenizer's pieces: merge into the same base")
-    inside = inside_text(_protobuf.ModelProto.FromString(base.model_bytes))
+    inside = inside_text(ModelProto.FromString(base.model_bytes))
     return inside.encode([piece.replace(SPACE, " ") for piece in pieces[len(known) :]], out_type=int)
 
 
 def _append(proto: Any, pieces: Sequence[str], controls: Sequence[str] = ()) -> bytes:
     """The base with pieces appended, then control pieces."""
-    merged = _protobuf.ModelProto()
+    merged = ModelProto()
     merged.CopyFrom(proto)
     lowest = min(piece.score for piece in proto.pieces)
     for piece, score in zip(pieces, _scores_below(lowest, len(pieces)), strict=True):
-        merged.pieces.add(piece=piece, score=score, type=_Piece.NORMAL)
+        merged.pieces.add(piece=piece, score=score, type=Piece.NORMAL)
     for control in controls:
-        merged.pieces.add(piece=control, score=0.0, type=_Piece.CONTROL)
+        merged.pieces.add(piece=control, score=0.0, type=Piece.CONTROL)
     merged.trainer_spec.vocab_size = len(merged.pieces)
     merged.DiscardUnknownFields()  # self-tests: stored sample encodings, which a new piece may shorten
     return merged.SerializeToString(deterministic=True)

@@ -7,16 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sentencepiece import sentencepiece_model_pb2
-
 from model.config import read_json
+from model.vocabulary.proto import ModelProto, Piece, TrainerSpec
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.template import FolderTemplate, is_ours
 
 JSON_FILE = "tokenizer.json"
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
-_protobuf: Any = sentencepiece_model_pb2  # its classes are made at import time, hidden from a type checker
-_Piece = _protobuf.ModelProto.SentencePiece
 
 
 class AddedToken(NamedTuple):
@@ -81,9 +78,9 @@ def _declared(folder: Path) -> Iterator[tuple[Path, AddedToken]]:
 
 def with_pieces(model_bytes: bytes, tokens: Sequence[AddedToken]) -> bytes:
     """A SentencePiece model with tokens behind its pieces: special tokens as control pieces, others as user-defined ones."""
-    proto = _protobuf.ModelProto.FromString(model_bytes)
+    proto = ModelProto.FromString(model_bytes)
     for token in tokens:
-        kind = _Piece.CONTROL if token.special else _Piece.USER_DEFINED
+        kind = Piece.CONTROL if token.special else Piece.USER_DEFINED
         proto.pieces.add(piece=token.content, score=0.0, type=kind)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     proto.DiscardUnknownFields()  # self-tests: stored sample encodings, which a user-defined piece may change
@@ -147,23 +144,23 @@ def _model_of(table: dict[str, Any], path: Path) -> bytes:
     special = {token["content"] for token in table["added_tokens"] if token.get("special", True)}
     defined = {token["content"] for token in table["added_tokens"]} - special
     scores = _scores(model["merges"], path)
-    proto = _protobuf.ModelProto()
+    proto = ModelProto()
     unknown = model.get("unk_token") or "<unk>"
     unmade = {piece for piece in pieces if len(piece) > 1 and not _is_byte(piece)} - scores.keys()
     for piece in pieces:
-        kind = _Piece.NORMAL
+        kind = Piece.NORMAL
         if piece == unknown:
-            kind = _Piece.UNKNOWN
+            kind = Piece.UNKNOWN
         elif piece in special or piece in unmade:
             # No text encodes to a piece of several characters that no merge makes.
-            kind = _Piece.CONTROL
+            kind = Piece.CONTROL
         elif piece in defined:
-            kind = _Piece.USER_DEFINED
+            kind = Piece.USER_DEFINED
         elif _is_byte(piece):
-            kind = _Piece.BYTE
-        normal = kind == _Piece.NORMAL
+            kind = Piece.BYTE
+        normal = kind == Piece.NORMAL
         proto.pieces.add(piece=piece, score=scores.get(piece, -float(len(scores) + 1)) if normal else 0.0, type=kind)
-    proto.trainer_spec.model_type = _protobuf.TrainerSpec.BPE
+    proto.trainer_spec.model_type = TrainerSpec.BPE
     proto.trainer_spec.vocab_size = len(pieces)
     proto.trainer_spec.byte_fallback = True
     for name, spelling in (("unk", unknown), ("bos", "<s>"), ("eos", "</s>")):
