@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from engine.distributed.torchrun import under_torchrun
 from engine.settings.toml import parse
 
 Settings = TypeVar("Settings")
@@ -55,7 +56,7 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
 
 
 def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:
-    if not _under_torchrun():
+    if not under_torchrun():
         return parse(settings_class, argv, prog=prog)
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -67,10 +68,6 @@ def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: 
         if os.environ.get("RANK") == "0":
             print(out.getvalue(), end="")
         raise
-
-
-def _under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _end_unread() -> NoReturn:
@@ -86,7 +83,7 @@ def _end(said: str, status: int) -> NoReturn:
     torchrun repeats the message at the end of its own traceback: it reads the file that TORCHELASTIC_ERROR_FILE names.
     Source: torch.distributed.elastic.multiprocessing.errors.
     """
-    if not _under_torchrun():
+    if not under_torchrun():
         raise SystemExit(said) from None
     if os.environ.get("RANK") != "0":
         # A run's own handler would note the signal and wait on.

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from engine.checkpoint.state import checkpoints, seconds_to_save
-from engine.distributed.stop import shutdown_warning
+from engine.distributed.torchrun import shutdown_warning
 from engine.estimate.sizes import FLOAT32
 from engine.run import Run
 

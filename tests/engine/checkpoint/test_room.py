@@ -64,6 +64,6 @@ def test_torchruns_timeout_is_compared_with_the_last_checkpoint(run_of, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert not any("SIGTERM" in line for line in check_room(run))
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
-    monkeypatch.setattr("engine.distributed.stop._command_line", lambda process: [])
+    monkeypatch.setattr("engine.distributed.torchrun._command_line", lambda process: [])
     monkeypatch.setattr(room, "seconds_to_save", lambda folder: 77.0)
     assert "kills its workers 0 s after SIGTERM, saving takes 77 s (the last one took so long)" in check_room(run)[-1]

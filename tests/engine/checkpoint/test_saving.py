@@ -11,7 +11,7 @@ import torch
 import engine.checkpoint.writing
 import engine.loop
 from engine.checkpoint.state import checkpoints, newest_checkpoint
-from engine.distributed.stop import shutdown_timeout, shutdown_warning
+from engine.distributed.torchrun import shutdown_timeout, shutdown_warning
 from recipes import pretrain
 
 QUIET = {"heldout": [], "log": {"every": 1, "tensorboard": False}}
@@ -191,7 +191,7 @@ def test_torchruns_timeout_is_read_where_it_can_be_seen(monkeypatch):
         (["torchrun", "--shutdown_timeout=45"], None, 45.0),
         (["torchrun"], "90", 90.0),
     ]:
-        monkeypatch.setattr("engine.distributed.stop._command_line", lambda _, arguments=arguments: arguments)
+        monkeypatch.setattr("engine.distributed.torchrun._command_line", lambda _, arguments=arguments: arguments)
         if variable:
             monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
         assert shutdown_timeout() == expected
