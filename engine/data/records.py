@@ -84,7 +84,7 @@ def read_conversation(value: Any) -> list[Turn]:
     Raises: Unusable.
     """
     _check_fields(_object(value), _IN_RECORD)
-    listed = next((name for name in CONVERSATIONS if not _empty(_decoded(value.get(name)))), None)
+    listed = _listed(value)
     if listed is not None:
         turns = _turns(value[listed], "", listed)
         if not _empty(value.get("history")):
@@ -133,7 +133,7 @@ def read_pair(value: Any) -> Pair:
             raise Unusable("answer of weight 0", f"the last turn of '{side}'")
         sides[side] = turns
     contexts = [_untrained(_with_system(value, list(turns[:-1]))) for turns in sides.values() if len(turns) > 1]
-    listed = next((name for name in CONVERSATIONS if not _empty(_decoded(value.get(name)))), None)
+    listed = _listed(value)
     if given is None and not contexts and listed is not None:
         given = _untrained(_with_system(value, _turns(value[listed], "", listed)))
     prompt = contexts[0] if contexts else given
@@ -153,6 +153,11 @@ def read_pair(value: Any) -> Pair:
     if not checked or checked[-1]["role"] != "user":
         raise Unusable("roles do not alternate", "the prompt does not end with a user message")
     return Pair(_untrained(checked), chosen, rejected)
+
+
+def _listed(value: Mapping[str, Any]) -> str | None:
+    """The field that holds the record's turns; None where there is none."""
+    return next((name for name in CONVERSATIONS if not _empty(_decoded(value.get(name)))), None)
 
 
 def _untrained(turns: list[Turn]) -> list[Message]:
