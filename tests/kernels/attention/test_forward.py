@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import kernels.attention.forward as module
+from kernels.attention.tiles import store_rows
+from kernels.launch import launch
 from tests.kernels.attention_rows import (
     NEIGHBOURS,
     ROWS,
@@ -16,6 +20,7 @@ from tests.kernels.attention_rows import (
     with_unseen_changed,
 )
 from tests.kernels.error_rule import check, far_apart
+from tests.kernels.last_program import vast
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +97,21 @@ def test_a_document_of_nans_changes_no_bit_of_the_others(descriptors, triton_dev
         out, lse = forward(NEIGHBOURS, *given[:3])
         found.append([out[others], lse[:, others]])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@triton.jit
+def _store_kernel(target, first: tl.int64, limit: tl.int64, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    row = tl.cast(first, tl.int32) + tl.arange(0, ROWS)
+    store_rows(target, tl.full((ROWS, SIZE), 3.0, tl.float32), row, limit, 0, 1, SIZE)
+
+
+def test_rows_beyond_31_bits_of_offset_are_stored(triton_device):
+    """By the kernels' own function: a whole output of this size takes too much memory to fill."""
+    size = rows = 16
+    first = 2**31 // size
+    target = vast((first + rows + 1) * size, torch.float16, triton_device)
+    target[first * size :] = 0
+    launch(_store_kernel, (1,), target, first, first + rows - 1, ROWS=rows, SIZE=size, device=target.device, warps=1)
+    stored = target[first * size :].view(-1, size)
+    assert (stored[: rows - 1] == 3).all()
+    assert (stored[rows - 1 :] == 0).all()

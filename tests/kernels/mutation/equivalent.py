@@ -7,6 +7,8 @@ _WIDENED = "the value lies within a row, which fits 32 bits, and the operand tha
 _FEW_SPLITS = "splits times rows is at most the rows of all programs that a chip runs at once, which fits 32 bits"
 _ZEROS = "the rows behind the range's end are zeros, whatever their weight"
 _HIDDEN = "the value is never stored, or is replaced where it is masked"
+_MASKED = "the bound only decides which blocks are masked: those that it moves are masked needlessly, and give the same"
+_BEFORE = "a range with a shift is a prefix, which ends before the queries that continue it, whatever the shift"
 _VAST = "heads times tokens passes 32 bits only where the queries of a row take more than 64 GB"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -49,6 +51,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "attention/tiles": {
         "cut: if DESCRIPTORS: -> if True:": _QUICKER,
+        "own_range: end - shift -> end": _BEFORE,
+        "own_range: start - shift - window + 1 -> start - shift - window": _MASKED,
+        "sections: tl.minimum(left, blocks) -> tl.maximum(left, blocks)": _MASKED,
+        "sections: kv_end - kv_start -> kv_end": _MASKED,
+        "sections: end - shift - window - kv_start -> end - shift - window": _MASKED,
+        "sections: start - shift + 1 -> start - shift": _MASKED,
+        "sections: start - shift -> start": _BEFORE,
         "load_rows: tl.cast(head, tl.int64) -> head": _WIDENED,
         "sections: end - shift - window -> end - shift": _QUICKER,
     },
