@@ -95,6 +95,15 @@ def test_the_gradient_of_rows_wider_than_a_program_is_right(device):
     )
 
 
+def test_partial_sums_of_the_gradient_may_leave_the_range_of_float16(triton_device):
+    """The kernel sums in float32; torch's own operator, which the reference calls, overflows."""
+    weight = _weight(triton_device, torch.float16).requires_grad_()
+    grad = torch.tensor([40000.0, 40000.0, -40000.0, -39008.0], dtype=torch.float16, device=triton_device)
+    out = embedding(torch.full((4,), 7, device=triton_device), weight)
+    (found,) = torch.autograd.grad(out, weight, grad[:, None].expand(4, WIDTH))
+    assert (found[7] == 992).all()
+
+
 @pytest.mark.parametrize("length", [1, 30, *([] if INTERPRETED else [4000])])
 def test_noise_has_the_scale_of_the_paper(length, device):
     added = _added(_noise([(5, 0, length, length)], device))

@@ -8,6 +8,7 @@ _FEW_SPLITS = "splits times rows is at most the rows of all programs that a chip
 _ZEROS = "the rows behind the range's end are zeros, whatever their weight"
 _HIDDEN = "the value is never stored, or is replaced where it is masked"
 _MASKED = "the bound only decides which blocks are masked: those that it moves are masked needlessly, and give the same"
+_MORE = "the tokens that the bound adds are masked"
 _BEFORE = "a range with a shift is a prefix, which ends before the queries that continue it, whatever the shift"
 _VAST = "heads times tokens passes 32 bits only where the queries of a row take more than 64 GB"
 
@@ -35,6 +36,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "attention/decode": {
         "_split_kernel: (first_row + TILE - 1) // GROUP -> first_row + TILE - 1": _QUICKER,
         "_split_kernel: (tl.program_id(0) % KV_HEADS).to(tl.int64) -> tl.program_id(0) % KV_HEADS": _WIDENED,
+        "_split_kernel: tl.minimum((first_row + TILE - 1) // GROUP + 1, tokens) -> "
+        "tl.maximum((first_row + TILE - 1) // GROUP + 1, tokens)": _MORE,
+        "_split_kernel: seen + first_row // GROUP -> seen": _MORE,
+        "_split_kernel: seen + first_row // GROUP - window + 1 -> seen + first_row // GROUP - window": _MORE,
         "_split_kernel: high - low -> high": "longer splits, of which fewer have keys, cover the same tokens",
         "_split_kernel: split.to(tl.int64) -> split": _WIDENED,
         "_split_kernel: tl.where(total > 0, peak * scale + tl.log2(divisor), float('-inf')) -> "
@@ -52,11 +57,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "attention/tiles": {
         "cut: if DESCRIPTORS: -> if True:": _QUICKER,
         "own_range: end - shift -> end": _BEFORE,
-        "own_range: start - shift - window + 1 -> start - shift - window": _MASKED,
+        "own_range: start - shift - window + 1 -> start - shift - window": _MORE,
         "sections: tl.minimum(left, blocks) -> tl.maximum(left, blocks)": _MASKED,
-        "sections: kv_end - kv_start -> kv_end": _MASKED,
+        "sections: kv_end - kv_start -> kv_end": _MORE,
         "sections: end - shift - window - kv_start -> end - shift - window": _MASKED,
         "sections: start - shift + 1 -> start - shift": _MASKED,
+        "sections: end - shift -> end": _MASKED,
+        "sections: tl.maximum(tl.minimum(start - shift + 1, kv_end) - kv_start, 0) -> "
+        "tl.minimum(tl.minimum(start - shift + 1, kv_end) - kv_start, 0)": _MASKED,
         "sections: start - shift -> start": _BEFORE,
         "load_rows: tl.cast(head, tl.int64) -> head": _WIDENED,
         "sections: end - shift - window -> end - shift": _QUICKER,
@@ -65,6 +73,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_forward_kernel: (word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) -> word.to(tl.int32, bitcast=True) >> 8": (
             "the sum of an integer and 0.5 is float32 already"
         ),
+        "_backward_kernel: same & (tl.load(sorted_tokens + at, mask=same, other=-1) == token) -> "
+        "tl.load(sorted_tokens + at, mask=same, other=-1) == token": "a masked load gives -1, which is no token",
         "_backward_kernel: tl.load(sorted_tokens + at, mask=same, other=-1) -> "
         "tl.load(sorted_tokens + at, mask=same, other=0)": _HIDDEN,
     },
