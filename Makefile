@@ -94,5 +94,5 @@ endif
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[quickstart,dev,data$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(RUN) -m pip install --quiet $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[quickstart,dev,data,eval$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@

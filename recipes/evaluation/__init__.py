@@ -1,0 +1,1 @@
+"""Scores of models: benchmark tasks, their statistics, and what a report says of them."""
