@@ -3,13 +3,14 @@
 Nothing here loads torch before the settings are read, so that `--help` and a wrong setting answer at once.
 """
 
+import difflib
 import io
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -53,6 +54,28 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
     except KeyboardInterrupt:
         print("stopped; everything that was complete is kept", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def commands(
+    parts: Mapping[str, tuple[type, Callable[[Any], Any]]],  # a part's name -> its settings and its function
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str,
+) -> None:
+    """A recipe of several parts: the first argument names the part, the others are the part's own, as `command` reads them."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h"):
+        print(f"{' '.join(description.split())}\n")
+        print("\n".join(f"  {prog} {part} --help" for part in parts))
+        if not arguments:
+            raise SystemExit(f"error: name one of {', '.join(parts)}")
+        return
+    if name not in parts:
+        nearest = difflib.get_close_matches(name, parts, n=1, cutoff=0.0)[0]
+        raise SystemExit(f"error: {name!r} is not a part of {prog}; the nearest one is {nearest!r} (of {', '.join(parts)})")
+    settings_class, run = parts[name]
+    command(settings_class, run, arguments[1:], f"{prog} {name}")
 
 
 def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from recipes import chat, dpo, export, plan, prepare, pretrain, sft, vocabulary
+from recipes.command import commands
 from recipes.drawing import new_figure
 from recipes.vocabulary_comparison import carried
 
@@ -123,3 +125,23 @@ def test_help_whose_reader_has_gone_ends_quietly():
         check=False,
     )
     assert (shown.stdout, shown.stderr) == ("usage: python -m recipes.pretrain [-h] [OPTIONS]\n", "")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part."""
+
+    number: int = 1
+
+
+def test_a_recipe_of_several_parts_runs_the_one_that_is_named_first(capsys):
+    ran = []
+    parts = {"answer": (Part, ran.append), "judge": (Part, lambda _: None)}
+    commands(parts, ["answer", "--number", "3"], "python -m recipes.some", "Two parts.")
+    assert ran == [Part(3)]
+    commands(parts, ["--help"], "python -m recipes.some", "Two parts.")
+    assert "python -m recipes.some judge --help" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: 'juge' is not a part of .*; the nearest one is 'judge' \(of answer, judge\)"):
+        commands(parts, ["juge"], "python -m recipes.some", "Two parts.")
+    with pytest.raises(SystemExit, match="error: name one of answer, judge"):
+        commands(parts, [], "python -m recipes.some", "Two parts.")
