@@ -1,7 +1,7 @@
 """Intervals, paired tests and what a comparison could have seen: for accuracies, means and any other statistic of items.
 
-Items that belong together (the questions of a passage, of a subject, of a prompt) form a cluster; clusters are independent, items
-within one are not. Without clusters each item is its own.
+Items that belong together (the questions of a passage, of a subject, of a prompt) form a cluster; clusters are independent,
+items within one are not. Without clusters each item is its own.
 
 Everything random is seeded, so that a report has the same bytes each time.
 
@@ -153,8 +153,8 @@ def detectable_difference(
 ) -> float:
     """The smallest true mean difference that a two-sided test at `alpha` finds with probability `power`.
 
-    It is (t_(1 - alpha / 2) + t_power) standard errors of the mean difference with G - 1 degrees of freedom, but never less than
-    what an exact test needs: as many items, or clusters, that all differ the same way as make 2^(1 - k) <= alpha. Infinite
+    It is (t_(1 - alpha / 2) + t_power) standard errors of the mean difference, with G - 1 degrees of freedom, but never less
+    than an exact test needs: as many items, or clusters, that all differ the same way as make 2^(1 - k) <= alpha. Infinite
     where there are fewer.
     Raises: ValueError without items, or for clusters of another number.
     """
