@@ -60,7 +60,7 @@ class SourceFile:
             empty = False
             yield record
         if empty:
-            raise ValueError(f"{self.name}: empty: nothing to prepare in it")
+            raise ValueError(f"{self.name}: empty: no record in it")
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         number = 0
@@ -173,7 +173,7 @@ class HubSource:
     def records(self, split: str) -> Iterator[Record]:
         """The rows. Raises: ValueError for an empty dataset."""
         if not len(self._rows):
-            raise ValueError(f"{self.name}: empty: nothing to prepare in it")
+            raise ValueError(f"{self.name}: empty: no record in it")
         for number, value in enumerate(self._rows, 1):
             self.position = number
             yield Record(f"{self.name}, row {number}", value)
