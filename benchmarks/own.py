@@ -18,7 +18,8 @@ from benchmarks.measure import ceilings
 from benchmarks.peers.worker import Worker, cpu_seconds
 from engine.data.batch import Packing, Step, make_step
 from engine.data.dataset import TokenDataset
-from engine.distributed.ranks import Ranks, gather, host_group, join, leave
+from engine.distributed.joining import join
+from engine.distributed.ranks import Ranks, leave
 from engine.distributed.sharding import reshard
 from engine.environment import use_deterministic_algorithms
 from engine.loop import train_step
@@ -50,14 +51,13 @@ class RankWorker(Worker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranks = join(self.device, ParallelSettings())
-        self._group = host_group(self.ranks)
+        self.ranks = join(self.device, ParallelSettings(), {})
 
     def line(self) -> str:
         return self.ranks.from_main(super().line() if self.ranks.main else None)
 
     def say(self, answer: dict[str, Any]) -> None:
-        answers = gather([answer], self.ranks, self._group)
+        answers = self.ranks.gather([answer])
         if not self.ranks.main:
             return
         if "memory" in answer:

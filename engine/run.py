@@ -17,7 +17,8 @@ from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.data.stream import step_stream
 from engine.distributed.agreement import check_same, seen, weights_sample
-from engine.distributed.ranks import Ranks, join
+from engine.distributed.joining import join
+from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
@@ -176,11 +177,10 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     """
     if not settings.replay:
         check_writable(Path(settings.out), "out")
-    ranks = join(choose_device(settings.device), settings.parallel)
+    ranks = join(choose_device(settings.device), settings.parallel, dict(_named(to_table(settings))))
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
     check_wandb(settings.log)
-    _check_same_settings(settings, ranks)
     dtype = _dtype(settings.dtype, ranks.device)
     problem = cannot(settings.backend, ranks.device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
@@ -284,11 +284,6 @@ def _differences(now: MistralConfig, began: MistralConfig) -> str:
     """The fields in which two configurations differ, with both values."""
     names = [field.name for field in dataclasses.fields(now) if getattr(now, field.name) != getattr(began, field.name)]
     return ", ".join(f"{name} = {getattr(now, name)}, was {getattr(began, name)}" for name in names)
-
-
-def _check_same_settings(settings: TrainSettings, ranks: Ranks) -> None:
-    if ranks.mesh is not None:
-        check_same(ranks, dict(_named(to_table(settings))), "start every rank with the same settings")
 
 
 def _check_same_content(run: Run) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from engine.distributed.ranks import Ranks, gather, host_group
+from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import local
 from engine.optim.adamw import AdamW
 from model.config import read_json
@@ -143,16 +143,15 @@ def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
     First compares every file of the checkpoint with its fingerprint; the ranks share that work.
     Raises: ValueError on all ranks, naming the file that changed or the tensor that does not fit.
     """
-    group = host_group(ranks)
     files = sorted(fingerprints(folder).items())
     problems = [changed(folder / name, written) for name, written in files[ranks.rank :: ranks.ranks]]
-    found = next(filter(None, gather(problems, ranks, group)), None)
+    found = next(filter(None, ranks.gather(problems)), None)
     if found:
         raise ValueError(f"{found}; {_remedy(folder)}")
     reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
     _check_fits(folder, reader, optimizer)
     mine = {name: tensor for name, tensor in optimizer.state.items() if local(tensor).numel()}
-    dcp.load(mine, storage_reader=reader, process_group=group, no_dist=group is None)
+    dcp.load(mine, storage_reader=reader, no_dist=ranks.mesh is None)
     optimizer.updates = _read_table(folder)["updates"]
 
 

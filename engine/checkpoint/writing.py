@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from engine.checkpoint.staging import Staging
 from engine.checkpoint.state import OPTIMIZER, STATE, Fingerprint, TrainingState, checkpoints, point_latest_at
-from engine.distributed.ranks import SHARD, Ranks, gather, host_group
+from engine.distributed.ranks import SHARD, Ranks, host_group
 from engine.distributed.sharding import local
 from engine.optim.adamw import AdamW
 from model.config import write_config
@@ -228,7 +228,7 @@ class Checkpointer:
                 result = action()
         except Exception as error:
             failure = error
-        found = gather([(result, None if failure is None else str(failure))], self._ranks, self._group)
+        found = self._ranks.gather([(result, None if failure is None else str(failure))], self._group)
         if isinstance(failure, OSError):
             raise failure
         if failure is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.data.batch import Batch, Step
-from engine.distributed.ranks import gather, host_group, lost_ranks_named
+from engine.distributed.ranks import lost_ranks_named
 from engine.distributed.sharding import reshard
 from engine.loop import accumulate
 from engine.observe.metrics import logged_steps
@@ -62,9 +62,8 @@ def replay(run: Run, model: Mistral, objective: ReplayedObjective) -> None:
         for batch, part in zip(step.batches, parts, strict=True)
         if batch.tokens
     ]
-    group = host_group(ranks)
-    batches = gather(batches, ranks, group)
-    worst = _worst(gather(documents, ranks, group))
+    batches = ranks.gather(batches)
+    worst = _worst(ranks.gather(documents))
     if ranks.main:
         lines = [_heading(run), *_compared(run, values), *batches, *(_described(run, document) for document in worst)]
         print("\n".join(lines))

@@ -81,7 +81,7 @@ def test_greedy_generation_equals_the_cpus(tiny_model):
 def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatch, stage):
     """One rank with a mesh: FSDP2, NCCL and checkpoints of sharded tensors, as far as one GPU allows."""
 
-    def join(device, settings):
+    def join(device, settings, facts):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
         )

@@ -19,13 +19,14 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory):
-    """run_ranks({name: {"ranks", "runs", "fault"}}) -> {name: Ended}. All jobs run at once; see rank_runs."""
+    """run_ranks({name: {"ranks", "runs", "fault", "differs"}}) -> {name: Ended}. All jobs run at once; see rank_runs."""
 
     def run(jobs: dict[str, dict]) -> dict[str, Ended]:
         folder = tmp_path_factory.mktemp("jobs")
         outputs = {name: folder / f"{name}.txt" for name in jobs}
         file = folder / "jobs.json"
-        file.write_text(json.dumps([{"fault": None, "output": str(outputs[name]), **job} for name, job in jobs.items()]))
+        usual = {"fault": None, "differs": {}}
+        file.write_text(json.dumps([{**usual, "output": str(outputs[name]), **job} for name, job in jobs.items()]))
         done = subprocess.run(
             [sys.executable, "-m", "tests.engine.distributed.rank_runs", file],
             cwd=ROOT,

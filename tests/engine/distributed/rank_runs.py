@@ -2,9 +2,10 @@
 
     python -m tests.engine.distributed.rank_runs JOBS.json
 
-A job is {"ranks", "output", "runs", "fault"}. Its ranks do the runs, [[stage, settings], ...], one after the other; each rank
-prints to a file of its own, `output`.RANK. The second rank misbehaves as `fault` says; null for no fault. Rank 0 prints the
-sizes and timeouts of its mesh's groups. All jobs run at once. Prints each job's exit codes, negative for a signal.
+A job is {"ranks", "output", "runs", "fault", "differs"}. Its ranks do the runs, [[stage, settings], ...], one after the other;
+each rank prints to a file of its own, `output`.RANK. The second rank misbehaves as `fault` says, null for no fault, and its
+settings change as `differs` says. Rank 0 prints the sizes and timeouts of its mesh's groups. All jobs run at once. Prints each
+job's exit codes, negative for a signal.
 """
 
 import json
@@ -61,10 +62,10 @@ def print_groups():
     """Print the size and timeout, in seconds, of each of rank 0's groups in the mesh that its runs make."""
     join = engine.run.join
 
-    def printing(device, settings):
-        ranks = join(device, settings)
+    def printing(*arguments):
+        ranks = join(*arguments)
         if ranks.main and ranks.mesh is not None:
-            groups = [ranks.mesh.get_group(name)._get_backend(device) for name in ranks.mesh.mesh_dim_names]
+            groups = [ranks.mesh.get_group(name)._get_backend(ranks.device) for name in ranks.mesh.mesh_dim_names]
             print("groups", [(group.size(), group.options._timeout.seconds) for group in groups])
         return ranks
 
@@ -81,7 +82,8 @@ def rank_of(job, rank):
         misbehave(job["fault"])
     for stage, table in job["runs"]:
         recipe, settings_class = RECIPES[stage]
-        recipe.run(from_table(settings_class, table))
+        changes = job["differs"] if rank == FAULTY_RANK else {}
+        recipe.run(from_table(settings_class, table | changes))
     leave()
 
 

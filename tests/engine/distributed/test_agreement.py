@@ -32,9 +32,9 @@ SECOND = dataclasses.replace(ALONE, rank=1, ranks=2)
 )
 def test_a_difference_is_named_with_its_rank(monkeypatch, theirs, said):
     same = {"seed": 0, "plan": "a"}
-    monkeypatch.setattr(agreement, "gather", lambda *_: [same, same, same])
+    monkeypatch.setattr(Ranks, "gather", lambda *_: [same, same, same])
     check_same(ALONE, same, "start alike")
-    monkeypatch.setattr(agreement, "gather", lambda *_: [same, same, theirs])
+    monkeypatch.setattr(Ranks, "gather", lambda *_: [same, same, theirs])
     with pytest.raises(ValueError, match="rank 2") as differs:
         check_same(ALONE, same, "start alike")
     assert str(differs.value) == said

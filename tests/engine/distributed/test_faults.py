@@ -1,4 +1,4 @@
-"""Runs on two ranks whose second rank is killed, hangs, lags or computes NaN."""
+"""Runs on two ranks whose second rank is killed, hangs, lags, computes NaN or has other settings."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 
 from engine.checkpoint.state import checkpoints
 from engine.distributed.stragglers import slowest
+from tests.engine.distributed.rank_runs import FAULTS
 
 LOST = r"ConnectionError: rank 0: another rank stopped or did not answer within parallel.timeout"
 
@@ -43,13 +44,16 @@ def faults(tiny_model, tiny_data, tmp_path_factory, run_ranks):
         runs = [["pretrain", settings]]
         if fault == "lags":
             runs.append(["pretrain", {**settings, "replay": 4}])
-        return {"ranks": 2, "fault": fault, "runs": runs}
+        return {"ranks": 2, "fault": fault if fault in FAULTS else None, "runs": runs}
 
     jobs = {
         "killed": job("killed"),
         "hangs": job("hangs", timeout=6.0),
         "lags": job("lags", profile={"steps": [2]}),
         "poisoned": job("poisoned"),
+        # The second rank would make other groups of processes than the first, and each would wait for the other.
+        "replicas": {**job("replicas", timeout=20.0), "differs": {"parallel": {"replicas": 2, "timeout": 20.0}}},
+        "seed": {**job("seed"), "differs": {"seed": 1}},
     }
     ended = run_ranks(jobs)
 
@@ -81,6 +85,19 @@ def test_a_rank_that_hangs_prints_where_and_ends(faults):
     assert re.search(LOST, hangs.said)
     assert "Timeout (0:00:06)!" in hangs.said
     assert re.search(r'File ".*rank_runs.py", line \d+ in hang_here', hangs.said)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("replicas", "parallel.replicas: rank 1 has 2, rank 0 has 1; start every rank with the same settings"),
+        ("seed", "seed: rank 1 has 1, rank 0 has 0; start every rank with the same settings"),
+    ],
+)
+def test_a_rank_with_another_setting_is_named_by_all_ranks_before_they_make_groups(faults, setting, said):
+    assert faults[setting].codes == [1, 1]
+    assert faults[setting].said.count(f"ValueError: {said}\n") == 2
+    assert not faults[setting].out.exists()
 
 
 def test_the_slowest_rank_is_named(faults):

@@ -13,7 +13,7 @@ import torch
 
 import model.folder
 from engine.distributed import run_lock as lock_file
-from engine.distributed.ranks import join
+from engine.distributed.joining import join
 from engine.distributed.run_lock import run_lock
 from engine.settings.sections import ParallelSettings
 from recipes import pretrain
@@ -120,12 +120,12 @@ def test_processes_that_do_not_know_one_another_are_refused(monkeypatch, variabl
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv(variable, "8")
     with pytest.raises(ValueError, match=rf"{variable} = 8: {start} started 8 processes") as refused:
-        join(torch.device("cpu"), ParallelSettings())
+        join(torch.device("cpu"), ParallelSettings(), {})
     assert f"{start} " in str(refused.value)
     assert "torchrun --nnodes MACHINES --nproc-per-node GPUS --shutdown-timeout 600" in str(refused.value)
     monkeypatch.setenv(variable, "1")
-    assert join(torch.device("cpu"), ParallelSettings()).ranks == 1
+    assert join(torch.device("cpu"), ParallelSettings(), {}).ranks == 1
     # torchrun under srun sets both.
     monkeypatch.setenv(variable, "8")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert join(torch.device("cpu"), ParallelSettings()).ranks == 1
+    assert join(torch.device("cpu"), ParallelSettings(), {}).ranks == 1
