@@ -2,7 +2,7 @@
 
 import io
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,33 @@ def _free_device_memory(request):
     yield
     if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# Initialised widely, so that attention is far from uniform and the most likely token from a tie.
+SMALL = MistralConfig(
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    sliding_window=5,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """small_model(seed=0, **changes of the configuration) -> Mistral in float32."""
+
+    def build(seed: int = 0, **changes) -> Mistral:
+        model = Mistral(replace(SMALL, **{"unpadded_vocab_size": 0, **changes}))
+        initialize(model, seed)
+        return model.requires_grad_(False)
+
+    return build
 
 
 WORDS = ("the", "cat", "sees", "a", "red", "dog", "and", "it", "runs", "ねこ", "は", "赤い", "いぬ", "を", "見る", "です")
