@@ -47,7 +47,8 @@ class Run:
     """Everything the loop needs, opened and checked.
 
     config: the checkpoint's, where there is one. start: steps already done. checkpoint: the folder that holds them; None for a
-        fresh run. starting_model: its folder; None for a preset.
+        fresh run. starting_model: its folder; None for a preset, and where a resumed run does not find it any more.
+        starting_weights: their fingerprint (`weights_sample`) as the run began; None where unknown.
     """
 
     settings: TrainSettings
@@ -61,6 +62,7 @@ class Run:
     checkpoint: Path | None
     start: int
     starting_model: Path | None
+    starting_weights: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,16 +134,21 @@ class Run:
         """The state that a checkpoint after this many steps records."""
         # The resolved dtype: `auto` may mean another dtype on another machine, which would lose the masters' low bits.
         dtype = str(self.dtype).removeprefix("torch.")
-        return TrainingState(step, {**to_table(self.settings), "dtype": dtype}, self.plan.fingerprint)
+        settings = {**to_table(self.settings), "dtype": dtype}
+        return TrainingState(step, settings, self.plan.fingerprint, self.starting_weights)
 
     def load_model(self) -> Mistral:
         """This rank's shard of the model to train: the checkpoint's weights, or the starting model's in a fresh run."""
         return self.load_initial_model() if self.checkpoint is None else self._load(self.checkpoint)
 
     def load_initial_model(self) -> Mistral:
-        """This rank's shard of the starting model. Preference tuning uses it as the reference."""
-        if self.starting_model is not None:
-            return self._load(self.starting_model)
+        """This rank's shard of the starting model. Preference tuning uses it as the reference. All ranks call it together.
+
+        Raises: FileNotFoundError where a resumed run does not find the model any more.
+        """
+        if not self.settings.model.startswith(PRESET):
+            fresh = self.starting_model if self.checkpoint is None else None
+            return self._load(fresh or _folder(self.settings.model, self.ranks, weights=True))
         model = self.empty_model()
         parameters = dict(model.named_parameters())
         for name, values in initial_weights(model, self.settings.seed):
@@ -187,19 +194,20 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
     _check_model(settings)
-    model = None if settings.model.startswith(PRESET) else _folder(settings.model, ranks, weights=not settings.dry_run)
-    tokenizer = Tokenizer.load(
-        _folder(settings.tokenizer, ranks, weights=False) if settings.tokenizer else _own_tokenizer(settings, model)
-    )
-    config = _config(settings, model, tokenizer)
+    begun = _begun(settings, ranks)
+    model = None if settings.model.startswith(PRESET) else _named_folder("model", settings, ranks, begun)
+    tokenizer = _tokenizer(settings, ranks, model, begun)
+    config = _config(settings, model, tokenizer) if begun is None else fitted_config(begun.checkpoint, tokenizer)
     datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
         raise ValueError(f"heldout = {list(settings.heldout)}: two folders share a name, and metrics are named after folders")
     plan = plan_of(settings, datasets, share_prompts=share_prompts)
-    fresh = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0, model)
-    _check_sizes(fresh)
-    run = _resumed(fresh)
+    weights = None if model is None else weights_sample(model)
+    run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0, model, weights)
+    _check_sizes(run)
+    if begun is not None:
+        run = _resumed(run, begun)
     run = with_chosen_gradients(run)
     if settings.replay > run.plan.steps:
         raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
@@ -255,29 +263,58 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-def _resumed(run: Run) -> Run:
-    """The run, continued from its newest checkpoint where it has one."""
-    settings = run.settings
+@dataclass(frozen=True)
+class _Begun:
+    """A run that is to go on."""
+
+    checkpoint: Path
+    state: TrainingState
+
+
+def _begun(settings: TrainSettings, ranks: Ranks) -> _Begun | None:
+    """The run's newest checkpoint and its state; None for a fresh run."""
     # Rank 0 decides for all ranks, because the folder may change between two reads.
-    name = run.ranks.from_main(_starting_point(settings))
+    name = ranks.from_main(_starting_point(settings))
     if name is None:
-        return run
+        return None
     if settings.resume == "never" and not settings.replay:
         raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
-    checkpoint = seen(run.out / name, run.ranks)
-    state = read_state(checkpoint)
-    if settings.optimizer.gradients == "auto":
+    checkpoint = seen(Path(settings.out) / name, ranks)
+    return _Begun(checkpoint, read_state(checkpoint))
+
+
+def _resumed(run: Run, begun: _Begun) -> Run:
+    """The run, continued from its newest checkpoint."""
+    state = begun.state
+    if run.settings.optimizer.gradients == "auto":
         # Another micro-batch size must not change the dtype of the sums midway.
         run = _with_gradients(run, {**_EARLIER, **dict(_named(state.settings))}["optimizer.gradients"])
     before = run.plan.unmerged()
     if state.plan == before.fingerprint:
         run = dataclasses.replace(run, plan=before)
     _check_same_run(run, state)
-    config = fitted_config(checkpoint, run.tokenizer)
-    differing = _differences(run.config, config)
-    if differing and run.ranks.main:
-        print(f"note       {settings.model}: its configuration changed since the run began: {differing}; the run keeps its own")
-    return dataclasses.replace(run, config=config, checkpoint=checkpoint, start=state.step)
+    changes = _changes_of_model(run, state)
+    if changes and run.ranks.main:
+        print(f"note       {run.settings.model}: {changes}; the run keeps its own")
+    return dataclasses.replace(run, checkpoint=begun.checkpoint, start=state.step, starting_weights=state.model)
+
+
+def _changes_of_model(run: Run, state: TrainingState) -> str:
+    """How the starting model has changed since the run began, as far as a resumed run can see."""
+    if run.starting_model is None:
+        return ""
+    try:
+        differing = _differences(fitted_config(run.starting_model, run.tokenizer), run.config)
+    except (OSError, ValueError) as error:
+        return f"cannot be read any more ({error})"
+    if differing:
+        return f"its configuration changed since the run began: {differing}"
+    return "its weights changed since the run began" if _other_weights(run, state) else ""
+
+
+def _other_weights(run: Run, state: TrainingState) -> bool:
+    """Whether the starting model now has other weights than the run began with, as far as both are known."""
+    return None not in (run.starting_weights, state.model) and run.starting_weights != state.model
 
 
 def _differences(now: MistralConfig, began: MistralConfig) -> str:
@@ -290,7 +327,6 @@ def _check_same_content(run: Run) -> None:
     """Every rank proves that it reads the same as rank 0."""
     if run.ranks.mesh is None or run.settings.dry_run:
         return
-    folder = run.checkpoint or run.starting_model
     facts = {
         "tokenizer": run.tokenizer.fingerprint,
         "plan": run.plan.fingerprint,
@@ -299,8 +335,10 @@ def _check_same_content(run: Run) -> None:
         **{f"data {source.path}": data.fingerprint for source, data in zip(run.settings.sources, run.datasets, strict=True)},
         **{f"heldout {name}": data.fingerprint for name, data in run.heldout.items()},
     }
-    if folder is not None:
-        facts[f"weights {folder}"] = weights_sample(folder)
+    if run.checkpoint is not None:
+        facts[f"weights {run.checkpoint}"] = weights_sample(run.checkpoint)
+    elif run.starting_model is not None:
+        facts[f"weights {run.starting_model}"] = run.starting_weights
     check_same(run.ranks, facts, "copy the same files to all machines, or use a disk that they share")
 
 
@@ -333,10 +371,26 @@ def _folder(name: str, ranks: Ranks, *, weights: bool) -> Path:
     return seen(Path(newest), ranks) if newest else model_folder(name, weights=weights)
 
 
-def _own_tokenizer(settings: TrainSettings, model: Path | None) -> Path:
-    if model is None:
+def _named_folder(setting: str, settings: TrainSettings, ranks: Ranks, begun: _Begun | None) -> Path | None:
+    """The folder that `model` or `tokenizer` names; None where a run that is to go on has lost it: its checkpoint is enough."""
+    name = getattr(settings, setting)
+    kept = begun is not None and begun.state.settings.get(setting) == name
+    try:
+        return _folder(name, ranks, weights=setting == "model" and not (kept or settings.dry_run))
+    except FileNotFoundError:
+        if kept:
+            return None
+        raise
+
+
+def _tokenizer(settings: TrainSettings, ranks: Ranks, model: Path | None, begun: _Begun | None) -> Tokenizer:
+    if not settings.tokenizer and settings.model.startswith(PRESET):
         raise ValueError(f"model = {settings.model}: a preset has no tokenizer; name its folder as tokenizer")
-    return model
+    folder = _named_folder("tokenizer", settings, ranks, begun) if settings.tokenizer else model
+    if folder is None:
+        assert begun is not None
+        folder = begun.checkpoint
+    return Tokenizer.load(folder)
 
 
 def _config(settings: TrainSettings, model: Path | None, tokenizer: Tokenizer) -> MistralConfig:
@@ -368,9 +422,13 @@ def _check_same_run(run: Run, state: TrainingState) -> None:
     for name in sorted({*asked, *began}):
         if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
             continue
+        if name == "model" and run.starting_weights is not None and run.starting_weights == state.model:
+            # The same model, moved or copied.
+            continue
         if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
+            others = ", which has other weights" if name == "model" and _other_weights(run, state) else ""
             raise ValueError(
-                f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}; "
+                f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}{others}; "
                 "choose another out, or restore the settings that the run began with"
             )
     if now.plan != state.plan:

@@ -49,12 +49,14 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name, or owner/name@revision)")
     repository, revision = form.groups()
     folder = _fetch(repository, revision, _SMALL_FILES)
-    if weights:
-        index = folder / INDEX_NAME
-        named = read_json(index).get("weight_map") if index.is_file() else None
-        files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else [SINGLE_NAME]
-        folder = _fetch(repository, revision, files)
-    return folder
+    return _fetch(repository, revision, weight_files(folder)) if weights else folder
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a folder's weight files: those that its index names, `model.safetensors` where there is no index."""
+    index = folder / INDEX_NAME
+    named = read_json(index).get("weight_map") if index.is_file() else None
+    return sorted(set(map(str, named.values()))) if isinstance(named, dict) else [SINGLE_NAME]
 
 
 def _fetch(repository: str, revision: str | None, files: Sequence[str]) -> Path:

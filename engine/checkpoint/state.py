@@ -1,7 +1,7 @@
 """Checkpoints on disk: a Hugging Face folder that loads as it is, with the training state beside it in `training/`.
 
     step-00000100/config.json, model-*.safetensors, tokenizer files ...
-    step-00000100/training/state.json               step, updates, settings, plan; size and SHA-256 of every file
+    step-00000100/training/state.json               step, updates, settings, plan, model; size and SHA-256 of every file
     step-00000100/training/optimizer/*.safetensors  moments and master remainders by parameter name, sharded over ranks
 
 A checkpoint appears under its name only when it is complete and on the disk; engine.checkpoint.writing writes it. Any number of
@@ -40,6 +40,7 @@ class TrainingState:
     step: int  # steps done
     settings: dict[str, Any]  # resolved
     plan: str  # fingerprint of the data order
+    model: str | None = None  # weights_sample of the starting model; None for a preset, or as an older version wrote it
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_state(folder: Path) -> TrainingState:
             raise FileNotFoundError(f"{path}: missing from the checkpoint; {_remedy(folder)}")
         if path.stat().st_size != fingerprint.size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, {fingerprint.size} were written; {_remedy(folder)}")
-    return TrainingState(table["step"], table["settings"], table["plan"])
+    return TrainingState(table["step"], table["settings"], table["plan"], table.get("model"))
 
 
 def seconds_to_save(folder: Path) -> float | None:

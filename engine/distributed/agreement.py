@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine.distributed.ranks import Ranks
+from model.hub import weight_files
 
 # Seconds that a machine may take to see a folder that another machine has written.
 _PATIENCE = 60.0
@@ -69,10 +70,15 @@ def seen(folder: Path, ranks: Ranks) -> Path:
     return folder
 
 
-def weights_sample(folder: Path) -> str:
-    """SHA-256 (hex) of names, sizes, headers and parts of a folder's weight files: tells two models apart in an instant."""
+def weights_sample(folder: Path) -> str | None:
+    """SHA-256 (hex) of names, sizes, headers and parts of a folder's weight files: tells two models apart in an instant.
+
+    Returns: None where a file is not there; a dry run fetches none from the hub.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (folder / name for name in weight_files(folder)):
+        if not path.is_file():
+            return None
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -73,7 +73,7 @@ def reference_tables(
         # Each rank reads for itself; if one rank lacks the table, all ranks compute it.
         if ranks.sum_(torch.tensor(float(table is None))) > 0:
             if model is None:
-                model = run.load_initial_model()
+                model = _starting_model(run, cache)
                 if weights_hash(model) != reference.weights:
                     raise ValueError(_changed(run, "weights"))
             table = _compute(run, model, name, dataset, batches)
@@ -89,6 +89,13 @@ def reference_tables(
             write_file(manifest, json.dumps(asdict(reference)) + "\n")
         return tables, model
     return tables, run.load_model()
+
+
+def _starting_model(run: Run, cache: Path) -> Mistral:
+    try:
+        return run.load_initial_model()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; it must compute log-probabilities of the reference that {cache} lacks") from None
 
 
 def _changed(run: Run, what: str) -> str:
