@@ -12,6 +12,7 @@ Shapes: T tokens, D width, F feed-forward size, F2 = 2F.
 import torch
 from torch import Tensor
 
+from kernels.linear import leaf, weight_gradient
 from kernels.recompute import Recompute
 from kernels.rms_norm import add_norm_forward, add_rms_norm_reference, norm_backward, norm_forward
 from kernels.swiglu import swiglu, swiglu_backward_, swiglu_reference
@@ -70,21 +71,29 @@ class _FeedForward(torch.autograd.Function):
             normed_TD if everything else None,
             product_TF if everything else None,
         )
-        ctx.eps = eps
+        ctx.eps, ctx.leaves = eps, (leaf(gate_up_weight_F2D), leaf(down_weight_DF))
         return total_TD, product_TF @ down_weight_DF.T
 
     @staticmethod
     def backward(ctx, grad_total_TD, grad_out_TD):
         total_TD, scale_T, norm_weight_D, gate_up_weight_F2D, down_weight_DF, *kept = ctx.saved_tensors
         gate_up_TF2, normed_TD, product_TF = kept
-        if normed_TD is None:
+        *needs_input, needs_gate_up, needs_down, _, _ = ctx.needs_input_grad
+        gate_up_leaf, down_leaf = ctx.leaves
+        grad_gate_up_weight_F2D = grad_down_DF = grad_input_TD = grad_norm_weight_D = None
+        if normed_TD is None and (needs_gate_up or gate_up_TF2 is None):
             normed_TD, _ = norm_forward(total_TD, norm_weight_D, ctx.eps)
         if gate_up_TF2 is None:
             gate_up_TF2 = normed_TD @ gate_up_weight_F2D.T
         # From here on this buffer, which has no other reader, holds the gradients of gate and up.
-        emitted_TF = swiglu_backward_(gate_up_TF2, grad_out_TD @ down_weight_DF, emit=product_TF is None)
-        grad_down_DF = grad_out_TD.T @ (emitted_TF if product_TF is None else product_TF)
-        grad_gate_up_weight_F2D = gate_up_TF2.T @ normed_TD
-        grad_normed_TD = gate_up_TF2 @ gate_up_weight_F2D
-        grad_input_TD, grad_norm_weight_D = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, scale_T)
+        emitted_TF = swiglu_backward_(gate_up_TF2, grad_out_TD @ down_weight_DF, emit=needs_down and product_TF is None)
+        if needs_down:
+            grad_down_DF = weight_gradient(grad_out_TD, product_TF if emitted_TF is None else emitted_TF, down_leaf)
+        if needs_gate_up:
+            grad_gate_up_weight_F2D = weight_gradient(gate_up_TF2, normed_TD, gate_up_leaf)
+        if any(needs_input):
+            grad_normed_TD = gate_up_TF2 @ gate_up_weight_F2D
+            grad_input_TD, grad_norm_weight_D = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, scale_T)
+        if not needs_input[2]:
+            grad_norm_weight_D = None
         return grad_input_TD, grad_input_TD, grad_norm_weight_D, grad_gate_up_weight_F2D, grad_down_DF, None, None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.launch import runs_triton
+from kernels.linear import add_product_, wide_product
 from kernels.logit_budget import Mode, default_budget, plan
 from kernels.row_log_prob import gather_rows, row_gradients, row_statistics, scale_in_place, scatter_rows
 
@@ -118,14 +119,6 @@ def linear_nll_reference(
 ) -> tuple[Tensor, Tensor]:
     log_prob_T = linear_log_prob_reference(hidden_TD, weight_VD, target_T, rows_N, vocab_size=vocab_size)
     return -(weight_T * log_prob_T).sum(), log_prob_T.detach()
-
-
-def wide_product(left_ND: Tensor, right_MD: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right^T accumulated and returned in float32 (float64 for float64), whatever the inputs' dtype: [N, M]."""
-    wide = accumulation_dtype(left_ND.dtype)
-    if left_ND.is_cuda and left_ND.dtype != wide:
-        return torch.mm(left_ND, right_MD.T, out_dtype=wide)
-    return torch.mm(left_ND.to(wide), right_MD.to(wide).T, out=out)
 
 
 def _needed(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[bool, bool]:
@@ -366,20 +359,12 @@ def _gradients(
         elif needs_weight and number == 0:
             grad_weight = wide_product(gradient_NV.T, hidden_ND[part].T)
         elif needs_weight:
-            _add_product_(grad_weight, gradient_NV.T, hidden_ND[part])
+            add_product_(grad_weight, gradient_NV.T, hidden_ND[part])
         # Freed before the next part is made: the budget is for one part.
         del gradient_NV
     if needs_hidden:
         grad_hidden = scatter_rows(product_ND, rows_N, tokens, scale_T)
     return grad_hidden, grad_weight.to(hidden_ND.dtype)
-
-
-def _add_product_(sum_VD: Tensor, left_VN: Tensor, right_ND: Tensor) -> None:
-    """sum += left @ right in the sum's dtype."""
-    if runs_triton(sum_VD):
-        sum_VD.add_(wide_product(left_VN, right_ND.T))
-    else:
-        sum_VD.addmm_(left_VN.to(sum_VD.dtype), right_ND.to(sum_VD.dtype))
 
 
 def _parts(rows: int, size: int) -> list[slice]:

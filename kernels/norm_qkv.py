@@ -9,6 +9,7 @@ Shapes: T tokens, D width, H query heads, K key/value heads, E head size, S = H 
 import torch
 from torch import Tensor
 
+from kernels.linear import leaf, weight_gradient
 from kernels.rms_norm import add_norm_forward, add_rms_norm_reference, norm_backward, norm_forward, rms_norm_reference
 from kernels.rotary import RotaryTable, rotary_reference_, rotate_, rotate_back
 
@@ -69,7 +70,7 @@ class _NormQkv(torch.autograd.Function):
         rotate_(qkv_TSE, RotaryTable(cos_TE, sin_TE), sum(heads))
         kept_TD = normed_TD if keep_normed else None
         ctx.save_for_backward(total_TD, kept_TD, scale_T, norm_weight_D, qkv_weight_XD, cos_TE, sin_TE)
-        ctx.eps, ctx.added = eps, delta_TD is not None
+        ctx.eps, ctx.qkv_leaf = eps, leaf(qkv_weight_XD)
         return total_TD, *qkv_TSE.split((*heads, heads[1]), dim=1)
 
     @staticmethod
@@ -77,10 +78,19 @@ class _NormQkv(torch.autograd.Function):
         total_TD, normed_TD, scale_T, norm_weight_D, qkv_weight_XD, cos_TE, sin_TE = ctx.saved_tensors
         table = RotaryTable(cos_TE, sin_TE)
         grad_qkv_TX = rotate_back(grad_query_THE, grad_key_TKE, grad_value_TKE, table).flatten(1)
-        if normed_TD is None:
-            normed_TD, _ = norm_forward(total_TD, norm_weight_D, ctx.eps)
-        grad_qkv_weight_XD = grad_qkv_TX.T @ normed_TD
-        grad_normed_TD = grad_qkv_TX @ qkv_weight_XD
-        grad_input_TD, grad_norm_weight_D = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, scale_T)
-        grad_delta_TD = grad_input_TD if ctx.added else None
-        return grad_input_TD, grad_delta_TD, grad_norm_weight_D, grad_qkv_weight_XD, None, None, None, None, None
+        needs_residual, needs_delta, needs_norm, needs_qkv, *_ = ctx.needs_input_grad
+        grad_qkv_weight_XD = grad_input_TD = grad_norm_weight_D = None
+        if needs_qkv:
+            if normed_TD is None:
+                normed_TD, _ = norm_forward(total_TD, norm_weight_D, ctx.eps)
+            grad_qkv_weight_XD = weight_gradient(grad_qkv_TX, normed_TD, ctx.qkv_leaf)
+        if needs_residual or needs_delta or needs_norm:
+            grad_normed_TD = grad_qkv_TX @ qkv_weight_XD
+            grad_input_TD, grad_norm_weight_D = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, scale_T)
+        return (
+            grad_input_TD,
+            grad_input_TD if needs_delta else None,
+            grad_norm_weight_D if needs_norm else None,
+            grad_qkv_weight_XD,
+            *(None,) * 5,
+        )

@@ -25,7 +25,8 @@ from kernels.attention.sliding_window import sliding_window_attention
 from kernels.attention.work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
-from kernels.linear_log_prob import linear_log_prob, linear_nll, wide_product
+from kernels.linear import linear, wide_product
+from kernels.linear_log_prob import linear_log_prob, linear_nll
 from kernels.norm_qkv import norm_qkv
 from kernels.recompute import Recompute
 from kernels.rms_norm import add_rms_norm
@@ -144,7 +145,7 @@ class Attention(nn.Module):
             keep_normed=recompute == "none",
         )
         out_THE = attend(self.layer, query_THE, key_TKE, value_TKE)
-        return residual_TD, self.o_proj(out_THE.flatten(1))
+        return residual_TD, linear(out_THE.flatten(1), self.o_proj.weight)
 
 
 class FeedForward(nn.Module):

@@ -11,6 +11,7 @@ from kernels.launch import INTERPRETED
 from kernels.recompute import Recompute
 from model.config import MistralConfig
 from model.mistral import Mistral, initialize, packed_attention
+from tests.kernels.operations import Operations
 
 CONFIG = MistralConfig(
     vocab_size=64,
@@ -65,6 +66,39 @@ def test_loss_and_gradients_are_bit_identical_in_all_modes(dtype, device):
     assert all(gradient.isfinite().all() and gradient.any() for gradient in runs["none"])
     for mode in MODES[1:]:
         assert all(torch.equal(one, other) for one, other in zip(runs["none"], runs[mode], strict=True)), mode
+
+
+@pytest.mark.parametrize("gradients", ["parameter", "float32"])
+def test_sums_over_micro_batches_are_bit_identical_in_all_modes(gradients, device):
+    sums = {}
+    for mode in MODES:
+        model = made(CONFIG, DTYPES[1], device)
+        model.recompute = mode
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32 if gradients == "float32" else parameter.dtype
+        for _ in range(3):
+            loss_of(model, device).backward()
+        sums[mode] = [parameter.grad for parameter in model.parameters()]
+    for mode in MODES[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(sums["none"], sums[mode], strict=True)), mode
+
+
+@pytest.mark.parametrize("mode", ["none", "light"])
+def test_frozen_blocks_pass_gradients_on_and_get_none(mode, device):
+    """As in a distillation of new rows: 4 input gradients a layer, and no product for a weight."""
+    model = made(CONFIG, torch.float32, device)
+    model.recompute = mode
+    products = []
+    for frozen in (False, True):
+        model.layers.requires_grad_(not frozen)
+        # Attention is replaced, because its products would be counted too.
+        tokens, positions, *_ = batch(device)
+        loss = model(tokens, positions, lambda layer, query, key, value: query + key + value).sum()
+        with Operations() as counted:
+            loss.backward()
+        products.append(counted.products)
+    assert products == [8 * CONFIG.num_hidden_layers, 4 * CONFIG.num_hidden_layers]
+    assert model.embed_tokens.weight.grad.any()
 
 
 def kept_elements(layers, mode, device):
