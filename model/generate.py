@@ -3,7 +3,7 @@
 The filters follow Hugging Face `transformers` (its `logits_process` module) in definition and order: repetition penalty on the
 raw scores, then temperature, top-k, top-p, min-p.
 
-Shapes: T tokens, V vocabulary (the pieces that exist).
+Shapes: T tokens, B texts, V vocabulary (the pieces that exist). Filters take scores of one text or of many, [..., V].
 """
 
 import math
@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from model.cache import KeyValueCache
+from model.config import MistralConfig
 from model.mistral import Mistral
 from model.sampling import Sampling
 
 _PREFILL_CHUNK = 4096
+NOT_FINITE = (
+    "the model gives scores that are not finite: its weights are damaged or too large for its dtype; "
+    "fetch them again or load them in float32"
+)
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
@@ -26,7 +31,7 @@ def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Ten
 
 def keep_top_k(logits_V: Tensor, top_k: int) -> Tensor:
     """Set scores below the k-th highest to -inf; scores equal to it stay."""
-    lowest_kept = logits_V.topk(min(top_k, logits_V.shape[-1])).values[-1]
+    lowest_kept = logits_V.topk(min(top_k, logits_V.shape[-1])).values[..., -1:]
     return logits_V.masked_fill(logits_V < lowest_kept, -math.inf)
 
 
@@ -37,21 +42,21 @@ def keep_top_p(logits_V: Tensor, top_p: float) -> Tensor:
     """
     sorted_V, order_V = logits_V.sort()
     dropped_V = sorted_V.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    dropped_V[-1:].fill_(False)  # assignment by index would make the host wait for the GPU
-    return logits_V.masked_fill(torch.empty_like(dropped_V).scatter_(0, order_V, dropped_V), -math.inf)
+    dropped_V[..., -1:].fill_(False)  # assignment by index would make the host wait for the GPU
+    return logits_V.masked_fill(torch.empty_like(dropped_V).scatter_(-1, order_V, dropped_V), -math.inf)
 
 
 def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:
     """Set tokens less than min_p times as likely as the most likely token to -inf."""
     probability_V = logits_V.softmax(dim=-1)
-    return logits_V.masked_fill(probability_V < min_p * probability_V.max(), -math.inf)
+    return logits_V.masked_fill(probability_V < min_p * probability_V.amax(dim=-1, keepdim=True), -math.inf)
 
 
 def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tensor:
     """The scores to sample from or, at temperature 0, to take the maximum of.
 
     Args: logits_V: float32; seen_V: boolean, the tokens of the prompt and of the answer so far.
-    Returns: float32 [V], -inf for dropped tokens.
+    Returns: float32, in the shape given; -inf for dropped tokens.
     """
     if sampling.repetition_penalty != 1:
         logits_V = penalize_repetition(logits_V, seen_V, sampling.repetition_penalty)
@@ -64,6 +69,42 @@ def filter_logits(logits_V: Tensor, seen_V: Tensor, sampling: Sampling) -> Tenso
     if sampling.min_p:
         logits_V = keep_min_p(logits_V, sampling.min_p)
     return logits_V
+
+
+def choose(
+    logits_BV: Tensor,  # float32
+    seen_BV: Tensor,  # boolean: the tokens of each text so far
+    sampling: Sampling,  # its seed is not used
+    generators: Sequence[torch.Generator],  # one a text; its numbers depend on no other text
+) -> Tensor:
+    """The next token of each text: int64 [B]."""
+    logits_BV = filter_logits(logits_BV, seen_BV, sampling)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    # The draws of torch.multinomial, without its check of the probabilities, which makes the host wait.
+    race_BV = torch.empty_like(logits_BV)
+    for race_V, generator in zip(race_BV, generators, strict=True):
+        race_V.exponential_(generator=generator)
+    return (logits_BV.softmax(dim=-1) / race_BV).argmax(dim=-1)
+
+
+def room_for_answer(config: MistralConfig, prompt_ids: Sequence[int]) -> int:
+    """Tokens that may follow a prompt, at least 1.
+
+    Raises: ValueError for an empty prompt, an id outside the vocabulary, or a prompt that leaves no position for an answer.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: there must be at least one token to continue, such as beginning-of-sequence")
+    wrong = [token for token in prompt_ids if not 0 <= token < config.unpadded_vocab_size]
+    if wrong:
+        raise ValueError(f"prompt token {wrong[0]}: the vocabulary has {config.unpadded_vocab_size} pieces")
+    room = config.max_position_embeddings - len(prompt_ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt of {len(prompt_ids)} tokens: the model's max_position_embeddings = {config.max_position_embeddings} "
+            "leaves no room for an answer; shorten it"
+        )
+    return room
 
 
 class Past:
@@ -104,18 +145,7 @@ def generate(
     Raises: ValueError, before any computation, for an empty prompt, an id outside the vocabulary, or a prompt that leaves no
         position for an answer; while generating, for scores that are not finite.
     """
-    config = model.config
-    if not prompt_ids:
-        raise ValueError("the prompt is empty: there must be at least one token to continue, such as beginning-of-sequence")
-    wrong = [token for token in prompt_ids if not 0 <= token < config.unpadded_vocab_size]
-    if wrong:
-        raise ValueError(f"prompt token {wrong[0]}: the vocabulary has {config.unpadded_vocab_size} pieces")
-    room = config.max_position_embeddings - len(prompt_ids)
-    if room < 1:
-        raise ValueError(
-            f"prompt of {len(prompt_ids)} tokens: the model's max_position_embeddings = {config.max_position_embeddings} "
-            "leaves no room for an answer; shorten it"
-        )
+    room = room_for_answer(model.config, prompt_ids)
     return _continue(model, prompt_ids, sampling, frozenset(stop_ids), min(room, sampling.max_new_tokens), past or Past(model))
 
 
@@ -138,20 +168,11 @@ def _continue(
         logits_V = _next_logits(model, past.cache, tokens_T)
         past.ids += unread
         finite = logits_V.isfinite().all(dim=-1, keepdim=True)
-        logits_V = filter_logits(logits_V, seen_V, sampling)
-        if sampling.temperature == 0:
-            tokens_T = logits_V.argmax(dim=-1, keepdim=True)
-        else:
-            # The draws of torch.multinomial, without its check of the probabilities, which makes the host wait.
-            race_V = torch.empty_like(logits_V).exponential_(generator=generator)
-            tokens_T = (logits_V.softmax(dim=-1) / race_V).argmax(dim=-1, keepdim=True)
+        tokens_T = choose(logits_V[None], seen_V[None], sampling, [generator])
         # The host waits for the device here, once a token.
         token, is_finite = torch.cat((tokens_T, finite)).tolist()
         if not is_finite:
-            raise ValueError(
-                "the model gives scores that are not finite: its weights are damaged or too large for its dtype; "
-                "fetch them again or load them in float32"
-            )
+            raise ValueError(NOT_FINITE)
         yield token
         if token in stop_ids:
             return

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.inference.packs import Pack, pack_texts
 from kernels.logit_budget import default_budget
+from model.generate import NOT_FINITE
 from model.mistral import Mistral, attention_by
 
 
@@ -163,10 +164,7 @@ def label_log_probs(
         likeliest.append(greedy_l)
     log_prob_L, greedy_L = (torch.cat(parts).cpu() for parts in (log_probs, likeliest))
     if not log_prob_L.isfinite().all():
-        raise ValueError(
-            "the model gives scores that are not finite: its weights are damaged or too large for its dtype; "
-            "fetch them again or load them in float32"
-        )
+        raise ValueError(NOT_FINITE)
     back_L = torch.empty_like(order_L)
     back_L[order_L] = torch.arange(len(order_L))
     return log_prob_L.double()[back_L].tolist(), greedy_L[back_L].tolist()

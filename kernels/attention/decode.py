@@ -87,8 +87,7 @@ def _decode(
     tensors = [heads_side_by_side(tensor) for tensor in (query_THE, key_TKE, value_TKE, ring_key_CKE, ring_value_CKE)]
     (tokens, heads, size), (room, kv_heads, _) = query_THE.shape, ring_key_CKE.shape
     device, group = query_THE.device, heads // kv_heads
-    out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=device)
-    config, combine = configuration("attention_decode", device), configuration("attention_combine", device)
+    config = configuration("attention_decode", device)
     # Float32 products without tensor cores need the registers that more rows would take.
     most = config.rows if query_THE.itemsize == 2 else 16
     tile = max(16, min(most, triton.next_power_of_2(tokens * group)))
@@ -118,18 +117,30 @@ def _decode(
         warps=config.warps,
         stages=config.stages,
     )
+    return combine_splits(part_PTHE, log2_sum_PTH, query_THE.dtype)
+
+
+def combine_splits(
+    part_PTHE: Tensor,  # float32: output of each split, normalised by its own sum of weights
+    log2_sum_PTH: Tensor,  # float32: log2 of that sum, -inf for a split without keys
+    dtype: torch.dtype,  # of the result
+) -> Tensor:
+    """The output over all splits: [T, H, E]."""
+    splits, tokens, heads, size = part_PTHE.shape
+    out_THE = torch.empty((tokens, heads, size), dtype=dtype, device=part_PTHE.device)
+    config = configuration("attention_combine", part_PTHE.device)
     launch(
         _combine_kernel,
-        (triton.cdiv(tokens * heads, combine.rows),),
+        (triton.cdiv(tokens * heads, config.rows),),
         part_PTHE,
         log2_sum_PTH,
         out_THE,
         tokens * heads,
         splits,
         SIZE=size,
-        ROWS=combine.rows,
-        device=device,
-        warps=combine.warps,
+        ROWS=config.rows,
+        device=part_PTHE.device,
+        warps=config.warps,
     )
     return out_THE
 

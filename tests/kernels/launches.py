@@ -12,6 +12,7 @@ import triton
 from kernels import TILE, adamw, embedding, gradient_norm, rms_norm, rotary, row_log_prob, swiglu
 from kernels.attention import backward as attention_backward
 from kernels.attention import decode as attention_decode
+from kernels.attention import decode_rows as attention_decode_rows
 from kernels.attention import forward as attention_forward
 from model.config import preset
 
@@ -71,6 +72,13 @@ def decode(tokens) -> Launch:
         attention_decode._decode._init_fn(*packed(dtype, tokens), *ring, seen, CONFIG.sliding_window)
 
     return launch
+
+
+def decode_rows(dtype, rows):
+    rows = min(rows, 2**20)  # no memory holds a cache of more
+    query, count = empty(rows, HEADS, SIZE, dtype=dtype), empty(rows, dtype=torch.int32)
+    cache = empty(2, rows, CONFIG.sliding_window, KV_HEADS, SIZE, dtype=dtype)
+    attention_decode_rows._decode_rows._init_fn(query, *cache, count, CONFIG.sliding_window)
 
 
 def plain_embedding(dtype, tokens):
@@ -187,6 +195,7 @@ QUICK: dict[str, Launch] = {
     "attention": attention,
     "attention, gradients": attention_gradients,
     "attention, one new token": decode(1),
+    "attention, a new token of each row": decode_rows,
     "embedding with noise": noisy_embedding,
     "embedding, gradient": embedding_gradient,
     "gradient norm": norm_of_gradients,

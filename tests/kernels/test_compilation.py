@@ -38,7 +38,7 @@ SPILLS = {
 # The instructions of warpgroups' matrix products that a kernel with products must have on these chips: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose tiles may have fewer rows than these instructions take: their cost is reading, not computing.
-FEW_ROWS = {"split_kernel"}
+FEW_ROWS = {"split_kernel", "rows_kernel"}
 # The launches, and for which chips; the rest of ALL x SHARED is slow.
 CASES = [
     pytest.param(name, chip, id=f"{name}, sm_{chip}", marks=[] if name in QUICK and chip == 90 else pytest.mark.slow)
