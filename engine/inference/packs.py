@@ -58,9 +58,9 @@ class Pack:
         """Places to compute."""
         return self.bounds[-1]
 
-    def work(self, window: int | None) -> AttentionWork:
-        """The attention's work lists."""
-        return attention_work(self.bounds, window, prefixes=self.prefixes)
+    def work(self, window: int | None, tokens: int | None = None) -> AttentionWork:
+        """The attention's work lists; places up to `tokens` are padding."""
+        return attention_work(self.bounds, window, prefixes=self.prefixes, tokens=tokens)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from kernels.attention.tiles import LOG2_E, NO_PEAK, columns, softmax_step
 from kernels.configurations import configuration
 from kernels.launch import launch, multiprocessors, runs_triton
 
+_MULTIPLE = 16
+
 
 def decode_rows_attention(
     query_BHE: Tensor,
@@ -44,6 +46,8 @@ def decode_rows_attention(
 
 def decode_rows_attention_reference(query_BHE, key_BCKE, value_BCKE, count_B, longest) -> Tensor:
     kv_heads = key_BCKE.shape[2]
+    # Whole vectors of a CPU: how the keys of a row are added up then does not depend on the longest row.
+    longest = min(-(-longest // _MULTIPLE) * _MULTIPLE, key_BCKE.shape[1])
     # The G query heads of a key/value head become G queries of one head, so that no key is copied G times.
     query_BKGE = query_BHE.unflatten(1, (kv_heads, -1))
     key_BKCE, value_BKCE = (tensor[:, :longest].transpose(1, 2) for tensor in (key_BCKE, value_BCKE))
