@@ -32,7 +32,7 @@ from model.vocabulary.merge import check_base, extend, merge, unreachable
 from model.vocabulary.methods import Method
 from model.vocabulary.scripts import JAPANESE, Scripts
 from model.vocabulary.tokenizer import CHATML, MODEL_FILE, Tokenizer, mistral_tokenizer_path
-from model.vocabulary.tokenizer_folder import JSON_FILE
+from model.vocabulary.tokenizer_json import JSON_FILE
 from model.vocabulary.train import distinct, sample
 from recipes import vocabulary_comparison as comparison
 from recipes.command import command
@@ -176,7 +176,7 @@ def _extend(settings: VocabularySettings) -> dict[str, Any]:
             finished=stages.end,
         )
         tokenizer = base.extended(merged.model_bytes)
-        first_trained = Tokenizer(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)
+        first_trained = base.extended(merge(base.model_bytes, trained.pieces, new_pieces).model_bytes)
         without_scripts = comparison.lines_without(settings.scripts, chain(documents, *heldout.values()))
         report: dict[str, Any] = {
             "pieces": tokenizer.vocab_size,
@@ -239,8 +239,7 @@ def _base(settings: VocabularySettings, model: Path | None) -> tuple[Tokenizer, 
     if model is not None and any((model / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
         return Tokenizer.load(model), str(settings.model)
     if model is not None:
-        path = mistral_tokenizer_path()
-        return Tokenizer.beside(model, path.read_bytes(), path), "Mistral 7B's tokenizer"
+        return Tokenizer.beside(model, mistral_tokenizer_path()), "Mistral 7B's tokenizer"
     return Tokenizer.load(mistral_tokenizer_path()), "Mistral 7B's tokenizer"
 
 

@@ -172,7 +172,9 @@ def _encode_parts(tokenizer: Tokenizer, parts: Sequence[tuple[str, bool]]) -> En
         section = text[done : None if found is None else found.start()]
         # Offsets in the rendered text, whose marks are no part of the encoded text.
         places = [done + place for place, character in enumerate(section) if character != _TEXT_MARK]
-        pieces, offsets = tokenizer.encode_with_offsets(section.replace(_TEXT_MARK, "")) if places else ([], [])
+        pieces, offsets = (
+            tokenizer.encode_with_offsets(section.replace(_TEXT_MARK, ""), first=done == 0) if places else ([], [])
+        )
         places.append(done + len(section))
         for id, (begin, end) in zip(pieces, offsets, strict=True):
             add(id, places[begin], places[end])

@@ -18,6 +18,7 @@ from model.vocabulary.proto import ModelProto, Piece, TrainerSpec
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.template import CHAT_TEMPLATE
 from model.vocabulary.tokenizer import MODEL_FILE, Tokenizer, inside_text
+from model.vocabulary.tokenizer_json import Prefix
 
 _NO_LIMIT = 10**30  # transformers' number for a tokenizer without a maximum length
 
@@ -48,10 +49,11 @@ def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> 
     template = tokenizer.template
     specials = own | ({} if template is None else dict(template.specials))
     # Chat templates spell these tokens. Other control pieces stay ordinary entries, as no text may encode to them.
+    spelled = set(tokenizer.spelled.values())
     added = [
-        {"id": id, "content": pieces[id], "special": True}
+        {"id": id, "content": pieces[id], "special": id not in spelled}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for id in sorted(tokenizer.special_ids.values())
+        for id in sorted({*tokenizer.special_ids.values(), *spelled})
     ]
     source = CHAT_TEMPLATE if template is None else template.source
     config = {
@@ -68,14 +70,14 @@ def write_tokenizer_folder(folder: str | Path, tokenizer: Tokenizer | bytes) -> 
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "tokenizer.json", _json(_tokenizer_json(proto, added, own), indent=None))
+    write_file(folder / "tokenizer.json", _json(_tokenizer_json(proto, tokenizer.prefix, added, own), indent=None))
     write_file(folder / "tokenizer_config.json", _json(config))
     write_file(folder / "special_tokens_map.json", _json(specials))
     write_file(folder / "chat_template.jinja", source)
     write_file(folder / MODEL_FILE, tokenizer.model_bytes)
 
 
-def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
+def _tokenizer_json(proto: Any, prefix: Prefix, added: list[dict[str, Any]], specials: dict[str, str]) -> dict[str, Any]:
     """The content of `tokenizer.json`, in the form of the package `tokenizers`."""
     spec = proto.normalizer_spec
     if proto.trainer_spec.model_type != TrainerSpec.BPE:
@@ -95,9 +97,13 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
     if spec.remove_extra_whitespaces:
         normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
         normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
-    if spec.add_dummy_prefix:
+    if prefix is Prefix.EACH:
         normalizers.append({"type": "Prepend", "prepend": SPACE})
     normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    pre_tokenizers: list[dict[str, Any]] = []
+    if prefix in (Prefix.FIRST, Prefix.MISSING):
+        scheme = "first" if prefix is Prefix.FIRST else "always"
+        pre_tokenizers.append({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False})
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
@@ -107,16 +113,14 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     # User-defined pieces match before any merge: split off first, then taken whole. As added tokens, each would begin a new
     # text, with a space before it.
-    defined = [piece.piece for piece in proto.pieces if piece.type == Piece.USER_DEFINED]
+    own_ids = {token["id"] for token in added}
+    defined = [piece.piece for id, piece in enumerate(proto.pieces) if piece.type == Piece.USER_DEFINED and id not in own_ids]
     pattern = "|".join(map(re.escape, sorted(defined, key=len, reverse=True)))
     splits = [pattern, _whole(proto)] if defined else []
-    split = {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-            for pattern in filter(None, splits)
-        ],
-    }
+    pre_tokenizers += [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in filter(None, splits)
+    ]
     bos = specials["bos_token"]
     bos_id = next(token["id"] for token in added if token["content"] == bos)
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for name, type_id in (("A", 0), ("B", 1)))
@@ -127,7 +131,7 @@ def _tokenizer_json(proto: Any, added: list[dict[str, Any]], specials: dict[str,
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": split if defined else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers} if pre_tokenizers else None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [start, first],

@@ -9,7 +9,7 @@ from kernels import TILE
 from model.config import MistralConfig, read_config, with_generation_ends
 from model.vocabulary.chat import end_id
 from model.vocabulary.tokenizer import MODEL_FILE, Tokenizer
-from model.vocabulary.tokenizer_folder import JSON_FILE
+from model.vocabulary.tokenizer_json import JSON_FILE
 
 
 def fitted_config(folder: str | Path, tokenizer: Tokenizer) -> MistralConfig:

@@ -1,18 +1,19 @@
-"""The files beside `tokenizer.model`: tokens behind its pieces, a chat template; and `tokenizer.json` in its place."""
+"""The files beside `tokenizer.model`: tokens behind its pieces, the beginning of texts, a chat template."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from model.config import read_json
-from model.vocabulary.proto import ModelProto, Piece, TrainerSpec
+from model.vocabulary.proto import ModelProto, Piece
 from model.vocabulary.scripts import SPACE
 from model.vocabulary.template import FolderTemplate, is_ours
+from model.vocabulary.tokenizer_json import JSON_FILE, Prefix
 
-JSON_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -22,6 +23,7 @@ class AddedToken(NamedTuple):
     id: int
     content: str
     special: bool
+    flags: tuple[str, ...] = ()  # ways in which the token, or text beside it, differs from its spelling
 
 
 def added_tokens(folder: Path, pieces: Sequence[str]) -> list[AddedToken]:
@@ -55,25 +57,65 @@ def added_tokens(folder: Path, pieces: Sequence[str]) -> list[AddedToken]:
 
 def _declared(folder: Path) -> Iterator[tuple[Path, AddedToken]]:
     # `added_tokens.json` comes last: it says nothing of a token but its id.
-    for name in (JSON_FILE, "tokenizer_config.json", "added_tokens.json"):
+    for name in (JSON_FILE, CONFIG_FILE, "added_tokens.json"):
         path = folder / name
         if not path.is_file():
             continue
         table = read_json(path)
         try:
             if name == JSON_FILE:
-                entries = [(entry["id"], entry["content"], entry.get("special", True)) for entry in table["added_tokens"]]
-            elif name == "added_tokens.json":
-                entries = [(id, content, True) for content, id in table.items()]
+                entries = [(entry["id"], entry) for entry in table["added_tokens"]]
+            elif name == CONFIG_FILE:
+                entries = [(int(id), entry) for id, entry in (table.get("added_tokens_decoder") or {}).items()]
             else:
-                decoder = table.get("added_tokens_decoder") or {}
-                entries = [(int(id), entry["content"], entry.get("special", True)) for id, entry in decoder.items()]
-            for id, content, special in entries:
-                if type(id) is not int or not isinstance(content, str):
+                entries = [(id, {"content": content}) for content, id in table.items()]
+            for id, entry in entries:
+                if type(id) is not int or not isinstance(entry["content"], str):
                     raise TypeError
-                yield path, AddedToken(id, content, bool(special))
+                flags = tuple(flag for flag in _FLAGS if entry.get(flag))
+                yield path, AddedToken(id, entry["content"], bool(entry.get("special", True)), flags)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(f"{path}: an added token lacks its id or content; fetch the folder again") from None
+
+
+def config_prefix(folder: Path) -> Prefix | None:
+    """Where a folder without tokenizer.json puts a space before text, by its tokenizer_config.json; None: as the model says."""
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if config.get("add_prefix_space") is False:
+        return Prefix.NEVER
+    return Prefix.FIRST if config.get("legacy") is False else None
+
+
+def check_flags(folder: Path, tokens: Sequence[AddedToken], prefix: Prefix, template: FolderTemplate | None) -> None:
+    """Check that added tokens which texts or the chat template can give are found exactly as they are spelled.
+
+    Raises: ValueError naming the token and its flags.
+    """
+    for token in tokens:
+        # Normalizing changes a token's spelling only where a space is put before each section.
+        flags = [flag for flag in token.flags if flag != "normalized" or prefix is Prefix.EACH]
+        if SPACE in token.content and not token.special:
+            raise ValueError(
+                f"{folder}: added token {token.content!r} holds U+2581, which is a space in pieces alone, so texts with a "
+                "space there get other ids: write the token without it"
+            )
+        written = template is not None and (token.content in template.source or token.content in template.specials.values())
+        if flags and (written or not token.special):
+            raise ValueError(
+                f"{folder}: added token {token.content!r} has the flag {flags[0]}, by which texts with it get other ids than "
+                f"they spell: set the flag to false in {JSON_FILE} and {CONFIG_FILE} if the model was trained without it"
+            )
+
+
+def with_prefix(model_bytes: bytes, prefix: Prefix) -> bytes:
+    """A SentencePiece model that puts a space before a text, or none."""
+    proto = ModelProto.FromString(model_bytes)
+    wanted = prefix is not Prefix.NEVER
+    if proto.normalizer_spec.add_dummy_prefix == wanted:
+        return model_bytes
+    proto.normalizer_spec.add_dummy_prefix = wanted
+    proto.DiscardUnknownFields()  # self-tests: stored sample encodings, which this changes
+    return proto.SerializeToString(deterministic=True)
 
 
 def with_pieces(model_bytes: bytes, tokens: Sequence[AddedToken]) -> bytes:
@@ -87,15 +129,23 @@ def with_pieces(model_bytes: bytes, tokens: Sequence[AddedToken]) -> bytes:
     return proto.SerializeToString(deterministic=True)
 
 
+def named_specials(folder: Path) -> dict[str, str]:
+    """The special tokens that a folder's tokenizer_config.json names, such as bos_token, by name."""
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    tokens = {name: config.get(name) for name in _SPECIALS}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
 def folder_template(folder: Path, specials: Mapping[str, int]) -> FolderTemplate | None:
     """A folder's own chat template; None where it has none, or ours.
 
     Args: specials: the model's own `<s>`, `</s>` and `<unk>` lead it, in this order, for a folder that does not name them.
     Raises: ValueError naming the file, for a template that is no text.
     """
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
+    path = folder / CONFIG_FILE
     file = folder / "chat_template.jinja"
+    config = read_json(path) if path.is_file() else {}
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):
         # Several templates by name: transformers takes the default.
@@ -109,88 +159,4 @@ def folder_template(folder: Path, specials: Mapping[str, int]) -> FolderTemplate
         raise ValueError(f"{path}: chat_template is {type(source).__name__}, not text")
     if is_ours(source):
         return None
-    spelled = dict(zip(_SPECIALS, specials, strict=False))
-    for name in _SPECIALS:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            spelled[name] = token
-    return FolderTemplate(source, spelled)
-
-
-def model_of_json(path: Path) -> bytes:
-    """The SentencePiece model of a `tokenizer.json` that was made from one: BPE with byte fallback.
-
-    Raises: ValueError naming the file where it is of another family.
-    """
-    table = read_json(path)
-    try:
-        return _model_of(table, path)
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        raise ValueError(f"{path}: a part of the tokenizer is missing or of another form; fetch it again") from None
-
-
-def _model_of(table: dict[str, Any], path: Path) -> bytes:
-    model = table["model"]
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise _foreign(path, f"its model is {model.get('type')}, byte_fallback {model.get('byte_fallback')}")
-    parts = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")], ensure_ascii=False)
-    if "ByteLevel" in parts or "Precompiled" in parts or "NFK" in parts or SPACE not in parts:
-        raise _foreign(path, "it changes text in other ways than by writing spaces as U+2581")
-    vocab: dict[str, int] = model["vocab"]
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    if [vocab[piece] for piece in pieces] != list(range(len(pieces))):
-        raise _foreign(path, "the ids of its pieces have gaps")
-    special = {token["content"] for token in table["added_tokens"] if token.get("special", True)}
-    defined = {token["content"] for token in table["added_tokens"]} - special
-    scores = _scores(model["merges"], path)
-    proto = ModelProto()
-    unknown = model.get("unk_token") or "<unk>"
-    unmade = {piece for piece in pieces if len(piece) > 1 and not _is_byte(piece)} - scores.keys()
-    for piece in pieces:
-        kind = Piece.NORMAL
-        if piece == unknown:
-            kind = Piece.UNKNOWN
-        elif piece in special or piece in unmade:
-            # No text encodes to a piece of several characters that no merge makes.
-            kind = Piece.CONTROL
-        elif piece in defined:
-            kind = Piece.USER_DEFINED
-        elif _is_byte(piece):
-            kind = Piece.BYTE
-        normal = kind == Piece.NORMAL
-        proto.pieces.add(piece=piece, score=scores.get(piece, -float(len(scores) + 1)) if normal else 0.0, type=kind)
-    proto.trainer_spec.model_type = TrainerSpec.BPE
-    proto.trainer_spec.vocab_size = len(pieces)
-    proto.trainer_spec.byte_fallback = True
-    for name, spelling in (("unk", unknown), ("bos", "<s>"), ("eos", "</s>")):
-        setattr(proto.trainer_spec, f"{name}_id", vocab.get(spelling, -1))
-        setattr(proto.trainer_spec, f"{name}_piece", spelling)
-    proto.trainer_spec.pad_id = -1
-    proto.normalizer_spec.name = "identity"
-    proto.normalizer_spec.add_dummy_prefix = '"Prepend"' in parts or '"prepend_scheme": "' in parts.replace("never", "")
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    proto.normalizer_spec.escape_whitespaces = True
-    return proto.SerializeToString(deterministic=True)
-
-
-def _scores(merges: Sequence[str | Sequence[str]], path: Path) -> dict[str, float]:
-    """The score of each joined piece. SentencePiece ranks pieces, a merge list pairs: a piece's pairs must rank together."""
-    order: list[str] = []
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if not order or order[-1] != left + right:
-            order.append(left + right)
-    if len(set(order)) < len(order):
-        raise _foreign(path, "pairs that join to one piece rank apart")
-    return {piece: -float(rank) for rank, piece in enumerate(order)}
-
-
-def _is_byte(piece: str) -> bool:
-    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-
-def _foreign(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{path}: cannot be read as a SentencePiece BPE: {reason}; add the tokenizer.model that the model was trained with"
-    )
+    return FolderTemplate(source, dict(zip(_SPECIALS, specials, strict=False)) | named_specials(folder))
