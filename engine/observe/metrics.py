@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from engine.distributed.ranks import Ranks
 from engine.distributed.stragglers import slowest
+from engine.observe.line_file import LineFile
 from engine.observe.spikes import SpikeLog
 from engine.observe.timing import mark, seconds_between
 from engine.settings.sections import LogSettings
@@ -88,6 +89,7 @@ class Metrics:
         self._settings, self._ranks, self._facts, self._waits = settings, ranks, facts, waits
         self._spikes = spikes if ranks.main else None
         self._sinks: list[_Sink] = _open_sinks(out, settings, facts, self._spikes) if ranks.main else []
+        self._refusing: list[_Sink] = []  # that could not write last time
         self._pending: list[StepRecord] = []
         self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._blocked_seconds, self._skipped_in_a_row = 0.0, 0
@@ -118,6 +120,8 @@ class Metrics:
             finite. The step is written before.
         """
         if not self._pending:
+            # Lines that a full disk has refused get another chance before a checkpoint counts their steps as done.
+            self._write([])
             return
         if self._ranks.device.type == "cuda":
             # The pending values are computed before the last update is; wait for the update to time it.
@@ -140,8 +144,15 @@ class Metrics:
 
     def message(self, text: str) -> None:
         """Print a line from rank 0 without tearing the progress bar."""
-        if self._ranks.main:
+        if not self._ranks.main:
+            return
+        try:
             self.bar.write(text, file=sys.stdout)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            # The console may be a file on a disk that is full now.
+            pass
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -168,11 +179,26 @@ class Metrics:
         """Close the files. status: of the run; not 0 where it failed or was stopped."""
         self.bar.close()
         for sink in self._sinks:
-            sink.close(status)
+            with self._reported(sink):
+                sink.close(status)
 
     def _write(self, lines: list[Line]) -> None:
         for sink in self._sinks:
-            sink.write(lines)
+            with self._reported(sink):
+                sink.write(lines)
+
+    @contextlib.contextmanager
+    def _reported(self, sink: "_Sink") -> Iterator[None]:
+        """A sink that cannot write, as on a full disk, is reported once and does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            if sink not in self._refusing:
+                self._refusing.append(sink)
+                self.message(f"metrics could not be written: {error}; {sink.after_refusal}")
+        else:
+            if sink in self._refusing:
+                self._refusing.remove(sink)
 
     def _judge(self, line: Line) -> None:
         """Report a step that is not finite or stands out. Raises: FloatingPointError at the limit of `flush`."""
@@ -276,7 +302,12 @@ def _console_line(line: Line, speed: Line, steps: int) -> str:
 
 
 class _Sink(Protocol):
-    """A destination of lines, besides the console."""
+    """A destination of lines, besides the console.
+
+    after_refusal: what becomes of lines that could not be written, in words.
+    """
+
+    after_refusal: str
 
     def write(self, lines: list[Line]) -> None: ...
 
@@ -289,6 +320,7 @@ def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: Spike
     file = out / "metrics.jsonl"
     sinks: list[_Sink] = [_JsonLines(file, kept)]
     if spikes is not None:
+        sinks.append(_Spikes(spikes))
         _drop_lines_after(spikes.file, kept)
         spikes.resume(line["loss"] for line in logged_steps(file) if "skipped" not in line)
     if settings.tensorboard:
@@ -303,16 +335,32 @@ def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: Spike
 
 
 class _JsonLines:
+    after_refusal = "they come with the next ones, once there is room"
+
     def __init__(self, file: Path, kept: int) -> None:
-        self._file = file
         _drop_lines_after(file, kept)
+        self._file = LineFile(file)
 
     def write(self, lines: list[Line]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n" for line in lines)
+        self._file.add(json.dumps({name: _finite(value) for name, value in line.items()}) for line in lines)
 
     def close(self, status: int) -> None:
-        pass
+        self._file.add()
+
+
+class _Spikes:
+    """Gives spikes that could not be written another chance; `SpikeLog.check` adds them."""
+
+    after_refusal = _JsonLines.after_refusal
+
+    def __init__(self, spikes: SpikeLog) -> None:
+        self._spikes = spikes
+
+    def write(self, lines: list[Line]) -> None:
+        self._spikes.write()
+
+    def close(self, status: int) -> None:
+        self._spikes.write()
 
 
 def _finite(value: Any) -> Any:
@@ -351,6 +399,9 @@ def _drop_lines_after(file: Path, step: int) -> None:
 class _TensorBoard:
     """Raises: ImportError when tensorboard is not installed."""
 
+    # Its writing thread ends with the first error.
+    after_refusal = "no further TensorBoard events from this process"
+
     def __init__(self, folder: Path, kept: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -373,6 +424,8 @@ def check_wandb(settings: LogSettings) -> None:
 
 class _WeightsAndBiases:
     """The run folder keeps the run's id, so that a resumed run continues the same run of Weights & Biases."""
+
+    after_refusal = "Weights & Biases lacks them"
 
     def __init__(self, project: str, out: Path, facts: RunFacts) -> None:
         import wandb

@@ -3,6 +3,7 @@
 Losses are examined when they are logged, so nothing waits for the device between log lines.
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.plan import Plan
+from engine.observe.line_file import LineFile
 from engine.settings.sections import LEAST_HISTORY, GuardSettings
 
 # Least deviation, as a share of the median: smaller differences are rounding.
@@ -33,11 +35,16 @@ class SpikeLog:
         plan: Plan,
     ) -> None:
         self.file, self._settings, self._plan = file, settings, plan
+        self._lines = LineFile(file)
         self._losses: deque[float] = deque(maxlen=settings.history)
 
     def resume(self, losses: Iterable[float]) -> None:
         """Take the losses of earlier steps, so that a resumed run sees the spikes that an unbroken one would."""
         self._losses.extend(losses)
+
+    def write(self) -> None:
+        """Write the steps that could not be written before. Raises: OSError."""
+        self._lines.add()
 
     def check(self, line: dict[str, Any]) -> str | None:
         """Take a step's logged values. Returns a message if the step stands out, else None."""
@@ -54,8 +61,9 @@ class SpikeLog:
             what = f"loss {line['loss']:.4f} is {deviations:.1f} deviations above the median {median:.4f} of the steps before; "
         documents = documents_of(self._plan, line["step"] - 1)
         note = {"step": line["step"], **values, "median": median, "deviations": deviations, "documents": documents}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(note, ensure_ascii=False) + "\n")
+        with contextlib.suppress(OSError):
+            # A full disk must not end the run; `write` tries again and says so.
+            self._lines.add([json.dumps(note, ensure_ascii=False)])
         return f"step {line['step']}: {what}its documents are in {self.file}, --replay {line['step']} runs it again"
 
     def _compared(self, loss: float) -> tuple[float | None, float | None]:

@@ -55,6 +55,18 @@ def test_a_resumed_log_finds_the_spikes_of_an_unbroken_one(spikes_of):
     assert resumed.check(logged(31, 90.0)) == whole.check(logged(31, 90.0)) is not None
 
 
+def test_a_spike_that_cannot_be_written_waits(spikes_of, tmp_path):
+    log, file = spikes_of(), tmp_path / "spikes.jsonl"
+    file.mkdir()
+    assert log.check(logged(1, float("nan")))
+    with pytest.raises(IsADirectoryError):
+        log.write()
+    file.rmdir()
+    log.write()
+    (note,) = lines_of(file)
+    assert (note["step"], note["loss"]) == (1, None)
+
+
 def test_spike_0_looks_for_none(spikes_of):
     log = spikes_of(spike=0.0)
     assert not any(log.check(logged(1 + i, 10.0**i)) for i in range(20))
