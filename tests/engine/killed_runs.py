@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import traceback
@@ -37,6 +38,8 @@ from engine.checkpoint.writing import Checkpointer
 from recipes import dpo, pretrain, sft
 from tests.engine.forked_ranks import end_of, fork_ranks, spare_forks_the_garbage
 
+# Printed by a process that is about to get a signal in an evaluation.
+IN_EVALUATION = "a signal in an evaluation"
 RECIPES = {"pretrain": pretrain, "sft": sft, "dpo": dpo}
 
 
@@ -81,6 +84,51 @@ def fill_disk(*_):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
+def full_for_a_while(moment, seconds):
+    """A fault: the disk becomes full this many seconds after the first step has begun, and is freed some seconds later."""
+
+    def arrange():
+        def wait(*_):
+            threading.Thread(target=fill_and_free, daemon=True).start()
+
+        def fill_and_free():
+            time.sleep(moment)
+            fill_disk()
+            time.sleep(seconds)
+            free_disk()
+
+        at_call(engine.loop, "accumulate", 1, wait, first=True)
+
+    return arrange
+
+
+def free_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def in_evaluation(evaluation, batch, number):
+    """A fault: this signal comes before a micro-batch of an evaluation, each counted from 1 in this process."""
+
+    def arrange():
+        original, begun = engine.loop.evaluate, []
+
+        def evaluate(model, evaluations, ranks, alive, stopping):
+            begun.append([])
+
+            def told():
+                begun[-1].append(1)
+                if len(begun) == evaluation and len(begun[-1]) == batch:
+                    print(IN_EVALUATION, flush=True)
+                    os.kill(os.getpid(), number)
+                alive()
+
+            return original(model, evaluations, ranks, told, stopping)
+
+        engine.loop.evaluate = evaluate
+
+    return arrange
+
+
 def is_checkpoint(path, **_):
     return Path(path).name.endswith(".old") and "step-" in Path(path).name and Path(path).is_dir()
 
@@ -111,34 +159,39 @@ POINTS = {
 }
 
 
-def rank_of(job, point, output):
-    """Be one rank of a run; the environment gives its place, as torchrun sets it. Returns its exit code."""
+def rank_of(job, fault, output):
+    """Be one rank of a run; the environment gives its place, as torchrun sets it. Returns its exit code.
+
+    fault: called before the run, to arrange what shall go wrong.
+    """
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     sys.argv[1] = job["config"]
     code = 1
     try:
-        POINTS[point]()
+        fault()
         RECIPES[job["stage"]].main([job["config"]])
         code = 0
     except SystemExit as end:
+        free_disk()
         code = end.code if isinstance(end.code, int) else 1
         print(end.code)
     except BaseException:
+        free_disk()
         traceback.print_exc()
     return code
 
 
-def start_all(job, ranks, output, point="never", faulty=0):
+def start_all(job, ranks, output, fault=POINTS["never"], faulty=0):
     """Process ids of the ranks of a run."""
-    return fork_ranks(ranks, lambda rank: rank_of(job, point if rank == faulty else "never", output.fileno()))
+    return fork_ranks(ranks, lambda rank: rank_of(job, fault if rank == faulty else POINTS["never"], output.fileno()))
 
 
 def restarted_rank(job, output):
     """A rank that torch's elastic agent starts; the fault happens in the first attempt."""
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == str(job["rank"])
-    code = rank_of(job, job["point"] if first else "never", output)
+    code = rank_of(job, POINTS[job["point"] if first else "never"], output)
     if code:
         os._exit(code)
 
@@ -173,7 +226,7 @@ def train(job):
         if job["then"] == "restart":
             codes, resumed = end_of([start_restarting(job, output)]), []
         else:
-            codes, resumed = end_of(start_all(job, job["ranks"], output, job["point"], job["rank"])), None
+            codes, resumed = end_of(start_all(job, job["ranks"], output, POINTS[job["point"]], job["rank"])), None
         newest = newest_checkpoint(out)
         if resumed is None:
             resumed = end_of(start_all(job, job["then"], output))
