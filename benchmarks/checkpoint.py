@@ -37,6 +37,7 @@ from engine.distributed.ranks import Ranks
 from engine.environment import choose_device
 from engine.optim.adamw import AdamW
 from engine.settings.sections import OptimizerSettings
+from engine.settings.toml import PathName
 from model.folder import sync_all
 from model.mistral import Mistral
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
@@ -57,7 +58,7 @@ class CheckpointSettings:
     """Its layers; default: 4 of mistral-7b on CUDA, else all."""
     providers: tuple[str, ...] = ()
     """Names as in the table; default all."""
-    folder: str = ""
+    folder: PathName = ""
     """Folder on the measured disk; default: the system's temporary one."""
     rounds: int = 3
     """Times that each provider saves and loads."""
@@ -66,7 +67,7 @@ class CheckpointSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on a CPU."""
-    out: str = ""
+    out: PathName = ""
     """Result file; default: print only."""
 
     def __post_init__(self) -> None:

@@ -90,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--task", choices=list(TASKS), help="run one task here, without a limit")
     given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
-    files = {name: given.out.resolve() / f"{name}{TASKS[name].suffix}" for name in TASKS}
+    out = given.out.expanduser().resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    files = {name: out / f"{name}{TASKS[name].suffix}" for name in TASKS}
     if given.task:
         run_task(given.task, given.device, files[given.task])
         return
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ends[name] = "not started: no time left"
         else:
             print(f"== {name}: at most {limit:.0f} s", flush=True)
-            arguments = ["-m", "benchmarks.gpu", "--task", name, "--device", given.device, "--out", str(given.out.resolve())]
+            arguments = ["-m", "benchmarks.gpu", "--task", name, "--device", given.device, "--out", str(out)]
             ends[name] = f"{run_apart(arguments, limit=limit)} after {time.monotonic() - start:.0f} s in all"
     for name, end in ends.items():
         print(f"{name:<8} {end}; {files[name].name} is {'whole' if is_whole(files[name]) else 'not whole'}")

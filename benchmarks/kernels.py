@@ -27,6 +27,7 @@ from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes,
 from benchmarks.results import Result, table
 from benchmarks.shapes import dtype_of, name_of, shape
 from engine.environment import choose_device
+from engine.settings.toml import PathName
 
 # Seconds that the timed calls of one provider and direction may take, with their preparation. A GPU's times vary little.
 _BUDGET = {"cpu": 2.0, "cuda": 0.4}
@@ -57,7 +58,7 @@ class KernelSettings:
     """Turns that each provider takes."""
     repeats: int = 0
     """Timed calls of a turn; default: 10 on CUDA, 5 on a CPU."""
-    out: str = ""
+    out: PathName = ""
     """Result file; default: print only."""
 
     def __post_init__(self) -> None:

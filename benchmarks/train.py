@@ -10,6 +10,7 @@ Each candidate trains in a process of its own, on the same tokens, from the same
 
 import dataclasses
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class TrainBenchSettings:
     """Micro-batches of a step, on each rank (gradient accumulation)."""
     documents: Documents = "full"
     """Synthetic documents; full: all as long as the sequence; mixed: log-normal lengths, packed."""
-    data: str = ""
+    data: PathName = ""
     """Prepared folder (`python -m recipes.prepare`) to train on instead of synthetic documents."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
@@ -108,9 +109,9 @@ class TrainBenchSettings:
     """Threads of each process; 0: torch's default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    scratch: str = ""
+    scratch: PathName = ""
     """Existing folder for weights and data while measuring; default: the system's temporary one."""
-    out: str = ""
+    out: PathName = ""
     """Result file; default: print only."""
 
     def __post_init__(self) -> None:
@@ -118,7 +119,7 @@ class TrainBenchSettings:
         check_least(self, warmup=1, rounds=1, steps=1, threads=0)
         check_names("recompute", [self.recompute], ["", *get_args(Recompute)])
         check_names("backend", [self.backend], ["", *get_args(Backend)])
-        if self.peers_python and shutil.which(self.peers_python) is None:
+        if self.peers_python and shutil.which(os.path.expanduser(self.peers_python)) is None:
             raise ValueError(
                 f"peers_python = '{self.peers_python}': no such program; name the interpreter of the peers' environment, "
                 "such as peers/bin/python"

@@ -27,6 +27,7 @@ from benchmarks.operators.operator import Case, Sizes
 from benchmarks.results import Result, table
 from benchmarks.shapes import dtype_of, shape
 from engine.environment import choose_device
+from engine.settings.toml import PathName
 from kernels.configurations import TABLES, Configuration, chip
 
 COLUMNS = ("kernel", "direction", "candidate", "in_table", "seconds", "speed_over_table")
@@ -101,7 +102,7 @@ class TuneSettings:
     """A CPU has nothing to tune; its eager functions show that the search runs."""
     workers: int = 0
     """Processes that compile; 0: one less than there are cores, at most 12."""
-    out: str = ""
+    out: PathName = ""
     """Result file; default: print only."""
 
     def __post_init__(self) -> None:

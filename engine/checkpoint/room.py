@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.checkpoint.state import checkpoints, seconds_to_save
 from engine.distributed.torchrun import shutdown_warning
 from engine.estimate.sizes import FLOAT32
+from engine.observe.metrics import logged_steps
 from engine.run import Run
 
 # Bytes a second at which a checkpoint is assumed to be written and read back for its SHA-256, where none was timed yet.
@@ -15,8 +16,12 @@ _SPEED = 2**29
 
 def checkpoint_bytes(run: Run) -> int:
     """Size of a checkpoint: two moments, and float32 masters, which bfloat16 weights and their low bits are together."""
-    moment = 2 if run.settings.optimizer.moments == "bfloat16" else FLOAT32
-    return run.config.parameters * (FLOAT32 + 2 * moment)
+    return run.config.parameters * FLOAT32 + _moments(run)
+
+
+def _moments(run: Run) -> int:
+    """Bytes of both moments, over all ranks."""
+    return 2 * run.config.parameters * (2 if run.settings.optimizer.moments == "bfloat16" else FLOAT32)
 
 
 def check_room(run: Run) -> list[str]:
@@ -45,35 +50,65 @@ def _disk(run: Run, size: int) -> list[str]:
             "another out"
         )
     # The oldest is removed when the newest is complete.
-    kept = settings.keep_checkpoints + 1
-    if not settings.checkpoint_seconds:
-        every = settings.checkpoint_every or steps
-        kept = min(kept, -(-steps // every))
-    kept += steps // settings.keep_every if settings.keep_every else 0
-    more = max(1, kept - len(checkpoints(run.out)))
-    found = f"checkpoint {_amount(size)} each, {more} more to keep at once, {_amount(disk.free)} free in {existing}"
-    if disk.free < more * size:
-        return [f"warning    {found}: not all of them fit; free the disk, or lower keep_checkpoints, or raise keep_every"]
-    return [found]
+    written, certain = _written(run, steps)
+    there = min(len(checkpoints(run.out)), settings.keep_checkpoints)
+    more = min(written, settings.keep_checkpoints + 1 - there)
+    more += steps // settings.keep_every if settings.keep_every else 0
+    up_to = "" if certain else "up to "
+    found = f"checkpoint {_amount(size)} each, {up_to}{more} more to keep at once, {_amount(disk.free)} free in {existing}"
+    if disk.free >= more * size:
+        return [found]
+    remedy = "free the disk, or lower keep_checkpoints, or raise keep_every"
+    if certain:
+        return [f"warning    {found}: not all of them fit; {remedy}"]
+    minutes = disk.free // size * settings.checkpoint_seconds / 60
+    return [f"{found}: not all of them fit if the run takes longer than {minutes:.3g} minutes; then {remedy}"]
+
+
+def _written(run: Run, steps: int) -> tuple[int, bool]:
+    """(most checkpoints that the run has still to write; whether that is certain: nobody knows how long a new run takes)."""
+    settings = run.settings
+    every = settings.checkpoint_every or steps
+    written, interval = -(-steps // every), settings.checkpoint_seconds
+    if not interval:
+        return written, True
+    seconds = _seconds_a_step(run)
+    if seconds is None:
+        return steps, False
+    return min(steps, written + int(steps * seconds / interval)), True
+
+
+def _seconds_a_step(run: Run) -> float | None:
+    """What a step took when it was last logged; None for a fresh run."""
+    lines = logged_steps(run.out / "metrics.jsonl") if run.start else ()
+    return next((line["step_seconds"] for line in reversed([*lines]) if "step_seconds" in line), None)
 
 
 def _memory(run: Run, size: int) -> list[str]:
-    """Every rank of this machine holds copies of its shard."""
+    """Each rank of this machine holds copies of its shard, beside offloaded moments and, without a GPU, all of training."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shards = run.ranks.ranks // run.settings.parallel.replicas
-    copies = here * -(-size // shards)
+    parts = {"the copies": here * -(-size // shards)}
+    if run.settings.optimizer.offload == "moments":
+        parts["the moments"] = here * -(-_moments(run) // shards)
     total, available = _host_memory()
-    if total and copies > total:
+    if total and sum(parts.values()) > total:
         raise OSError(
-            f"checkpoints: the copies of {here} ranks take {_amount(copies)} of the host's memory, which has {_amount(total)}; "
-            "use more machines, or optimizer.moments = bfloat16"
+            f"checkpoints: {_listed(parts)} of {here} ranks take {_amount(sum(parts.values()))} of the host's memory, which "
+            f"has {_amount(total)}; use more machines, or optimizer.moments = bfloat16"
         )
-    if total and copies > available:
+    if run.device.type == "cpu":
+        parts["training"] = here * run.planned.peak
+    if total and sum(parts.values()) > available:
         return [
-            f"warning    saving copies {_amount(copies)} to the host's memory, of which {_amount(available)} are free now; "
-            "the first checkpoint may end the run"
+            f"warning    {_listed(parts)} take {_amount(sum(parts.values()))} of the host's memory, of which "
+            f"{_amount(available)} are free now; the first checkpoint may end the run"
         ]
     return []
+
+
+def _listed(parts: dict[str, int]) -> str:
+    return " and ".join(f"{name} ({_amount(size)})" for name, size in parts.items())
 
 
 def _host_memory() -> tuple[int, int]:

@@ -31,8 +31,8 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
     `parse(SftSettings, ["recipes/tiny/sft1.toml", "--steps", "10", ...])`. Overrides may add keys that the file lacks; ranges
     are checked after them.
 
-    Raises: SystemExit. A mistake in the file ends the program with one line on standard error and status 1; a mistake on the
-        command line ends it with tyro's message and status 2.
+    Raises: SystemExit. A mistake in the file, or a setting that neither gives, ends the program with one line on standard error
+        and status 1; another mistake on the command line ends it with tyro's message and status 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -44,6 +44,7 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, 
         else:
             default = _in_file(Path(file), _draft, settings_class, read_table(Path(file)))
         _check_no_tables(settings_class, arguments)
+        _check_nothing_missing(default, arguments, prog)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     import tyro  # here, as only a command line with options needs it
@@ -83,6 +84,28 @@ def _check_no_tables(settings_class: type, arguments: list[str]) -> None:
                 f"{asked}: add {name} in the TOML file, each as a table ([[{name}]] {key} = ...); an option can change one "
                 f"that stands there (--{name}.0.{key} ...)"
             )
+
+
+def _check_nothing_missing(draft: Any, arguments: list[str], prog: str | None) -> None:
+    """Refuse settings that neither file nor options give by one line: tyro would explain each in a box."""
+    options = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
+    given = {option.partition(".")[0].replace("-", "_") for option in options}
+    fields = {field.name for field in dataclasses.fields(draft)}
+    if "-h" in arguments or not given <= fields | {f"no_{name}" for name in fields}:
+        # Help, or a misspelt option, which may be the missing one: tyro names the nearest.
+        return
+    hints = typing.get_type_hints(type(draft))
+    missing = [name for name in _required(type(draft)) if name not in given and _is_absent(getattr(draft, name))]
+    if missing:
+        name, table = missing[0], _table_of(hints[missing[0]])
+        others = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
+        if table is not None:
+            key = dataclasses.fields(table)[0].name
+            raise ValueError(f"missing setting '{name}'{others}: add it in a TOML file, as tables ([[{name}]] {key} = ...)")
+        raise ValueError(
+            f"missing setting '{name}'{others}: give --{name.replace('_', '-')}, or {name} = ... in a TOML file: "
+            f"{prog or 'the command'} SETTINGS.toml [OPTIONS]"
+        )
 
 
 def _no_settings_file(settings_class: type, argument: str) -> str:
@@ -213,6 +236,13 @@ def _draft(settings_class: type[Settings], table: dict[str, Any]) -> Settings:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         object.__setattr__(draft, field.name, values.get(field.name, default))
     return draft
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a required setting of a draft was not given."""
+    import tyro
+
+    return value is tyro.MISSING or value == ()
 
 
 def _required(settings_class: type) -> list[str]:

@@ -15,18 +15,22 @@ import kernels.linear_log_prob
 import model.mistral
 from benchmarks import own, train
 from benchmarks.candidates import Candidate, Outcome, Schedule, take_turns
+from benchmarks.checkpoint import CheckpointSettings
+from benchmarks.kernels import KernelSettings
 from benchmarks.peers import catalogue
 from benchmarks.peers.steps import Steps
 from benchmarks.peers.worker import peak_memory
 from benchmarks.results import RESULTS, read_result
 from benchmarks.synthetic import export_steps, write_synthetic
 from benchmarks.train import TrainBenchSettings, over_best_peer, points, trains_our_steps
+from benchmarks.tune import TuneSettings
 from benchmarks.work import Work, head_again, speed, with_reference, work_of
 from engine.data.dataset import TokenDataset
 from engine.loop import train_step
 from engine.observe.profile import CATEGORIES, OPERATORS, OPTIMIZER, classified, ranges, replaced
 from engine.optim.adamw import AdamW
 from engine.run import Run
+from engine.settings.toml import parse
 from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
 
@@ -408,6 +412,22 @@ def test_the_peak_is_the_allocators():
 def test_an_interpreter_of_peers_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match=r"peers_python = '/no/python': no such program; name the interpreter"):
         TrainBenchSettings(peers_python="/no/python")
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "names"),
+    [
+        (TrainBenchSettings, ["data", "scratch", "out", "peers_python"]),
+        (CheckpointSettings, ["folder", "out"]),
+        (KernelSettings, ["out"]),
+        (TuneSettings, ["out"]),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path(settings_class, names, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").symlink_to(sys.executable)
+    found = parse(settings_class, [f"--{name.replace('_', '-')}=~/x" for name in names])
+    assert [getattr(found, name) for name in names] == [str(tmp_path / "x")] * len(names)
 
 
 def test_a_relative_interpreter_of_peers_is_found_from_another_folder(tmp_path, monkeypatch):

@@ -44,16 +44,53 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_and_for_all_is_warned
     assert "1 more to keep" in check_room(run_of(checkpoint_minutes=0.0))[0]
 
 
-def test_too_little_memory_for_the_copies_is_refused_or_warned_of(run_of, monkeypatch):
-    run = run_of()
+def test_a_short_run_by_the_clock_is_not_warned_of_checkpoints_that_it_will_not_write(run_of, monkeypatch):
+    """A fresh run does not know how long it takes; a run that goes on does."""
+    run = run_of(heldout=[])
     size = checkpoint_bytes(run)
-    monkeypatch.setattr(room, "_host_memory", lambda: (size, size - 1))
-    assert check_room(run)[-1].startswith("warning    saving copies 0.5 MiB to the host's memory")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Disk(10 * size, 0, 2 * size))
+    (line,) = check_room(run)
+    assert line.startswith("checkpoint 0.5 MiB each, up to 3 more to keep at once")
+    assert "not all of them fit if the run takes longer than 60 minutes; then free the disk" in line
+    (line,) = check_room(run_of(heldout=[], steps=2))
+    assert "up to 2 more to keep at once" in line
+    assert "not all of them fit" not in line
+    pretrain.run(run_of(checkpoint_every=2, keep_checkpoints=8, heldout=[]).settings)
+    shutil.rmtree(run.out / "step-00000006")
+    shutil.rmtree(run.out / "step-00000004")
+    (line,) = check_room(run_of(heldout=[], keep_checkpoints=8))
+    assert line.startswith("checkpoint 0.5 MiB each, 1 more to keep at once")
+    # After each of the four steps that are left; one checkpoint is there.
+    (line,) = check_room(run_of(heldout=[], keep_checkpoints=8, checkpoint_minutes=1e-9))
+    assert line.startswith("warning    checkpoint 0.5 MiB each, 4 more to keep at once")
+    (line,) = check_room(run_of(heldout=[], keep_checkpoints=1, checkpoint_minutes=1e-9))
+    assert line.startswith("checkpoint 0.5 MiB each, 1 more to keep at once")
+
+
+def test_too_little_memory_for_copies_and_training_is_refused_or_warned_of(run_of, monkeypatch):
+    run = run_of()
+    size, training = checkpoint_bytes(run), run.planned.peak
+    monkeypatch.setattr(room, "_host_memory", lambda: (size, size + training))
+    assert len(check_room(run)) == 1
+    monkeypatch.setattr(room, "_host_memory", lambda: (size, size + training - 1))
+    assert check_room(run)[-1].startswith("warning    the copies (0.5 MiB) and training (")
     monkeypatch.setattr(room, "_host_memory", lambda: (size - 1, size - 1))
-    with pytest.raises(OSError, match=r"the copies of 1 ranks take 0.5 MiB of the host's memory"):
+    with pytest.raises(OSError, match=r"the copies \(0.5 MiB\) of 1 ranks take 0.5 MiB of the host's memory, which has"):
         check_room(run)
     monkeypatch.setattr(room, "_host_memory", lambda: (0, 0))
     assert len(check_room(run)) == 1
+
+
+def test_moments_in_the_hosts_memory_count_beside_their_copies(run_of, monkeypatch):
+    """In float32 they are two thirds of a checkpoint."""
+    run = run_of(optimizer={"offload": "moments"})
+    size = checkpoint_bytes(run)
+    needed = size + size * 2 // 3
+    monkeypatch.setattr(room, "_host_memory", lambda: (needed, 10 * needed))
+    assert len(check_room(run)) == 1
+    monkeypatch.setattr(room, "_host_memory", lambda: (needed - 1, 10 * needed))
+    with pytest.raises(OSError, match=r"the copies \(0.5 MiB\) and the moments \(0.3 MiB\) of 1 ranks take 0.8 MiB"):
+        check_room(run)
 
 
 def test_torchruns_timeout_is_compared_with_the_last_checkpoint(run_of, monkeypatch):

@@ -200,7 +200,7 @@ def test_overrides_complete_the_file(tmp_path):
         (["--out", "o", "--step-siz", "1"], "step-siz"),
         (["--out", "o", "--steps", "three"], "three"),
         (["--out", "o", "--steps", "0"], "steps = 0"),
-        (["--steps", "1"], "--out"),
+        (["--ou", "o"], "--out"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, capsys, argv, message):
@@ -217,12 +217,46 @@ def test_a_wrong_file_with_overrides_is_named(tmp_path):
         parse(PretrainSettings, [str(path), "--steps", "1"])
 
 
-def test_a_command_line_alone_is_enough_without_lists_of_tables(capsys):
+def test_a_command_line_alone_is_enough_without_lists_of_tables():
     assert parse(ExportSettings, ["--source", "a", "--out", "b"]) == ExportSettings(source="a", out="b")
+
+
+@pytest.mark.parametrize(
+    ("settings_class", "argv", "said"),
+    [
+        (
+            ExportSettings,
+            [],
+            "missing setting 'source' (and out): give --source, or source = ... in a TOML file: the command S",
+        ),
+        (
+            ExportSettings,
+            ["--source=a"],
+            "missing setting 'out': give --out, or out = ... in a TOML file: the command SETTINGS.t",
+        ),
+        (
+            PretrainSettings,
+            ["--out", "o", "--model", "m", "--sources.0.path", "p"],
+            "missing setting 'step_size': give --step-si",
+        ),
+        (
+            PretrainSettings,
+            ["--model", "m", "--out", "o", "--step-size", "3", "--no-dry-run"],
+            "missing setting 'sources': add it in a TOML file, as tables ([[sources]] path = ...)",
+        ),
+    ],
+)
+def test_a_missing_setting_is_named_in_one_line(settings_class, argv, said):
     with pytest.raises(SystemExit) as ended:
-        parse(PretrainSettings, ["--model", "m", "--out", "o", "--step-size", "3"])
-    assert ended.value.code == 2
-    assert "sources" in capsys.readouterr().err
+        parse(settings_class, argv)
+    assert str(ended.value.code).startswith(f"error: {said}")
+    assert "\n" not in str(ended.value.code)
+
+
+def test_a_missing_setting_beside_a_file_is_named_in_one_line(tmp_path):
+    path = written(tmp_path, 'model = "m"\nstep_size = 8\n' + SOURCE)
+    with pytest.raises(SystemExit, match=r"^error: missing setting 'out': give --out, or out = \.\.\. in a TOML file: "):
+        parse(PretrainSettings, [str(path), "--steps", "1"], prog="python -m recipes.pretrain")
 
 
 @pytest.mark.parametrize("settings_class", sorted({type(value) for value in EVERY}, key=lambda c: c.__name__))
