@@ -13,7 +13,7 @@ from typing import Any
 from model.vocabulary.chat import Message
 
 # Raise this when an equal record gives other turns than before: a dataset prepared earlier then no longer counts as the same.
-READING = 2
+READING = 3
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -28,15 +28,18 @@ QUESTIONS = {
     "query": ("response",),
 }
 _CONTEXTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt")
-_WEIGHTS = ("weight", "train", "loss")
+_SYSTEMS = ("system", "system_prompt", "system_message")
+_WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
+_RECORD_WEIGHTS = ("weight", "train")
 _MEDIA = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "media beside the text")
 # Fields that no chat template of ours can express, and the reason that is counted.
-_IN_RECORD = {**dict.fromkeys(("tools", "functions"), "tools"), **_MEDIA}
+_CALLS = dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "tool calls")
+_IN_RECORD = {**dict.fromkeys(("tools", "functions"), "tools"), "documents": "documents beside the text", **_CALLS, **_MEDIA}
 _IN_TURN = {
-    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "tool calls"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning beside the text"),
-    **dict.fromkeys(("train_detail", "prefix"), "weights within a turn"),
+    **_CALLS,
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), "reasoning beside the text"),
+    **dict.fromkeys(("train_detail", "prefix", "mask", "masked", "loss_mask"), "weights within a turn"),
+    "refusal": "a refusal beside the text",
     **_MEDIA,
 }
 
@@ -80,10 +83,13 @@ def read_conversation(value: Any) -> list[Turn]:
 
     Formats, tried in this order: a list of turns (`CONVERSATIONS`), each {role, content} or ShareGPT's {from, value}; a
     question and its answer (`QUESTIONS`), with `input` or `context` (may be absent) and earlier exchanges in `history`.
-    A field `system` beside either is the system message; an empty one is dropped. An answer of weight 0 is not trained on.
+    A field `system` beside either is the system message; an empty one is dropped. An answer of weight 0 is not trained on; a
+    record of weight 0, or with `label` false (a bad answer), is unusable.
     Raises: Unusable.
     """
-    _check_fields(_object(value), _IN_RECORD)
+    _check_record(value)
+    if value.get("label") is False:
+        raise Unusable("labelled as a bad answer", "label = False")
     listed = _listed(value)
     if listed is not None:
         turns = _turns(value[listed], "", listed)
@@ -101,7 +107,11 @@ def read_conversation(value: Any) -> list[Turn]:
                 "no conversation",
                 f"none of '{CONVERSATIONS[0]}', '{CONVERSATIONS[1]}', {known} in the fields {_fields(value)}"[:300],
             )
-        turns = _asked(value, found[0]) + _turns(value[found[1]], "assistant", found[1])
+        question, answer = found
+        for name in QUESTIONS[question]:
+            if value.get(name) not in (None, value[answer]):
+                raise Unusable("two answers", f"'{answer}' and '{name}' differ")
+        turns = _asked(value, question) + _turns(value[answer], "assistant", answer)
     turns = _check(turns)
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
@@ -119,10 +129,13 @@ def read_pair(value: Any) -> Pair:
     Texts without a prompt may also be transcripts ("Human: ... Assistant: ...").
     Raises: Unusable.
     """
-    _check_fields(_object(value), _IN_RECORD)
+    _check_record(value)
     asked = next((name for name in QUESTIONS if value.get(name) is not None), None)
     given = None if asked is None else _untrained(_asked(value, asked))
     sides: dict[str, list[Turn]] = {}
+    transcripts = [given is None and bool(_transcript(value.get(side))) for side in ("chosen", "rejected")]
+    if any(transcripts) and not all(transcripts):
+        raise Unusable("sides of different prompts", "one of 'chosen' and 'rejected' is a transcript, the other is none")
     for side in ("chosen", "rejected"):
         turns = _turns(_field(value, side), "assistant", side)
         if given is None and len(turns) == 1:
@@ -192,7 +205,8 @@ def _asked(value: Mapping[str, Any], name: str) -> list[Turn]:
         what = "history" if history else contexts[0][0]
         raise Unusable("history or context beside turns", f"both '{name}' and '{what}' hold turns")
     if contexts:
-        turns = [Turn(role="user", content=f"{turns[0]['content']}\n\n{contexts[0][1]}")]
+        texts = [text for text in (turns[0]["content"], contexts[0][1]) if text.strip()]
+        turns = [Turn(role="user", content="\n\n".join(texts))]
     return _with_system(value, history + turns)
 
 
@@ -235,7 +249,7 @@ def _transcript(text: Any, *, prompt: bool = False) -> list[Turn]:
         return []
     _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
     ends_open = parts[-2] == "Assistant" and not parts[-1].strip()
-    if len(parts) < 4 or ends_open != prompt:
+    if len(parts) < 4 or (prompt and not ends_open):
         return []
     text = _text(text, "a transcript")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -265,7 +279,7 @@ def _messages(value: list[Any], field: str) -> list[Turn]:
             raise Unusable("no conversation", f"{place} is {_name(turn)}, not an object")
         _check_fields(turn, _IN_TURN, f"{place}: ")
         name, content = _one_of(turn, ("role", "from"), place), _one_of(turn, ("content", "value"), place)
-        role = ROLES.get(name) if isinstance(name, str) else None
+        role = ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
             raise Unusable("unknown role", f"{name!r} in {place}; known are {', '.join(ROLES)}")
         message = Turn(role=role, content=_content(content, place))
@@ -298,6 +312,17 @@ def _trained(turn: Mapping[str, Any], role: str, place: str) -> bool:
     if trained and role != "assistant":
         raise Unusable("weight on a turn that is not the assistant's", f"{', '.join(given)} in {place} ({role})")
     return trained
+
+
+def _check_record(value: Any) -> None:
+    """Check a record's own fields. Raises: Unusable where they change what the record means, or give it a weight of 0."""
+    _check_fields(_object(value), _IN_RECORD)
+    for name in _RECORD_WEIGHTS:
+        weight = value.get(name)
+        if weight is not None and (not isinstance(weight, (bool, int, float)) or weight not in (0, 1)):
+            raise Unusable("weight that is neither 0 nor 1", f"{name} = {weight!r} of the record")
+        if weight is not None and not weight:
+            raise Unusable("record of weight 0", f"{name} = {weight!r}")
 
 
 def _check_fields(value: Mapping[str, Any], unsupported: Mapping[str, str], place: str = "") -> None:

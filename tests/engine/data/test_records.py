@@ -40,6 +40,9 @@ def test_text_is_the_record_or_its_field():
         {"system": "S", "prompt": "U", "completion": "A"},
         {"system": "S", "instruction": "U", "output": "A", "history": None},
         {"system_prompt": "S", "question": "U", "response": "A"},
+        {"system_message": "S", "prompt": "U", "completion": "A", "response": "A", "label": True, "weight": 1.0, "train": True},
+        {"messages": [{"role": "System", "content": "S"}, {"role": "User", "content": "U"}, {"role": "GPT", "content": "A"}]},
+        {"messages": [system("S"), user("U"), {**assistant("A"), "mask": False, "refusal": None}], "documents": [], "label": 3},
         {"system": "S", "query": "U", "response": "A", "history": "[]"},
         # As Parquet holds them: a table of lists, columns of both spellings, and JSON.
         {"messages": {"role": ["system", "user", "assistant"], "content": ["S", "U", "A"]}, "tools": "[]"},
@@ -62,6 +65,7 @@ def test_alpaca_and_prompt_completion_records_give_conversations():
     assert read_conversation({"instruction": "I", "input": "X", "output": "O"}) == [user("I\n\nX"), assistant("O")]
     for empty in ({}, {"input": ""}, {"input": None}, {"input": " "}):
         assert read_conversation({"instruction": "I", **empty, "output": "O"}) == [user("I"), assistant("O")]
+    assert read_conversation({"instruction": "", "input": "X", "output": "O"}) == [user("X"), assistant("O")]
     assert read_conversation({"prompt": "P", "completion": "C"}) == [user("P"), assistant("C")]
     assert read_conversation({"prompt": [user("P")], "completion": [assistant("C")]}) == [user("P"), assistant("C")]
 
@@ -74,7 +78,8 @@ def test_a_history_is_earlier_exchanges():
 
 
 def test_an_answer_of_weight_0_is_context_only():
-    for untrained in ({"weight": 0}, {"train": False}, {"weight": 0.0, "loss": False}):
+    names = ("weight", "train", "loss", "loss_weight", "trainable", "training")
+    for untrained in (*({name: False} for name in names), {"weight": 0}, {"weight": 0.0, "loss": False}):
         turns = [user("U"), {**assistant("A"), **untrained}, {**user("V"), "weight": None}, {**assistant("B"), "weight": 1}]
         expected = [user("U"), {**assistant("A"), "train": False}, user("V"), assistant("B")]
         assert read_conversation({"messages": turns}) == expected
@@ -137,6 +142,18 @@ def test_an_empty_system_message_is_dropped():
         *(({"instruction": "I", "input": wrong, "output": "O"}, "content is not text") for wrong in (3, 0, False, [], {})),
         ({"messages": [user("U"), assistant("\ud800")]}, "not valid Unicode"),
         ({"prompt": "P", "completion": ""}, "empty answer"),
+        ({"prompt": "P", "completion": "C", "label": False}, "labelled as a bad answer"),
+        ({"messages": [user("U"), assistant("A")], "label": False}, "labelled as a bad answer"),
+        ({"messages": [user("U"), assistant("A")], "weight": 0}, "record of weight 0"),
+        ({"messages": [user("U"), assistant("A")], "train": False}, "record of weight 0"),
+        ({"messages": [user("U"), assistant("A")], "weight": 0.5}, "weight that is neither 0 nor 1"),
+        ({"messages": [user("U"), assistant("A")], "train": "no"}, "weight that is neither 0 nor 1"),
+        ({"messages": [user("U"), assistant("A")], "function_call": {"name": "f"}}, "tool calls"),
+        ({"messages": [user("U"), assistant("A")], "documents": [{"text": "D"}]}, "documents beside the text"),
+        ({"messages": [user("U"), {**assistant("A"), "mask": True}]}, "weights within a turn"),
+        ({"messages": [user("U"), {**assistant("A"), "refusal": "no"}]}, "a refusal beside the text"),
+        ({"messages": [user("U"), {**assistant("A"), "thought": "T"}]}, "reasoning beside the text"),
+        ({"prompt": "P", "completion": "C", "response": "R"}, "two answers"),
     ],
 )
 def test_unusable_conversations_have_a_reason(record, reason):
@@ -200,6 +217,9 @@ def test_transcripts_are_conversations():
     ("record", "reason"),
     [
         ({"prompt": "U", "chosen": "A"}, "missing field"),
+        ({"prompt": "U", "chosen": "A", "rejected": "B", "weight": 0}, "record of weight 0"),
+        ({"chosen": "\n\nHuman: U\n\nAssistant:", "rejected": "\n\nHuman: U\n\nAssistant: B"}, "empty answer"),
+        ({"chosen": "Human: U", "rejected": "\n\nHuman: U\n\nAssistant: B"}, "sides of different prompts"),
         ({"prompt": "U", "chosen": [{**assistant("A"), "weight": 0}], "rejected": "B"}, "answer of weight 0"),
         ({"prompt": "U", "chosen": "A", "rejected": "B", "tools": [{"name": "f"}]}, "tools"),
         ({"prompt": "U", "chosen": ["A"], "rejected": "B"}, "no conversation"),
