@@ -230,6 +230,11 @@ class _Reader:
         # The trained tokens of an answer are a run of their own: the next segment's beginning token follows.
         answer = np.cumsum(np.diff(trained, prepend=False) & trained) - 1
         weights = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+        if all(weights):
+            return encoded.ids, trained, 0
+        if answer.max() + 1 != len(weights):
+            runs = f"{answer.max() + 1} runs of trained tokens, {len(weights)} answers"
+            raise Unusable("an answer of weight 0 that the chat template hides", runs)
         return encoded.ids, trained & np.array(weights)[answer], 0
 
     def _encoded(self, messages: Sequence[Message]) -> EncodedChat:

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recipes.chat as chat
 from model.config import MistralConfig
+from model.generate import generate
 from model.mistral import Mistral, initialize
 from model.sampling import Sampling
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
-from model.weights import save_model
+from model.weights import load_model, save_model
 
 CONFIG = MistralConfig(
     vocab_size=32128,
@@ -341,6 +342,25 @@ def test_outer_spaces_are_dropped_and_other_text_is_kept(pieces):
 def test_spaces_are_held_back_only_until_text_follows():
     stream = chat.without_outer_spaces(iter([" ", "  One", " ", "two ", " ", "\n", " "]))
     assert list(stream) == ["One", " two", "  \n"]
+
+
+def test_an_answer_stops_at_every_end_that_generation_config_names(folder, tmp_path, tokenizer, capsys):
+    arguments = ["--prompt", "Hello", "--device", "cpu", "--sampling.temperature", "0", "--sampling.max-new-tokens", "20"]
+    model = load_model(folder)
+    prompt = encode_prompt(tokenizer, messages("Hello"))
+    ids = list(generate(model, prompt, Sampling(temperature=0.0, max_new_tokens=20), stop_ids=[tokenizer.eos_id]))
+    place = next(place for place in range(4, 20) if ids[place] not in ids[:place])
+    ending = shutil.copytree(folder, tmp_path / "ending")
+    (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, ids[place]]}))
+    chat.main(["--model", str(ending), *arguments])
+    shown = capsys.readouterr()
+    assert (
+        shown.out.strip() == tokenizer.decode(ids[:place]).strip()
+        or shown.out.strip() == tokenizer.decode(ids[: place + 1]).strip()
+    )
+    assert "[cut after" not in shown.err
+    chat.main(["--model", str(folder), *arguments])
+    assert len(capsys.readouterr().out) > len(shown.out)
 
 
 def test_it_runs_as_a_module_on_piped_questions(folder):

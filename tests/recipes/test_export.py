@@ -1,12 +1,15 @@
 """Export writes a folder that `transformers` loads, with the same bytes every time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.data.prepare import prepare
 from model.mistral import packed_attention
 from model.vocabulary.chat import encode_chat
 from model.vocabulary.tokenizer import Tokenizer
@@ -107,6 +110,47 @@ def refused(arguments):
         export.main(arguments)
     assert "\n" not in ended.value.code
     return ended.value.code
+
+
+def test_after_training_generation_ends_where_answers_end(tiny_model, tiny_settings, tmp_path):
+    """A ChatML model whose configuration still names </s> alone: its answers end with <|im_end|>."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    fast = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    for content in ("<|im_end|>", "<|im_start|>"):
+        fast.add_special_tokens([tokenizers.AddedToken(content, normalized=False, special=True)])
+    fast.save(str(model / "tokenizer.json"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"unpadded_vocab_size": 342}))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
+    data = tmp_path / "data"
+    prepare([str(tmp_path / "in.jsonl")], data, tokenizer=Tokenizer.load(model), kind="conversations")
+    changes = {"model": str(model), "sources": [{"path": str(data)}], "heldout": [], "steps": 1, "context_length": 128}
+    sft.run(tiny_settings("sft", tmp_path / "run", **changes, schedule={"peak": 1e-3}))
+    out = export.run(ExportSettings(source=str(tmp_path / "run"), out=str(tmp_path / "exported")))
+    for folder in (tmp_path / "run" / "step-00000001", out):
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [340, 2]
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [340, 2]
+    assert AutoTokenizer.from_pretrained(out).convert_ids_to_tokens(340) == "<|im_end|>"
+
+
+def test_the_exported_template_masks_what_training_trains_on(trained, tmp_path):
+    """What TRL's assistant_only_loss reads."""
+    out = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "exported")))
+    tokenizer, theirs = Tokenizer.load(out), AutoTokenizer.from_pretrained(out)
+    for messages in (
+        MESSAGES,
+        MESSAGES[1:],
+        MESSAGES[1:3],
+        [*MESSAGES[1:2], {"role": "assistant", "content": " 犬 \n\n the  "}],
+    ):
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ours = encode_chat(tokenizer, messages)
+        assert (found["input_ids"], [bool(mask) for mask in found["assistant_masks"]]) == (ours.ids, ours.trained)
+        assert ours.trained[-1]
 
 
 def test_a_source_without_a_model_is_refused(trained, tiny_model, tmp_path):

@@ -4,6 +4,7 @@ import fcntl
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,59 @@ def test_an_answer_of_weight_0_is_not_trained_on(make, tmp_path, tokenizer):
     whole[second] = False
     assert (trained == whole).all()
     assert report["trained_tokens"] == whole.sum()
+
+
+@pytest.fixture
+def folder_with(tiny_tokenizer, tmp_path):
+    """folder_with(template) -> a tokenizer whose folder has a chat template of its own."""
+
+    def build(template):
+        folder = shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
+        (folder / "chat_template.jinja").write_text(template)
+        return Tokenizer.load(folder)
+
+    return build
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_records_that_a_folders_own_template_refuses_are_skipped_with_its_words(folder_with, tmp_path):
+    tokenizer = folder_with(NO_SYSTEM)
+    told = {"messages": [{"role": "system", "content": "S"}, *chat("a", "b")["messages"]]}
+    preferred = pair("p", "a", "b")
+    for kind, records in {
+        "conversations": [chat("a", "b"), told, chat("c", "d"), told],
+        "preferences": [preferred, {**preferred, "system": "S"}, {**preferred, "system": "T"}],
+    }.items():
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        report = prepare([str(path)], tmp_path / kind, tokenizer=tokenizer, kind=kind)
+        (reason, skip), *others = report["skipped"].items()
+        assert not others
+        assert (reason, skip["count"]) == ("the chat template of the tokenizer's folder refuses it", 2)
+        assert skip["first"] == f"{path}:2"
+        assert skip["detail"].endswith("no system here")
+        assert report["documents"] == 2
+
+
+def test_an_answer_of_weight_0_is_never_another_answer(folder_with, tmp_path):
+    """A template that trains on an answer in two parts does not say which part belongs to which answer."""
+    tokenizer = folder_with(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}{% generation %}{{ m['content'] }}"
+        "{% endgeneration %} and {% generation %}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    path = tmp_path / "in.jsonl"
+    weighted = chat("a", "the cat", "c", "a dog")
+    weighted["messages"][1]["weight"] = 0
+    path.write_text(json.dumps(chat("a", "the cat")) + "\n" + json.dumps(weighted) + "\n")
+    report = prepare([str(path)], tmp_path / "out", tokenizer=tokenizer, kind="conversations")
+    assert report["documents"] == 1
+    assert list(report["skipped"]) == ["an answer of weight 0 that the chat template hides"]
 
 
 def test_records_and_text_files_give_the_same_documents(make, tmp_path):
