@@ -422,8 +422,8 @@ def _check_same_run(run: Run, state: TrainingState) -> None:
     for name in sorted({*asked, *began}):
         if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
             continue
-        if name == "model" and run.starting_weights is not None and run.starting_weights == state.model:
-            # The same model, moved or copied.
+        if name == "model" and state.model is not None and state.model == run.starting_weights:
+            # The same weights, moved or copied.
             continue
         if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
             others = ", which has other weights" if name == "model" and _other_weights(run, state) else ""

@@ -27,7 +27,8 @@ def _moments(run: Run) -> int:
 def check_room(run: Run) -> list[str]:
     """What to say about the room for checkpoints, one line each.
 
-    Raises: OSError where the disk has no room for one more checkpoint, or the machine could never hold the copies.
+    Raises: OSError where the disk has no room for one more checkpoint, or the machine could never hold the copies and the
+        offloaded moments.
     """
     size = checkpoint_bytes(run)
     lines = [*_disk(run, size), *_memory(run, size)]

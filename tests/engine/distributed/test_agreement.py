@@ -5,14 +5,16 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import engine.run
 from engine.distributed import agreement
-from engine.distributed.agreement import check_same, seen, weights_sample
+from engine.distributed.agreement import check_same, difference_in, seen, weights_sample
 from engine.distributed.ranks import Ranks
 from model.config import read_config
 from recipes import pretrain
@@ -38,6 +40,22 @@ def test_a_difference_is_named_with_its_rank(monkeypatch, theirs, said):
     with pytest.raises(ValueError, match="rank 2") as differs:
         check_same(ALONE, same, "start alike")
     assert str(differs.value) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({2: {"parallel.replicas": 3}}, "parallel.replicas: rank 2 has 3, rank 0 has 1"),
+        ({1: {"device": "cpu"}, 3: {"seed": 1}}, "device: rank 1 has 'cpu', rank 0 has None"),
+    ],
+)
+def test_ranks_without_a_group_compare_through_a_store(changes, said):
+    """All ranks learn of the same difference."""
+    store, facts = dist.HashStore(), {"parallel.replicas": 1, "seed": 0, "heldout.0": "a"}
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(lambda rank: difference_in(store, rank, 4, facts | changes.get(rank, {})), range(4)))
+    assert told == [said] * 4
 
 
 def test_rank_0_decides_which_checkpoint_of_a_model_is_the_newest(monkeypatch, tmp_path):
