@@ -95,7 +95,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedCha
     ids: list[int] = []
     trained: list[bool] = []
     for prompt, answer in _segments(messages):
-        pieces, offsets = tokenizer.encode_with_offsets(prompt + (answer or ""))
+        # Not the first section: the id of `<s>` stands before it.
+        pieces, offsets = tokenizer.encode_with_offsets(prompt + (answer or ""), first=False)
         ids += [tokenizer.bos_id, *pieces]
         trained += [False, *(answer is not None and begin >= len(prompt) for begin, _ in offsets)]
         if answer is not None:

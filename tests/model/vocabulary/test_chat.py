@@ -107,7 +107,7 @@ def test_a_token_across_the_boundary_is_not_trained(extended):
 
         bos_id, eos_id, template = 1, 2, None
 
-        def encode_with_offsets(self, text):
+        def encode_with_offsets(self, text, *, first):
             cut = text.index("[/INST]") + 5
             return [7, 8, 9], [(0, cut), (cut, cut + 4), (cut + 4, len(text))]
 

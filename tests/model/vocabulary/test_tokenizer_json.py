@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from model.vocabulary.chat import Message, encode_chat, encode_prompt
 from model.vocabulary.export import write_tokenizer_folder
+from model.vocabulary.merge import merge
 from model.vocabulary.proto import ModelProto, Piece
+from model.vocabulary.template import CHAT_TEMPLATE
 from model.vocabulary.tokenizer import Tokenizer
 from model.vocabulary.tokenizer_json import Prefix
 
@@ -161,6 +163,29 @@ def test_every_form_gives_the_ids_of_tokenizers_also_when_written_again(write, t
     again = Tokenizer.load(tmp_path / "again")
     assert (again.prefix, again.fingerprint, again.added) == (prefix, tokenizer.fingerprint, tokenizer.added)
     check_equal(tmp_path / "again", again)
+
+
+@pytest.mark.parametrize("form", ["prepend", "always", "first", "never"])
+def test_our_own_template_gives_the_ids_and_the_mask_of_transformers_in_every_form(write, tmp_path, form):
+    normal, pre, prefix = FORMS[form]
+    base = Tokenizer.load(write(normal, pre, strip=prefix is not Prefix.NEVER, template=CHAT_TEMPLATE))
+    assert (base.prefix, base.template) == (prefix, None)
+    write_tokenizer_folder(tmp_path / "ours", base)
+    tokenizer, theirs = Tokenizer.load(tmp_path / "ours"), PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
+    for messages in (CHAT, CHAT[:2], [Message(role="system", content=" s "), *CHAT[:2]]):
+        encoded = encode_chat(tokenizer, messages)
+        found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert (encoded.ids, encoded.trained) == (found["input_ids"], [bool(mask) for mask in found["assistant_masks"]])
+
+
+def test_an_extended_tokenizer_keeps_the_rules_of_its_base(write, size):
+    base = Tokenizer.load(write(*FORMS["first"][:2], token(size, "<call>", special=False), template=None))
+    extended = base.extended(merge(base.model_bytes, ["日", "月", "日月"], 3).model_bytes)
+    assert (extended.prefix, extended.spelled) == (Prefix.FIRST, {"<call>": size})
+    assert extended.encode("<call>日月") == [size, size + 3]
+    stream = extended.stream_decoder()
+    ids = extended.encode(" a<call> 日月 b")
+    assert "".join(map(stream.push, ids)) + stream.finish() == extended.decode(ids)
 
 
 def test_merges_by_id_are_read_alone_and_named_beside_a_model(write):
