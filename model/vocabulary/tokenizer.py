@@ -126,6 +126,8 @@ class Tokenizer:
             ValueError: the file is no SentencePiece model, or the folder's other files contradict it.
         """
         path = Path(folder).expanduser()
+        if path.is_file() and path.suffix == ".json":
+            raise ValueError(f"{path}: a tokenizer.json counts with the files beside it: name its folder")
         if path.is_file():
             return cls(path.read_bytes(), path)
         model = path / MODEL_FILE

@@ -188,6 +188,11 @@ def test_an_extended_tokenizer_keeps_the_rules_of_its_base(write, size):
     assert "".join(map(stream.push, ids)) + stream.finish() == extended.decode(ids)
 
 
+def test_the_path_of_a_tokenizer_json_is_refused_with_the_remedy(write):
+    with pytest.raises(ValueError, match=r"tokenizer\.json counts with the files beside it: name its folder"):
+        Tokenizer.load(write(*FORMS["first"][:2]) / "tokenizer.json")
+
+
 def test_merges_by_id_are_read_alone_and_named_beside_a_model(write):
     """Older converters order merges by id, so runs of spaces join before words do."""
     folder = write(*FORMS["prepend"][:2], by_score=False)
