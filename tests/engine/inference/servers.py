@@ -1,9 +1,11 @@
-"""A small server of chat completions, and a proxy that makes faults, each in threads of the test's process."""
+"""A small server of chat completions and a proxy that makes faults, in threads of the test's process; clients to kill."""
 
 import hashlib
 import http.client
 import json
+import os
 import random
+import signal
 import socket
 import struct
 import threading
@@ -182,3 +184,30 @@ class _Faults(_Handler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
+
+
+def in_a_child(work) -> int:
+    """Run `work` in a forked process. Returns: its number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            # The terminal's Ctrl-C does not reach the handlers of pytest.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            os._exit(code)
+    return child
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)

@@ -11,7 +11,7 @@ import pytest
 
 from engine.inference.asking import Answer, Asker, ChatRequest, RunStopped, Unanswered
 from engine.inference.endpoint import Endpoint, EndpointSettings
-from tests.engine.inference.servers import FakeServer, FaultProxy
+from tests.engine.inference.servers import FakeServer, FaultProxy, in_a_child, wait_until
 
 
 def request(text: str, **changes) -> ChatRequest:
@@ -149,33 +149,6 @@ def test_a_journal_of_something_else_is_named(tmp_path):
     (tmp_path / "journal").write_text('{"sent": 1}\n')
     with pytest.raises(ValueError, match=r"journal, byte 0: not a line of a journal of answers .*; name another journal"):
         Asker(tmp_path / "journal")
-
-
-def in_a_child(work) -> int:
-    """Run `work` in a forked process. Returns: its number."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            # The terminal's Ctrl-C does not reach the handlers of pytest.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            work()
-            code = 0
-        except KeyboardInterrupt:
-            code = 130
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            os._exit(code)
-    return child
-
-
-def wait_until(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def ask_everything(url: str, journal: Path, count: int, **limits) -> list:
