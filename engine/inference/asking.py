@@ -205,6 +205,11 @@ class Asker:
             self._stop = error
             self._stopping.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new may be begun."""
+        return self._stop is not None
+
     def check(self) -> None:
         """Leave the job where the run stops. Raises: CancelledError."""
         if self._stop is not None:
@@ -368,8 +373,9 @@ class _Progress:
             self._bar.update()
         elif (now := time.monotonic()) - self._said >= _LINE_EVERY:
             self._said = now
-            left = ""
+            of = left = ""
             if self._total is not None:
-                left = f", {tqdm.format_interval((now - self._start) / self._done * (self._total - self._done))} left"
-            of = f" of {self._total:,}" if self._total is not None else ""
-            print(f"{self._done:,}{of} {self._unit}, {self._status()}{left}", file=sys.stderr, flush=True)
+                of = f" of {self._total:,}"
+                left = f"{tqdm.format_interval((now - self._start) / self._done * (self._total - self._done))} left"
+            done = f"{self._done:,}{of} {self._unit}"
+            print(", ".join(filter(None, (done, self._status(), left))), file=sys.stderr, flush=True)

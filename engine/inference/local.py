@@ -1,32 +1,55 @@
 """A model's folder as a `Responder`: answers computed in this process, in place of an endpoint.
 
-Requests that wait together are answered together. A request without a seed draws with one of its own, made from its content, so
-that the same request always has the same answer.
+Requests are generated side by side (`engine.inference.generation`); new ones enter as others end. A request without a seed has
+one made from its content, so that the same request always has the same answer.
 """
 
 import asyncio
 import difflib
-from collections.abc import Sequence
-from dataclasses import fields
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import count
 from typing import Any
 
 import torch
 
 from engine.checkpoint.state import model_folder
 from engine.environment import choose_device
+from engine.inference import generation
 from engine.inference.asking import Answer, Asker, ChatRequest, RunStopped, Unanswered
-from model.generate import generate
+from model.generate import room_for_answer
 from model.sampling import Sampling
 from model.vocabulary.chat import encode_prompt
 from model.vocabulary.fitting import fitted_config
-from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
 from model.weights import load_model
 
 # The parameters of a request -> the fields of Sampling.
 _NAMES = {**{field.name: field.name for field in fields(Sampling)}, "max_tokens": "max_new_tokens"}
 _STOP = "stop"
-# Rows that are generated together.
-ROWS = 32
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request on its way."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    decoder: StreamDecoder
+    future: asyncio.Future[Answer]
+    text: str = ""
+
+    def ends(self, token: int) -> bool:
+        """Take a token of the answer. Returns: whether a stop text has come."""
+        self.text += self.decoder.push(token)
+        return any(word in self.text for word in self.stop)
+
+    def answer(self, given: generation.Answer) -> Answer:
+        text = cut_at(self.text + self.decoder.finish(), self.stop)
+        # The chat template's spaces around an answer.
+        return Answer(text.strip(" "), given.end, len(self.prompt_ids), len(given.ids))
 
 
 class LocalModel:
@@ -40,11 +63,12 @@ class LocalModel:
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
         config = fitted_config(folder, self.tokenizer)
         self._model = load_model(folder, dtype=dtype, device=chosen, config=config)
-        self._ends = {self.tokenizer.eos_id, *config.end_ids}
+        self._ends = frozenset({self.tokenizer.eos_id, *config.end_ids})
         # A folder whose weights change is another model to the journal.
         sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
         self.model = f"{folder} {sizes}"
-        self._waiting: list[tuple[list[int], Sampling, tuple[str, ...], asyncio.Future[Answer]]] = []
+        self._waiting: deque[_Row] = deque()
+        self._growing: dict[int, _Row] = {}  # by the numbers that generation knows them by
         self._worker: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -59,58 +83,67 @@ class LocalModel:
         sampling, stop = read_parameters(request.parameters, int(key[:15], 16))
         try:
             prompt_ids = encode_prompt(self.tokenizer, request.messages)
+            room_for_answer(self._model.config, prompt_ids)
         except ValueError as error:
             raise Unanswered(str(error)) from None
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((prompt_ids, sampling, stop, future))
+        loop = asyncio.get_running_loop()
+        row = _Row(prompt_ids, sampling, stop, self.tokenizer.stream_decoder(), loop.create_future())
+        self._waiting.append(row)
         if self._worker is None or self._worker.done():
-            self._worker = asyncio.get_running_loop().create_task(self._work(asker))
-        return await future
+            self._worker = loop.create_task(self._work(asker))
+        return await row.future
 
     async def _work(self, asker: Asker) -> None:
-        while self._waiting:
-            # Jobs that start together ask together.
-            await asyncio.sleep(0)
-            rows, self._waiting = self._waiting[:ROWS], self._waiting[ROWS:]
-            try:
+        """Generate in a thread while requests wait."""
+        # Jobs that start together ask together.
+        await asyncio.sleep(0)
+        try:
+            while self._waiting:
                 asker.check()
-                answers: list[Answer | BaseException] = await asyncio.to_thread(self._generate, [row[:3] for row in rows])
-            except BaseException as error:
-                # Whoever waits for a row must hear of the end.
-                answers = [RunStopped(error) if isinstance(error, ValueError) else error] * len(rows)
-            for (*_, future), answer in zip(rows, answers, strict=True):
-                if future.done():
+                await asyncio.to_thread(self._generate, asker, asyncio.get_running_loop())
+        except BaseException as error:
+            # Whoever waits must hear of the end.
+            rows = [*self._growing.values(), *self._waiting]
+            self._growing.clear()
+            self._waiting.clear()
+            for row in rows:
+                if row.future.done():
                     continue
-                if isinstance(answer, asyncio.CancelledError):
-                    future.cancel()
-                elif isinstance(answer, BaseException):
-                    future.set_exception(answer)
+                if isinstance(error, asyncio.CancelledError):
+                    row.future.cancel()
                 else:
-                    future.set_result(answer)
+                    row.future.set_exception(RunStopped(error) if isinstance(error, ValueError) else error)
 
-    def _generate(self, rows: Sequence[tuple[list[int], Sampling, tuple[str, ...]]]) -> list[Answer | BaseException]:
-        """The answers to prompts, each with its own settings."""
-        return [self._answer(*row) for row in rows]
-
-    def _answer(self, prompt_ids: list[int], sampling: Sampling, stop: tuple[str, ...]) -> Answer | BaseException:
-        room = self._model.config.max_position_embeddings - len(prompt_ids)
-        if room < 1:
-            return Unanswered(f"the prompt has {len(prompt_ids)} tokens, more than the model has positions")
-        decoder, text, chosen, reason = self.tokenizer.stream_decoder(), "", 0, "length"
-        for token in generate(self._model, prompt_ids, sampling, stop_ids=self._ends):
-            chosen += 1
-            if token in self._ends:
-                reason = "stop"
-                break
-            text += decoder.push(token)
-            if any(word in text for word in stop):
-                reason = "stop"
-                break
-        text += decoder.finish()
-        return Answer(cut_at(text, stop).strip(" "), reason, len(prompt_ids), chosen)
+    def _generate(self, asker: Asker, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer what waits and what comes meanwhile, until nothing is left or the run stops."""
+        for given in generation.answers(self._model, _Entering(self._waiting, self._growing, self._ends, asker)):
+            row = self._growing.pop(given.number)
+            loop.call_soon_threadsafe(_set_result, row.future, row.answer(given))
 
 
-def read_parameters(parameters: Any, seed: int) -> tuple[Sampling, tuple[str, ...]]:
+class _Entering:
+    """The prompts that wait. The iterator ends where none does, and goes on when it is asked again."""
+
+    def __init__(self, waiting: deque[_Row], growing: dict[int, _Row], ends: frozenset[int], asker: Asker) -> None:
+        self._waiting, self._growing, self._ends, self._asker = waiting, growing, ends, asker
+        self._numbers = count()
+
+    def __iter__(self) -> "_Entering":
+        return self
+
+    def __next__(self) -> generation.Prompt:
+        if not self._waiting or self._asker.stopping:
+            raise StopIteration
+        row = self._growing[next(self._numbers)] = self._waiting.popleft()
+        return generation.Prompt(row.prompt_ids, row.sampling, self._ends, row.ends)
+
+
+def _set_result(future: asyncio.Future[Answer], answer: Answer) -> None:
+    if not future.done():
+        future.set_result(answer)
+
+
+def read_parameters(parameters: Mapping[str, Any], seed: int) -> tuple[Sampling, tuple[str, ...]]:
     """A request's parameters as sampler settings and the texts that end the answer.
 
     Raises: RunStopped for a name that has no meaning here, or a value out of range.

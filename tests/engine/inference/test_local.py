@@ -67,7 +67,7 @@ def test_what_one_request_got_wrong_fails_alone_and_wrong_settings_end_the_run(m
         wrong = [ChatRequest([{"role": "assistant", "content": "a"}]), ChatRequest(user("the cat " * 100))]
         outcomes = asker.ask_all(model, [*wrong, ChatRequest(user("it"), {"max_tokens": 2})])
         assert [type(outcome) for outcome in outcomes] == [Unanswered, Unanswered, Answer]
-        assert "more than the model has positions" in str(outcomes[1])
+        assert "leaves no room for an answer; shorten it" in str(outcomes[1])
         with pytest.raises(
             ValueError, match="temprature: no parameter of generation in this process; the nearest one is temperature"
         ):
@@ -88,3 +88,29 @@ def test_settings_without_an_address_name_a_folder(tiny_model, model):
     assert isinstance(open_responder(EndpointSettings(model="m", url="http://127.0.0.1:1/v1")), Endpoint)
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
         open_responder(EndpointSettings(model="no-such-folder"))
+
+
+def test_a_run_that_stops_begins_no_further_answer_and_leaves_nobody_waiting(model, tmp_path):
+    with Asker(tmp_path / "journal") as asker:
+
+        async def job(number: int) -> str:
+            answer = await asker.ask(model, ChatRequest(user("the cat"), {"max_tokens": 40}, number))
+            if number == 3:
+                raise ZeroDivisionError
+            return answer.text
+
+        with pytest.raises(ZeroDivisionError):
+            list(asker.run(job, range(200)))
+        assert 0 < asker.given < 200
+        given = asker.given
+        # The model goes on for a run that follows.
+        assert len(asker.ask_all(model, [ChatRequest(user("the cat"), {"max_tokens": 40}, 0)])) == 1
+        assert asker.given == given
+        assert len(asker.ask_all(model, [ChatRequest(user("the dog"), {"max_tokens": 4})])) == 1
+
+
+def test_scores_that_are_not_finite_end_the_run(tiny_model, tmp_path):
+    broken = LocalModel(str(tiny_model), device="cpu")
+    broken._model.lm_head.weight.data.fill_(float("nan"))
+    with Asker(tmp_path / "journal") as asker, pytest.raises(ValueError, match="scores that are not finite"):
+        asker.ask_all(broken, [ChatRequest(user(f"the cat {i}"), {"max_tokens": 4}) for i in range(50)])
