@@ -196,7 +196,7 @@ class Asker:
         except OSError as error:  # the journal's disk
             self.stop(error)
         finally:
-            del self._pending[key]
+            self._pending.pop(key, None)
         raise asyncio.CancelledError
 
     def stop(self, error: BaseException) -> None:
@@ -271,6 +271,10 @@ class Asker:
                     while following in ready:
                         yield following, ready.pop(following)
                         following += 1
+            except KeyboardInterrupt:  # the second Ctrl-C: what is in flight is given up
+                active.clear()
+                self._pending.clear()
+                raise
             finally:
                 self._drain(active)
         if self._stop is not None:

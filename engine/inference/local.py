@@ -7,7 +7,7 @@ one made from its content, so that the same request always has the same answer.
 import asyncio
 import difflib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any
@@ -70,8 +70,11 @@ class LocalModel:
         self._waiting: deque[_Row] = deque()
         self._growing: dict[int, _Row] = {}  # by the numbers that generation knows them by
         self._worker: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def close(self) -> None:
+        # The thread ends at its next token; else the process would wait for whole answers after a second Ctrl-C.
+        self._closing = True
         if self._worker is not None:
             self._worker.cancel()
 
@@ -88,6 +91,7 @@ class LocalModel:
             raise Unanswered(str(error)) from None
         loop = asyncio.get_running_loop()
         row = _Row(prompt_ids, sampling, stop, self.tokenizer.stream_decoder(), loop.create_future())
+        self._closing = False
         self._waiting.append(row)
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work(asker))
@@ -116,16 +120,30 @@ class LocalModel:
 
     def _generate(self, asker: Asker, loop: asyncio.AbstractEventLoop) -> None:
         """Answer what waits and what comes meanwhile, until nothing is left or the run stops."""
-        for given in generation.answers(self._model, _Entering(self._waiting, self._growing, self._ends, asker)):
+        for given in generation.answers(self._model, _Entering(self._prompt_of, self._waiting, self._growing, asker)):
             row = self._growing.pop(given.number)
             loop.call_soon_threadsafe(_set_result, row.future, row.answer(given))
+
+    def _prompt_of(self, row: _Row) -> generation.Prompt:
+        def ends(token: int) -> bool:
+            if self._closing:
+                raise asyncio.CancelledError
+            return row.ends(token)
+
+        return generation.Prompt(row.prompt_ids, row.sampling, self._ends, ends)
 
 
 class _Entering:
     """The prompts that wait. The iterator ends where none does, and goes on when it is asked again."""
 
-    def __init__(self, waiting: deque[_Row], growing: dict[int, _Row], ends: frozenset[int], asker: Asker) -> None:
-        self._waiting, self._growing, self._ends, self._asker = waiting, growing, ends, asker
+    def __init__(
+        self,
+        prompt_of: Callable[[_Row], generation.Prompt],
+        waiting: deque[_Row],
+        growing: dict[int, _Row],
+        asker: Asker,
+    ) -> None:
+        self._prompt_of, self._waiting, self._growing, self._asker = prompt_of, waiting, growing, asker
         self._numbers = count()
 
     def __iter__(self) -> "_Entering":
@@ -135,7 +153,7 @@ class _Entering:
         if not self._waiting or self._asker.stopping:
             raise StopIteration
         row = self._growing[next(self._numbers)] = self._waiting.popleft()
-        return generation.Prompt(row.prompt_ids, row.sampling, self._ends, row.ends)
+        return self._prompt_of(row)
 
 
 def _set_result(future: asyncio.Future[Answer], answer: Answer) -> None:

@@ -151,10 +151,10 @@ def test_a_journal_of_something_else_is_named(tmp_path):
         Asker(tmp_path / "journal")
 
 
-def ask_everything(url: str, journal: Path, count: int, **limits) -> list:
+def ask_everything(url: str, journal: Path, count: int, *, timeout: float = 1.0, **limits) -> list:
     prices = {"price_in": 1000.0, "price_out": 1000.0}
     with Asker(journal, **limits) as asker:
-        endpoint = Endpoint(EndpointSettings(model="m", url=url, timeout=1.0, **prices))
+        endpoint = Endpoint(EndpointSettings(model="m", url=url, timeout=timeout, **prices))
         return asker.ask_all(endpoint, [request(f"question {i}") for i in range(count)])
 
 
@@ -170,6 +170,19 @@ def test_a_stopped_run_lets_the_answers_in_flight_come_in(tmp_path, number, code
             charged = sum(prompt + completion for *_, prompt, completion in server.log) / 1000
             assert asker.budget.sent == answered
             assert asker.budget.spent == pytest.approx(charged)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    with FakeServer(delay=30.0) as server:
+        child = in_a_child(lambda: ask_everything(server.url, tmp_path / "journal", 10, timeout=60.0))
+        wait_until(lambda: server.at_once > 0)
+        start = time.monotonic()
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.3)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        os.kill(child, signal.SIGINT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+        assert time.monotonic() - start < 20
 
 
 def test_a_run_that_is_killed_three_times_pays_nothing_twice_but_what_was_in_flight(tmp_path):

@@ -1,5 +1,7 @@
 """A folder in an endpoint's place: its answers are those of generation, drawn again the same way."""
 
+import time
+
 import pytest
 
 from engine.inference.asking import Answer, Asker, ChatRequest, Unanswered
@@ -107,6 +109,24 @@ def test_a_run_that_stops_begins_no_further_answer_and_leaves_nobody_waiting(mod
         assert len(asker.ask_all(model, [ChatRequest(user("the cat"), {"max_tokens": 40}, 0)])) == 1
         assert asker.given == given
         assert len(asker.ask_all(model, [ChatRequest(user("the dog"), {"max_tokens": 4})])) == 1
+
+
+def test_a_second_ctrl_c_does_not_wait_for_whole_answers(model, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def endless(model, prompts):
+        [prompt] = prompts
+        while True:
+            prompt.ends(5)
+            time.sleep(0.001)
+            yield from ()
+
+    monkeypatch.setattr("engine.inference.generation.answers", endless)
+    asker = Asker(tmp_path / "journal")
+    asker._loop.call_later(0.1, interrupt)
+    with pytest.raises(KeyboardInterrupt), asker:
+        asker.ask_all(model, [ChatRequest(user("the cat"))])
 
 
 def test_scores_that_are_not_finite_end_the_run(tiny_model, tmp_path):
