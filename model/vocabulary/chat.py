@@ -120,6 +120,28 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return encode_chat(tokenizer, messages).ids
 
 
+def prompt_text(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """A conversation as the text that `encode_rendered` takes, up to where the model goes on.
+
+    The last message may be the assistant's: the beginning of an answer, which the model continues.
+    Raises: ValueError, see `encode_prompt`.
+    """
+    begun = None
+    if messages and messages[-1]["role"] == "assistant":
+        begun, messages = _as_text(tokenizer, messages[-1:])[0]["content"], messages[:-1]
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"a prompt must end with a user message, not with one of role {messages[-1]['role']!r}")
+    marked = _as_text(tokenizer, messages)
+    text = render(marked) if tokenizer.template is None else tokenizer.template.render(marked, add_generation_prompt=True)
+    return text if begun is None else f"{text.rstrip(' ')} {begun}"
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that begins with one of `prompt_text`: spelled special tokens are ids of their own."""
+    return _encode_parts(tokenizer, [(text, False)]).ids
+
+
 def end_id(tokenizer: Tokenizer) -> int:
     """The token that an assistant's answer ends with, in the tokenizer's chat template."""
     if tokenizer.template is not None:
