@@ -31,10 +31,10 @@ from recipes.evaluation import judge_prompts
 from recipes.evaluation.mt_bench import (
     UNPARSED,
     WITH_REFERENCE,
+    JsonObject,
     Judgment,
     ModelAnswer,
     Question,
-    Row,
     read_answers,
     read_judgments,
     read_questions,
@@ -211,7 +211,7 @@ class _Task:
     prompt: judge_prompts.JudgePrompt
     user: str = field(repr=False)
 
-    def row(self, judge: str, judgment: str, score: float | None, started: float) -> Row:
+    def row(self, judge: str, judgment: str, score: float | None, started: float) -> JsonObject:
         value = UNPARSED if score is None else score
         return {
             "question_id": self.question.id,
@@ -238,7 +238,7 @@ def judge(settings: JudgeSettings) -> None:
         refused = _refused(asker, responder, settings) if todo else set()
         started = _started(asker)
 
-        async def job(task: _Task) -> Row:
+        async def job(task: _Task) -> JsonObject:
             messages = (Message(role="system", content=task.prompt.system), Message(role="user", content=task.user))
             for again in range(AGAIN + 1):
                 temperature = settings.temperature if again == 0 else max(settings.temperature, AGAIN_TEMPERATURE)
@@ -412,7 +412,7 @@ def _started(asker: Asker) -> float:
     return asker.facts["started"]
 
 
-def _short_id(row: Row) -> str:
+def _short_id(row: JsonObject) -> str:
     """22 characters, as FastChat's answer ids have, made from the answer."""
     digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
     return base64.urlsafe_b64encode(digest)[:22].decode().replace("-", "A").replace("_", "B")

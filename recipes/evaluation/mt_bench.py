@@ -31,10 +31,10 @@ WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 # FastChat's mark of a judgment without a score.
 UNPARSED = -1.0
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
-def read_rows(paths: Sequence[str]) -> list[tuple[str, Row]]:
+def read_rows(paths: Sequence[str]) -> list[tuple[str, JsonObject]]:
     """(place, row) of each line of JSON Lines files, folders or patterns, gzip or not.
 
     Raises: FileNotFoundError; ValueError naming file and line for broken JSON or a row that is no object.
@@ -87,7 +87,7 @@ class ModelAnswer:
     question: int | str
     model: str
     choices: dict[int, tuple[str, ...]]
-    row: Row
+    row: JsonObject
 
 
 def read_answers(paths: Sequence[str]) -> list[ModelAnswer]:
@@ -117,7 +117,7 @@ class Judgment:
     turn: int
     choice: int
     score: float | None
-    row: Row
+    row: JsonObject
 
     @property
     def answer(self) -> tuple[int | str, str, str, int, int]:
@@ -155,14 +155,14 @@ def _score(score: Any, place: str) -> float | None:
     return float(score) if score >= 0 else None
 
 
-def _id(row: Row, place: str) -> int | str:
+def _id(row: JsonObject, place: str) -> int | str:
     id = row.get("question_id")
     if type(id) not in (int, str):
         raise ValueError(f"{place}: question_id = {id!r}: must be a number or a text")
     return id  # type: ignore[return-value]
 
 
-def _texts(row: Row, name: str, place: str) -> tuple[str, ...]:
+def _texts(row: JsonObject, name: str, place: str) -> tuple[str, ...]:
     texts = row.get(name)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{place}: {name} must be a list of texts, one for each turn")
