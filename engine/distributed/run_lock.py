@@ -74,13 +74,21 @@ def _is_dead(holder: dict[str, object], me: dict[str, object], locked: bool) -> 
 
 def _refresh(lock: Path, me: dict[str, object], ended: threading.Event) -> None:
     while not ended.wait(REFRESH):
-        # A full disk must not end the run; the next refresh may succeed.
-        with suppress(OSError):
+        try:
             _write(lock, me)
+        except OSError:
+            # A full disk has no room for a new file, but the old file can be overwritten by as many bytes.
+            with suppress(OSError), lock.open("r+", encoding="utf-8") as file:
+                file.write(_content(me))
 
 
 def _write(lock: Path, me: dict[str, object]) -> None:
-    write_file(lock, json.dumps({**me, "time": time.time()}) + "\n")
+    write_file(lock, _content(me))
+
+
+def _content(me: dict[str, object]) -> str:
+    """The file's text, always of the same length."""
+    return json.dumps({**me, "time": f"{time.time():.3f}"}) + "\n"
 
 
 def _read(lock: Path) -> str:

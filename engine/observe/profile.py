@@ -65,10 +65,9 @@ class StepProfiler:
                 yield
         else:
             folder = self._out / "profile" / f"step-{step:08d}" / f"rank-{self._ranks.rank}"
-            folder.mkdir(parents=True, exist_ok=True)
             with profiled(self._ranks.device, folder) as shares:
                 yield
-            if self._ranks.main:
+            if self._ranks.main and shares:
                 print(f"step {step}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) + f"; see {folder}")
                 if not (folder / "memory.svg").exists():
                     print("matplotlib is not installed: no memory.svg (pip install matplotlib)")
@@ -80,9 +79,9 @@ def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
 
     Writes into `folder`: trace.json (for chrome://tracing or Perfetto), time.json (the shares), memory.svg (allocated memory
     over time, where matplotlib is installed), and on CUDA memory.json (the allocator's history and segments, as
-    `torch.cuda.memory._snapshot` returns them).
+    `torch.cuda.memory._snapshot` returns them). A disk that refuses them is reported and costs nothing else.
     """
-    cuda, shares = device.type == "cuda", dict[str, float]()
+    cuda, shares, snapshot = device.type == "cuda", dict[str, float](), None
     if cuda:
         torch.cuda.memory._record_memory_history(stacks="python")
     with ranges(), profile(activities=_activities(device), acc_events=True, profile_memory=True) as profiler:
@@ -92,12 +91,19 @@ def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
     if cuda:
         snapshot = torch.cuda.memory._snapshot(device)
         torch.cuda.memory._record_memory_history(enabled=None)
-        write_file(folder / "memory.json", json.dumps(snapshot, default=str))
-    shares.update(shares_of(profiler.events() or [], device, seconds))
-    write_file(folder / "time.json", json.dumps({"seconds": seconds, "shares": shares}, indent=1) + "\n")
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    curve = memory_curve(json.loads((folder / "trace.json").read_text(encoding="utf-8")), cuda=cuda)
-    _draw(curve, folder / "memory.svg")
+    found = shares_of(profiler.events() or [], device, seconds)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if cuda:
+            write_file(folder / "memory.json", json.dumps(snapshot, default=str))
+        write_file(folder / "time.json", json.dumps({"seconds": seconds, "shares": found}, indent=1) + "\n")
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        curve = memory_curve(json.loads((folder / "trace.json").read_text(encoding="utf-8")), cuda=cuda)
+        _draw(curve, folder / "memory.svg")
+    except (OSError, json.JSONDecodeError) as error:  # torch says nothing of a trace that it could write in part only
+        print(f"{folder}: the profile could not be written: {error}; free the disk and profile another step")
+    else:
+        shares.update(found)
 
 
 def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> dict[str, float]:

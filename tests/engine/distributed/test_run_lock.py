@@ -41,6 +41,21 @@ def test_the_lock_names_its_holder_is_refreshed_and_goes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_lets_the_lock_be_refreshed_in_its_place(tmp_path, monkeypatch):
+    with run_lock(tmp_path):
+        monkeypatch.setattr(lock_file, "write_file", _full)
+        first = (tmp_path / ".lock").read_text()
+        end = time.monotonic() + 10
+        while (now := (tmp_path / ".lock").read_text()) == first:
+            assert time.monotonic() < end
+        assert json.loads(now).keys() == json.loads(first).keys()
+        assert len(now) == len(first)
+
+
+def _full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_living_holder_on_another_machine_is_named(tmp_path):
     held(tmp_path, "elsewhere", 7)
     ended = threading.Event()

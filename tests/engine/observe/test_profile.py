@@ -5,8 +5,9 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from engine.observe.profile import CATEGORIES, memory_curve
+from engine.observe.profile import CATEGORIES, memory_curve, profiled
 from engine.settings.sections import ProfileSettings
 from recipes import pretrain
 
@@ -50,6 +51,14 @@ def test_without_matplotlib_a_line_says_that_the_drawing_is_missing(tiny_setting
     assert said.count("matplotlib is not installed: no memory.svg (pip install matplotlib)") == 1
     names = {path.name for path in (tmp_path / "run/profile/step-00000001/rank-0").iterdir()}
     assert names == {"trace.json", "time.json"}
+
+
+def test_a_profile_that_no_disk_takes_costs_nothing_else(tmp_path, capsys):
+    (tmp_path / "profile").write_text("a file where the folder belongs")
+    with profiled(torch.device("cpu"), tmp_path / "profile") as shares:
+        torch.ones(8).sum()
+    assert shares == {}
+    assert "the profile could not be written: [Errno 17] File exists" in capsys.readouterr().out
 
 
 def test_memory_over_time_adds_up_allocations():
