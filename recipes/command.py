@@ -78,6 +78,15 @@ def commands(
     command(settings_class, run, arguments[1:], f"{prog} {name}")
 
 
+def with_name(argv: Sequence[str] | None, names: Mapping[str, str]) -> list[str]:
+    """A command's arguments, in which the one after a part may lack its option's name. names: a part -> that option."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    part, *rest = arguments or [""]
+    if part in names and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml"):
+        return [part, f"--{names[part]}", *rest]
+    return arguments
+
+
 def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:
     if not under_torchrun():
         return parse(settings_class, argv, prog=prog)

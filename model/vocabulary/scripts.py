@@ -103,6 +103,11 @@ class Scripts:
         return (run for run in self._run.findall(text) if self.occur_in(run))
 
 
+def letters(names: Sequence[str]) -> str:
+    """The letters and marks of scripts, as the inside of a regular expression's class."""
+    return _classes(tuple(names))[0]
+
+
 @lru_cache
 def _classes(names: tuple[str, ...]) -> tuple[str, str, str]:
     """(letters and marks, other signs, digits) of the scripts, each as the inside of a regular expression's class."""
