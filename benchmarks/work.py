@@ -18,7 +18,7 @@ from benchmarks.measure import spread
 from engine.data.batch import Batch, Step
 from engine.estimate.flops import recomputed_flops, step_flops
 from kernels.attention.work import pairs_of
-from kernels.logit_budget import default_budget, plan
+from kernels.logit_budget import default_budget, plan, sum_of_parts
 from model.config import MistralConfig
 
 CPU = torch.device("cpu")
@@ -49,20 +49,22 @@ def work_of(
     dtype: torch.dtype = torch.float32,  # of the parameters
 ) -> Work:
     documents = sum(len(batch.document_B) for batch in step.batches)
-    again = sum(head_again(config, batch, dtype.itemsize, default_budget(device)) for batch in step.batches)
+    budget, kernels = default_budget(device), device.type == "cuda"
+    again = sum(head_again(config, batch, dtype.itemsize, budget, kernels=kernels) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = pairs_of(batch.attention)
         again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
     return Work(step.tokens + step.tokens_saved, documents, step.trained, step_flops(config, step), again)
 
 
-def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int) -> int:
+def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int, *, kernels: bool = False) -> int:
     """Operations of logits that the backward pass recomputes because they exceed the head's budget.
 
     Only preference tuning has them: for a weighted sum of log-probabilities, gradients are made together with the logits.
     """
     rows = len(batch.rows_N)
-    if batch.pair_B is None or plan(rows, config.vocab_size, itemsize, budget_bytes).keep:
+    total = sum_of_parts(config.vocab_size * config.hidden_size, itemsize, kernels=kernels)
+    if batch.pair_B is None or plan(rows, config.vocab_size, itemsize, budget_bytes, sum_bytes=total).keep:
         return 0
     return 2 * rows * config.hidden_size * config.vocab_size
 

@@ -11,7 +11,7 @@ log-probability multiplies this row by a factor. Three ways follow, chosen by me
                 gradients and keeps nothing else (3 products)
 
 The weight's gradient is one product where the logits' gradients of all rows exist at once. Otherwise it is a float32 sum over
-chunks, rounded once.
+chunks, to which the products add themselves, rounded once.
 
 Eager functions overwrite logits by their gradients where both have one dtype, and apply the factors of rows to the narrow
 [N, D] sides of the products: on a CPU each pass over [N, V] costs as much as a product.
@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels import accumulation_dtype
 from kernels.launch import runs_triton
 from kernels.linear import add_product_, wide_product
-from kernels.logit_budget import Mode, default_budget, plan
+from kernels.logit_budget import Mode, default_budget, plan, sum_of_parts
 from kernels.row_log_prob import gather_rows, row_gradients, row_statistics, scale_in_place, scatter_rows
 
 
@@ -45,7 +45,8 @@ def linear_log_prob(
 
     Args:
         budget_bytes: bound on logits and their gradients (default: `default_budget`). A float32 sum of the weight's gradient,
-            where chunks make it, and the copies inside torch's eager functions come on top.
+            where chunks make it, comes on top; gradients of all rows are kept where that costs no more (see `logit_budget`).
+            The copies inside torch's eager functions come on top as well.
     Returns: [T] float32 (float64 for float64 inputs), 0 outside the listed rows. Logits are never rounded below float32: in
         bf16 the sum over an answer would be off by up to 0.8 nats.
 
@@ -56,8 +57,8 @@ def linear_log_prob(
     Raises: ValueError for a row that is listed twice and for a listed row's target outside [0, vocab_size) (on CUDA device
         assertions, so the host need not wait), for an unknown mode, and for a budget too small for the mode.
     """
-    backward = any(_needed(hidden_TD, weight_VD))
-    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, mode, backward=backward)
+    needed = _needed(hidden_TD, weight_VD)
+    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, mode, needed)
     return _log_prob(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), *sizes, False)[0]
 
 
@@ -74,7 +75,7 @@ def linear_log_prob_statistics(
 
     Arguments, dtype and errors: see `linear_log_prob`. Returns: three times [T], 0 outside the listed rows.
     """
-    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", backward=False)
+    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", (False, False))
     with torch.no_grad():
         return _log_prob(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), *sizes, True)[:3]
 
@@ -98,7 +99,7 @@ def linear_nll(
         into `weight_T`. It hands the gradients out, so a second backward pass raises RuntimeError.
     """
     needed = _needed(hidden_TD, weight_VD)
-    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", backward=any(needed))
+    sizes = _sizes(hidden_TD, weight_VD, rows_N, vocab_size, budget_bytes, "auto", needed)
     weight_T = weight_T.detach().to(accumulation_dtype(hidden_TD.dtype)).contiguous()
     return _nll(hidden_TD, weight_VD, target_T, _kernel_rows(rows_N, hidden_TD), weight_T, *sizes, *needed)[:2]
 
@@ -143,13 +144,13 @@ def _sizes(
     vocab_size: int | None,
     budget_bytes: int | None,
     mode: Mode,
-    *,
-    backward: bool,
+    needed: tuple[bool, bool],
 ) -> tuple[int, bool, int]:
     """(real columns, whether to keep the logits' gradients, rows of a chunk)."""
-    vocab = weight_VD.shape[0]
+    vocab, item = weight_VD.shape[0], hidden_TD.dtype.itemsize
     budget_bytes = default_budget(hidden_TD.device) if budget_bytes is None else budget_bytes
-    keep, chunk = plan(rows_N.shape[0], vocab, hidden_TD.dtype.itemsize, budget_bytes, mode, backward=backward)
+    sum_bytes = sum_of_parts(weight_VD.numel(), item, kernels=runs_triton(hidden_TD)) if needed[1] else 0
+    keep, chunk = plan(rows_N.shape[0], vocab, item, budget_bytes, mode, backward=any(needed), sum_bytes=sum_bytes)
     return vocab if vocab_size is None else vocab_size, keep, chunk
 
 

@@ -24,6 +24,14 @@ def default_budget(device: torch.device) -> int:
     return 5 * 2**29 if device.type == "cuda" else 2**25
 
 
+def sum_of_parts(weight_elements: int, itemsize: int, *, kernels: bool) -> int:
+    """Bytes of the float32 sum of the head's gradient where parts make it, beyond the gradient itself.
+
+    0 for float32 weights, whose gradient is this sum, and for eager functions, which make parts in any case.
+    """
+    return weight_elements * 4 if kernels and itemsize < 4 else 0
+
+
 def plan(
     rows: int,  # listed rows, padding included
     vocab: int,  # rows of the weight, padding included
@@ -32,8 +40,11 @@ def plan(
     mode: Mode = "auto",  # auto keeps the gradients if they fit
     *,
     backward: bool = True,  # False keeps nothing
+    sum_bytes: int = 0,  # of the sum of the weight's gradient, which parts need and kept gradients save
 ) -> Plan:
     """What to keep, and how many rows' logits may exist at once under a budget.
+
+    Keeping may go beyond the budget by `sum_bytes`: parts would hold the sum on top of the budget, and add to it over and over.
 
     Raises: ValueError for an unknown mode, and for a budget too small for the mode.
     """
@@ -44,9 +55,10 @@ def plan(
     if budget_bytes < row:
         raise ValueError(f"budget_bytes = {budget_bytes}: one row of {vocab} takes {row}; give at least that")
     if backward and mode != "recompute":
-        chunk = _whole_tiles((budget_bytes - rows * gradient) // logits, rows)
-        if chunk >= min(rows, 1 if mode == "keep" else TILE):
-            return Plan(True, max(1, chunk))
+        for room in (budget_bytes, budget_bytes + sum_bytes):
+            chunk = _whole_tiles((room - rows * gradient) // logits, rows)
+            if chunk >= min(rows, 1 if mode == "keep" else TILE):
+                return Plan(True, max(1, chunk))
         if mode == "keep":
             raise ValueError(
                 f"budget_bytes = {budget_bytes}: to keep {rows} rows of {vocab} takes {rows * gradient + logits}; give that or "

@@ -123,8 +123,8 @@ class _Step:
         total = sizes.head_elements * FLOAT32 if parts > 1 else 0
         if scored:
             account.pass_by(moment, both, logits=gradients + sizes.logits(chunk), head_gradient=total)
-        # A part's product is alive together with the sum.
-        account.pass_by(moment, both, logits=gradients, head_gradient=weight if parts == 1 else 2 * total)
+        # The products of parts add themselves to the sum.
+        account.pass_by(moment, both, logits=gradients, head_gradient=weight if parts == 1 else total)
         account.pass_by(moment, both + sizes.hidden, head_gradient=total + weight)
 
     def eager_head_gradients(self, moment: str, *, scored: bool) -> None:
@@ -202,8 +202,10 @@ class _Step:
         eager = 0 if kernels else sizes.widened(3 * sizes.inner) + 5 * sizes.wide(sizes.inner)
         account.pass_by(moment, normed + gate_up + sizes.inner + activated + eager)
         weights = 3 * config.hidden_size * config.intermediate_size
-        self.norm_backward(moment, normed + gate_up + activated + weights * sizes.item + sizes.hidden)
-        self.gradients(weights, moment, sizes.hidden)
+        alive = normed + gate_up + activated + self.product(weights)
+        account.pass_by(moment, alive + self.factors(2 * sizes.inner + sizes.hidden))
+        self.norm_backward(moment, alive + sizes.hidden)
+        self.linear_gradients(weights, moment, sizes.hidden)
         half = sizes.hidden + sizes.scale
         if recompute == "block":
             account.release("transients", half + sizes.hidden + 3 * sizes.inner)
@@ -214,7 +216,9 @@ class _Step:
 
         # Attention's output projection.
         query_width = config.num_attention_heads * config.head_dim
-        self.gradients(config.hidden_size * query_width, moment, sizes.query)
+        self.linear_gradients(
+            config.hidden_size * query_width, moment, sizes.query + self.factors(sizes.hidden + sizes.query)
+        )
 
         account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
         if recompute == "block":
@@ -228,9 +232,11 @@ class _Step:
         packed_width = query_width + 2 * config.num_key_value_heads * config.head_dim
         account.pass_by(moment, 2 * sizes.qkv + (0 if kernels else 2 * sizes.wide(sizes.qkv)))
         projection = config.hidden_size * packed_width
-        self.norm_backward(moment, 2 * sizes.qkv + normed + projection * sizes.item + sizes.hidden)
-        norms = 2 * config.hidden_size
-        self.gradients(projection + norms, moment, sizes.hidden + sizes.qkv)
+        alive = 2 * sizes.qkv + normed + self.product(projection)
+        account.pass_by(moment, alive + self.factors(sizes.qkv + sizes.hidden))
+        self.norm_backward(moment, alive + sizes.hidden)
+        self.linear_gradients(projection, moment, sizes.hidden + sizes.qkv)
+        self.gradients(2 * config.hidden_size, moment, sizes.hidden + sizes.qkv)
         account.release("activations", kept)
         account.release("transients", again)
 
@@ -240,21 +246,37 @@ class _Step:
         eager = 0 if self.training.kernels else 2 * sizes.widened(sizes.hidden) + 4 * sizes.wide(sizes.hidden) - sizes.hidden
         self.account.pass_by(moment, transients + sizes.hidden + eager)
 
+    def product(self, elements: int) -> int:
+        """A new gradient of linear maps' weights. A single rank adds later micro-batches' to the first inside the product."""
+        if self.training.shards > 1:
+            return elements * self.sizes.item
+        return elements * self.sizes.sum_item if self.first else 0
+
+    def factors(self, size: int) -> int:
+        """Float32 copies of the two factors of a weight's gradient, which the reference makes for a float32 sum."""
+        wide = self.training.shards == 1 and self.sizes.sum_item > self.sizes.item and not self.training.kernels
+        return self.sizes.wide(size) if wide else 0
+
+    def linear_gradients(self, elements: int, moment: str, transients: int) -> None:
+        """Gradients of linear maps' weights, which stay with their parameters."""
+        new = self.product(elements)
+        self.account.pass_by(moment, transients + new)
+        self.account.hold("gradients", new, moment)
+
     def gradients(self, elements: int, moment: str, transients: int = 0) -> None:
-        """New gradients of parameters.
+        """New gradients of the other parameters.
 
         A single rank keeps the first micro-batch's gradients and adds the later ones to them. A sharded unit's gradients wait
         for `reduce`.
         """
-        new = elements * self.sizes.item
+        new, total = elements * self.sizes.item, elements * self.sizes.sum_item
         if self.training.shards > 1:
             self.account.hold("gradients", new, moment)
             self.account.pass_by(moment, transients)
             return
-        wide = self.training.optimizer.gradients == "float32" and self.sizes.item < FLOAT32
-        self.account.pass_by(moment, transients + new + (elements * FLOAT32 if wide else 0))
+        self.account.pass_by(moment, transients + new + (total if total > new else 0))
         if self.first:
-            self.account.hold("gradients", elements * FLOAT32 if wide else new, moment)
+            self.account.hold("gradients", total, moment)
 
     def reduce(self, elements: int, moment: str) -> None:
         """A sharded unit's gradients: whole float32 sums until the last micro-batch, then summed over the ranks."""

@@ -12,7 +12,7 @@ from engine.settings.sections import OptimizerSettings
 from kernels import padded_to_tiles
 from kernels.attention.eager import EagerSizes, eager_sizes
 from kernels.attention.work import AttentionWork, attention_work
-from kernels.logit_budget import default_budget
+from kernels.logit_budget import default_budget, sum_of_parts
 from kernels.logit_budget import plan as head_plan
 from kernels.recompute import Recompute
 from model.config import MistralConfig
@@ -67,6 +67,11 @@ class Sizes:
     def widened(self, size: int) -> int:
         """A float32 copy of a tensor; float32 tensors need none."""
         return 0 if self.item == FLOAT32 else self.wide(size)
+
+    @property
+    def sum_item(self) -> int:
+        """Bytes of an element of a single rank's sums of gradients."""
+        return FLOAT32 if self.training.optimizer.gradients == "float32" else self.item
 
     # Sharding.
 
@@ -164,7 +169,8 @@ class Sizes:
     def chunks(self) -> tuple[bool, int]:
         """(whether the gradients of all rows' logits are kept, number of rows of a chunk)."""
         budget = default_budget(torch.device("cuda" if self.training.kernels else "cpu"))
-        return head_plan(self.head_rows, self.config.vocab_size, self.item, budget)
+        total = sum_of_parts(self.head_elements, self.item, kernels=self.training.kernels)
+        return head_plan(self.head_rows, self.config.vocab_size, self.item, budget, sum_bytes=total)
 
     @property
     def head_parts(self) -> int:

@@ -14,7 +14,7 @@ from kernels.linear_log_prob import (
     linear_log_prob_statistics,
     linear_nll,
 )
-from kernels.logit_budget import default_budget, plan
+from kernels.logit_budget import default_budget, plan, sum_of_parts
 from tests.kernels.error_rule import check, random
 
 TOKENS, WIDTH, VOCABULARY = 10, 24, 131
@@ -68,6 +68,17 @@ def test_the_plan_keeps_logits_and_sizes_chunks_by_the_budget():
     assert plan(8192, 120064, 2, default_budget(torch.device("cuda"))) == (True, 1408)
     assert plan(8192, 120064, 2, default_budget(torch.device("cpu"))) == (False, 46)
     assert plan(8192, 120064, 2, 2**29) == (False, 640)
+    # Shisa 7B, whose float32 sum has 1.97 GB: parts would hold it, and would not hold less than kept gradients do.
+    total = sum_of_parts(120064 * 4096, 2, kernels=True)
+    assert total == 4 * 120064 * 4096
+    assert sum_of_parts(120064 * 4096, 4, kernels=True) == sum_of_parts(120064 * 4096, 2, kernels=False) == 0
+    budget = default_budget(torch.device("cuda"))
+    for rows, expected in ((8192, (True, 1408)), (16384, (True, 1408)), (19072, (True, 128)), (19200, (False, 3712))):
+        assert plan(rows, 120064, 2, budget, sum_bytes=total) == expected
+        keep, chunk = expected
+        held = 120064 * (2 * rows + 4 * chunk) if keep else 120064 * 6 * chunk + total
+        assert held <= budget + total
+    assert plan(16384, 120064, 2, budget) == (False, 3712)
     # The kept rows and exactly one tile, then a byte less.
     enough = 1000 * 1024 * 2 + TILE * 1024 * 4
     assert plan(1000, 1024, 2, enough) == (True, 128)
