@@ -127,6 +127,7 @@ class Run:
             kernels=self.device.type == "cuda" and self.dtype == torch.bfloat16,
             shards=self.ranks.ranks // settings.parallel.replicas,
             reshard=settings.parallel.reshard,
+            reduce_once=settings.parallel.reduce_once,
             documents=largest.attention,
         )
 

@@ -164,6 +164,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         kernels=dtype == torch.bfloat16,
         shards=gpus // replicas,
         reshard=settings.parallel.reshard,
+        reduce_once=settings.parallel.reduce_once,
     )
     limit = memory_gib or device.memory
     found, overhead = _memory(training, gpus)

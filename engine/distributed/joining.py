@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from engine.distributed.agreement import check_same, difference_in
@@ -135,8 +135,6 @@ def _unreachable_ranks_named() -> Iterator[None]:
 
 
 def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> DeviceMesh:
-    if settings.replicas == 1:
-        return init_device_mesh(device.type, (ranks,), mesh_dim_names=(SHARD,))
     # The groups that torch makes for a mesh have its default timeout; these have the timeout of the settings.
     places = torch.arange(ranks).view(settings.replicas, -1)
     mine: list[dist.ProcessGroup] = []

@@ -27,7 +27,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     ranks: int = 1
-    mesh: DeviceMesh | None = None  # None for one rank; dimensions ("shard",) or ("replicate", "shard") for several
+    mesh: DeviceMesh | None = None  # None for one rank; dimensions ("replicate", "shard") for several
     timeout: float = ParallelSettings.timeout  # seconds that ranks wait for one another in a collective
     timed: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around each sum of a step's values
 

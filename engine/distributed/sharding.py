@@ -14,6 +14,10 @@ from engine.settings.sections import ParallelSettings
 from model.mistral import Mistral
 
 
+# The attribute of a sharded model that says whether its gradients are reduced once a step.
+_ONCE = "_reduces_once"
+
+
 def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
     """Shard a model in place; a single rank's model stays as it is.
 
@@ -36,6 +40,7 @@ def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    setattr(model, _ONCE, settings.reduce_once)
     return model
 
 
@@ -44,10 +49,20 @@ def _units(model: nn.Module) -> list[FSDPModule]:
 
 
 def reduce_after(model: nn.Module, last: bool) -> None:
-    """Before each backward pass: say whether it is the step's last. Gradients are summed over ranks only after the last."""
-    if isinstance(model, FSDPModule):
+    """Before each backward pass: say whether it is the step's last.
+
+    Each micro-batch's gradients are summed over the shards in float32 as soon as a unit has them, and added to this rank's
+    float32 shard of the sum. Replicas exchange their sums after the last micro-batch. With `parallel.reduce_once`, a rank adds
+    up whole float32 gradients instead, and nothing is sent before the last micro-batch.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if getattr(model, _ONCE):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
+    else:
+        # FSDP2 keeps the sum of what replicas have not exchanged yet; a mesh has replicas even where there is but one.
+        model.set_requires_all_reduce(last)
 
 
 def reshard(model: nn.Module) -> None:

@@ -279,21 +279,26 @@ class _Step:
             self.account.hold("gradients", total, moment)
 
     def reduce(self, elements: int, moment: str) -> None:
-        """A sharded unit's gradients: whole float32 sums until the last micro-batch, then summed over the ranks."""
+        """A sharded unit's gradients: summed over the shards, and this rank's part added to its float32 sum.
+
+        With `reduce_once`, whole float32 sums stay until the last micro-batch, and are summed over the shards then.
+        """
         if self.training.shards == 1:
             return
         account, new, wide = self.account, elements * self.sizes.item, elements * FLOAT32
-        if self.first and not self.last:
-            account.hold("gradients", wide, moment)
-        if self.last:
+        share, once = self.sizes.share(wide), self.training.reduce_once
+        total = wide if once else share
+        if self.last or not once:
             # The buffer that is sent stays until the next unit's buffer is there.
             account.hold("communication", wide, moment)
-            account.pass_by(moment, communication=self.sizes.share(wide))
+            account.pass_by(moment, communication=share)
             account.release("communication", self.sending)
             self.sending = wide
+        if self.last:
             account.hold("gradients", self.sizes.share(new), moment)
-            if not self.first:
-                account.release("gradients", wide)
+            account.release("gradients", 0 if self.first else total)
+        elif self.first:
+            account.hold("gradients", total, moment)
         account.release("gradients", new)
 
     def update(self) -> None:

@@ -36,6 +36,7 @@ class Training:
     kernels: bool  # the Triton kernels run, not their eager references
     shards: int = 1  # ranks that each parameter is divided between (FSDP2)
     reshard: bool = True  # blocks release their gathered weights after the forward pass
+    reduce_once: bool = False  # gradients are summed over the shards after a step's last micro-batch only
     documents: AttentionWork | None = None  # work lists, which cost memory with references only; default: documents of a window
 
 

@@ -27,8 +27,8 @@ ASSUMPTIONS = (
     f"up to {NODE} GPUs shard the model over NVLink; beyond, each node holds a copy and nodes sum their gradients (HSDP)",
     "400 Gb/s of network a GPU, 90 % of it usable; all links are used at once",
     "not hidden: a step takes computation plus communication",
-    "hidden: a step takes the longer of computation and communication, plus the first gather and the last reduction; never "
-    "measured",
+    "hidden: a step takes the longer of computation and communication, plus the first gather and the end of each "
+    "reduction; never measured",
     "measured: a step of 8 of Shisa 7B's 32 layers on one H200, by an earlier version; predicted within 5 %",
     "not counted: multiprocessors that collectives occupy, stragglers, waiting for data",
 )
@@ -70,11 +70,7 @@ def speed(
     micro_batches = max(1, round(step_tokens / (gpus * training.tokens)))
     rank = replace(training, shards=gpus // replicas)
     compute = micro_batches * _micro_batch(rank, device, context, backward_products) + _update(rank, device)
-    # Gradient accumulation: a read of each gradient, and a read and a write of its sum.
-    item = training.dtype.itemsize
-    wide = rank.shards > 1 or training.optimizer.gradients == "float32"
-    moved = (item + 2 * (FLOAT32 if wide else item)) * training.config.parameters
-    compute += (micro_batches - 1) * moved / (_BANDWIDTH * device.bandwidth)
+    compute += (micro_batches - 1) * _accumulation(rank) / (_BANDWIDTH * device.bandwidth)
     communication, exposed = _communication(rank, device, gpus, replicas, micro_batches)
     return Speed(gpus, micro_batches * gpus * training.tokens, compute, communication, exposed)
 
@@ -105,6 +101,18 @@ def _row_bytes(config: MistralConfig) -> int:
     return config.vocab_size * (3 * 4 + 3 * 2)
 
 
+def _accumulation(training: Training) -> float:
+    """Bytes that a later micro-batch's gradients take to be added to the sums: a read and a write of each sum, and reads."""
+    config, item = training.config, training.dtype.itemsize
+    if training.shards == 1:
+        wide = FLOAT32 if training.optimizer.gradients == "float32" else item
+        # Products add themselves to the sums. Embedding and head have gradients of their own to read.
+        return 2 * wide * config.parameters + item * 2 * config.vocab_size * config.hidden_size
+    if training.reduce_once:
+        return (item + 2 * FLOAT32) * config.parameters
+    return 3 * FLOAT32 * config.parameters / training.shards
+
+
 def _update(training: Training, device: Device) -> float:
     moment = 2 if training.optimizer.moments == "bfloat16" else 4
     parameters = training.config.parameters / training.shards
@@ -118,7 +126,7 @@ def _update(training: Training, device: Device) -> float:
 
 
 def _communication(training: Training, device: Device, gpus: int, replicas: int, micro_batches: int) -> tuple[float, float]:
-    """(seconds of all collectives of a step, seconds of the first gather and the last reduction)."""
+    """(seconds of all collectives of a step, seconds of the first gather and of each reduction's end)."""
     if gpus == 1:
         return 0.0, 0.0
     config, shards = training.config, training.shards
@@ -136,5 +144,8 @@ def _communication(training: Training, device: Device, gpus: int, replicas: int,
     weights, gradients = config.parameters * 2, config.parameters * 4
     gathers = (2 if training.reshard else 1) * micro_batches
     edge = config.vocab_size * config.hidden_size / config.parameters
-    reduction = moved(gradients) + summed(gradients)
-    return gathers * moved(weights) + reduction, edge * (moved(weights) + reduction)
+    reductions = 1 if training.reduce_once else micro_batches
+    reduced, exchanged = moved(gradients), summed(gradients)
+    # Each reduction ends with the embedding's gradient, which nothing is left to hide.
+    exposed = edge * (moved(weights) + reductions * reduced + exchanged)
+    return gathers * moved(weights) + reductions * reduced + exchanged, exposed

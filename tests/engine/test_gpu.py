@@ -12,7 +12,7 @@ import engine.observe.metrics
 import engine.run
 from engine.checkpoint.state import read_state
 from engine.data.stream import step_stream
-from engine.distributed.ranks import SHARD, Ranks, leave
+from engine.distributed.ranks import REPLICATE, SHARD, Ranks, leave
 from engine.estimate.flops import product_ceiling
 from engine.observe.profile import memory_curve
 from engine.optim.adamw import AdamW
@@ -85,7 +85,7 @@ def test_a_sharded_run_follows_the_unsharded(tiny_settings, tmp_path, monkeypatc
         dist.init_process_group(
             "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0)
         )
-        return Ranks(device, mesh=init_device_mesh("cuda", (1,), mesh_dim_names=(SHARD,)))
+        return Ranks(device, mesh=init_device_mesh("cuda", (1, 1), mesh_dim_names=(REPLICATE, SHARD)))
 
     finished = {}
     for name in ("whole", "sharded"):

@@ -16,9 +16,11 @@ TIMEOUT = 120.0
 class Layout(NamedTuple):
     ranks: int
     replicas: int
+    once: bool = False  # gradients are reduced once a step, not after each micro-batch
 
 
 ONE, TWO, THREE, FOUR, TWO_BY_TWO = Layout(1, 1), Layout(2, 1), Layout(3, 1), Layout(4, 1), Layout(4, 2)
+THREE_ONCE, TWO_BY_TWO_ONCE = THREE._replace(once=True), TWO_BY_TWO._replace(once=True)
 
 
 class Trajectory(NamedTuple):
@@ -45,7 +47,7 @@ def trajectories(tiny_model, tiny_data, tmp_path_factory, run_ranks):
             "schedule": {"peak": 1e-3, "warmup_steps": 2},
             "optimizer": {"eps": 1e-6},
             "log": {"every": 5, "tensorboard": False},
-            "parallel": {"replicas": layout.replicas, "timeout": TIMEOUT},
+            "parallel": {"replicas": layout.replicas, "reduce_once": layout.once, "timeout": TIMEOUT},
             **SIZES[stage],
             **({} if stage == "pretrain" else {"neftune_alpha": 5.0}),
         }
@@ -55,9 +57,9 @@ def trajectories(tiny_model, tiny_data, tmp_path_factory, run_ranks):
         outs, jobs = {}, {}
         for layout, runs in wanted.items():
             name = f"{layout.ranks}-ranks-{layout.replicas}-replicas"
-            jobs[name] = {"ranks": layout.ranks, "runs": []}
+            jobs.setdefault(name, {"ranks": layout.ranks, "runs": []})
             for stage, dtype in runs:
-                out = outs[layout, stage, dtype] = folder / f"{name}-{stage}-{dtype}"
+                out = outs[layout, stage, dtype] = folder / f"{name}-{'once-' * layout.once}{stage}-{dtype}"
                 jobs[name]["runs"].append([stage, settings(out, steps, layout, stage, dtype)])
         ended = run_ranks(jobs)
         for job in ended.values():
@@ -76,7 +78,10 @@ def trajectories(tiny_model, tiny_data, tmp_path_factory, run_ranks):
 def short(trajectories):
     """Every objective on three ranks, whose shards of the tiny model are uneven; SFT also in two replicas of two shards."""
     every = [*((stage, "float32") for stage in STAGES), ("sft", "bfloat16")]
-    return trajectories(6, {ONE: every, THREE: every, TWO_BY_TWO: [("sft", "float32")]})
+    exact = [("sft", "float32")]
+    return trajectories(
+        6, {ONE: every, THREE: every, THREE_ONCE: every[-2:], TWO_BY_TWO: exact, TWO_BY_TWO_ONCE: [("pretrain", "float32")]}
+    )
 
 
 def assert_same(found: Trajectory, expected: Trajectory, steps: int) -> None:
@@ -97,7 +102,7 @@ def assert_same(found: Trajectory, expected: Trajectory, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stage"), [*((THREE, stage) for stage in STAGES), (TWO_BY_TWO, "sft")], ids=lambda value: str(value)
+    ("layout", "stage"), [*((THREE, stage) for stage in STAGES), (TWO_BY_TWO, "sft"), (TWO_BY_TWO_ONCE, "pretrain")], ids=lambda value: str(value)
 )
 def test_several_ranks_follow_a_single_rank(short, layout, stage):
     found, _ = short
@@ -115,9 +120,22 @@ def test_bfloat16_differs_by_roundings(short):
         assert (tensor.float() - one.weights[name].float()).abs().max() <= 2**-7, name
 
 
+def test_reducing_once_differs_by_float32_roundings(short):
+    """Both ways sum in float32 and round a step's gradient once, in another order."""
+    found, _ = short
+    each, once = (found[layout, "sft", "bfloat16"] for layout in (THREE, THREE_ONCE))
+    for line, other in zip(each.lines, once.lines, strict=True):
+        for name in {"loss", "gradient_norm"} & line.keys():
+            assert line[name] == pytest.approx(other[name], rel=1e-3)
+    for name, tensor in each.weights.items():
+        other = once.weights[name]
+        assert (tensor != other).float().mean() < 0.02, name
+        torch.testing.assert_close(tensor, other, rtol=2**-7, atol=1e-4)
+
+
 def test_every_group_of_a_mesh_waits_as_long_as_the_settings_say(short):
     _, said = short
-    assert "groups [(3, 120)]" in said
+    assert "groups [(1, 120), (3, 120)]" in said
     assert "groups [(2, 120), (2, 120)]" in said
 
 

@@ -157,14 +157,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert largest_micro_batch(shisa(), 70 * 2**30, most=65536) == 0
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-def test_shards_divide_weights_and_state(accumulates):
-    """One of eight ranks holds an eighth of the state, and whole float32 gradients only with gradient accumulation."""
+@pytest.mark.parametrize(("accumulates", "once"), [(False, False), (False, True), (True, False), (True, True)])
+def test_shards_divide_weights_and_state(accumulates, once):
+    """One of eight ranks holds an eighth of the state and of the sums, whole float32 sums only where it reduces them once."""
     parameters = PRESETS["shisa-7b"].parameters
-    items = plan(shisa(shards=8, accumulates=accumulates)).items
+    items = plan(shisa(shards=8, accumulates=accumulates, reduce_once=once)).items
     assert items["weights"] == 2 * parameters // 8
     assert items["optimizer"] == 6 * parameters // 8
-    assert items["gradients"] == (4 * parameters if accumulates else 0)
+    assert items["gradients"] == (4 * parameters // (1 if once else 8) if accumulates else 0)
     assert items["gathered parameters"] > 0
 
 

@@ -76,13 +76,17 @@ def test_nothing_is_faster_than_the_ceiling():
 
 
 def test_gathers_and_reductions_run_at_the_links_speed():
-    """15.93 GB of weights, 7/8 of them over 400 GB/s: 35 ms a gather. Gradients are twice as large and reduced once."""
+    """15.93 GB of weights, 7/8 of them over 400 GB/s: 35 ms a gather. Gradients are twice as large and reduced after each micro-batch."""
     one = speed(training(), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
     more = speed(training(), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8)
     gather = 2 * PRESETS["shisa-7b"].parameters * 7 / 8 / 400e9
     assert gather == pytest.approx(0.035, rel=0.01)
     assert one.communication == pytest.approx(4 * gather)
-    assert more.communication == pytest.approx(8 * gather)
+    assert more.communication == pytest.approx(12 * gather)
+    once = speed(
+        replace(training(), reduce_once=True), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8
+    )
+    assert once.communication == pytest.approx(8 * gather)
     unsharded = speed(replace(training(), reshard=False), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
     assert unsharded.communication == pytest.approx(3 * gather)
 
@@ -102,3 +106,24 @@ def test_offloaded_moments_add_the_time_of_their_copies():
     kept = speed(training(), DEVICES["h100"], **sizes)
     copied = 8 * PRESETS["shisa-7b"].parameters / DEVICES["h100"].host
     assert 0.9 * copied < offloaded.compute - kept.compute < copied
+
+
+def test_later_micro_batches_read_and_write_their_sums():
+    """One GPU: each sum, and the gradients of embedding and head. Eight: an eighth of the sums, or whole gradients and sums."""
+    parameters, edge = PRESETS["shisa-7b"].parameters, 2 * 120064 * 4096
+
+    def later(step, gpus):
+        """Seconds that a later micro-batch takes."""
+        one, two = (
+            speed(step, DEVICES["h200"], context=4096, step_tokens=number * gpus * 16384, gpus=gpus) for number in (1, 2)
+        )
+        return two.compute - one.compute
+
+    bfloat16 = later(training(gradients="parameter"), 1)
+    for step, gpus, moved in (
+        (training(gradients="float32"), 1, 8 * parameters + 2 * edge),
+        (training(), 8, 12 * parameters / 8),
+        (replace(training(), reduce_once=True), 8, 10 * parameters),
+    ):
+        more = (moved - 4 * parameters - 2 * edge) / (0.84 * DEVICES["h200"].bandwidth)
+        assert later(step, gpus) - bfloat16 == pytest.approx(more)
