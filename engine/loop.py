@@ -63,7 +63,7 @@ def train_step(
 def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Tensor]:
     """Forward and backward of each micro-batch of this rank. Gradients add up in the parameters.
 
-    Sharded gradients are reduced over the ranks once, after the last micro-batch.
+    Sharded gradients are reduced over the ranks as `parallel.reduce_once` says.
 
     Returns: the objective's values, summed over this rank's micro-batches: detached scalars on the device.
     """

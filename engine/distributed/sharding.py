@@ -13,7 +13,6 @@ from engine.distributed.ranks import SHARD, Ranks
 from engine.settings.sections import ParallelSettings
 from model.mistral import Mistral
 
-
 # The attribute of a sharded model that says whether its gradients are reduced once a step.
 _ONCE = "_reduces_once"
 

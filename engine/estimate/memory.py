@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from engine.estimate.account import Account, MemoryPlan
 from engine.estimate.sizes import FLOAT32, Sizes, Training
+from engine.optim.offload import PIECE
 
 # cuBLAS's workspace under `use_deterministic_algorithms`: 8 x 4 MiB for each of two handles, as the backward pass's thread has
 # its own.
@@ -216,9 +217,7 @@ class _Step:
 
         # Attention's output projection.
         query_width = config.num_attention_heads * config.head_dim
-        self.linear_gradients(
-            config.hidden_size * query_width, moment, sizes.query + self.factors(sizes.hidden + sizes.query)
-        )
+        self.linear_gradients(config.hidden_size * query_width, moment, sizes.query + self.factors(sizes.hidden + sizes.query))
 
         account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
         if recompute == "block":
@@ -305,9 +304,10 @@ class _Step:
         """Gradient norm and AdamW, parameter by parameter."""
         config, sizes, optimizer = self.config, self.sizes, self.training.optimizer
         largest = sizes.share(max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size)
-        copied = largest * sizes.moments if optimizer.offload == "moments" else 0
         if self.training.kernels:
-            self.account.pass_by("update", copied)
+            # Two pieces of the moments are on the device at once.
+            brought = 2 * min(largest, PIECE) * sizes.moments
+            self.account.pass_by("update", brought if optimizer.offload == "moments" else 0)
             return
         # The norm's eager reference squares a whole parameter's gradient; a bfloat16 gradient is copied to float32 first.
         split = sizes.item < FLOAT32
@@ -323,4 +323,4 @@ class _Step:
         else:
             # torch's fused operator over the whole parameter: the clipped gradient.
             update = largest * FLOAT32
-        self.account.pass_by("update", max(squares, copied + update))
+        self.account.pass_by("update", max(squares, update))

@@ -120,8 +120,8 @@ def _update(training: Training, device: Device) -> float:
     state = 2 * 2 + 2 * (2 + 2 + (0 if training.optimizer.offload == "moments" else 2 * moment))
     seconds = parameters * state / (_BANDWIDTH * device.bandwidth)
     if training.optimizer.offload == "moments":
-        # Both directions, one after the other.
-        seconds += parameters * 4 * moment / device.host
+        # Both directions at once, over the update itself: two moments of each parameter.
+        seconds = max(seconds, parameters * 2 * moment / device.host)
     return seconds
 
 

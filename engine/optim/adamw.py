@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from engine.distributed.sharding import first_row, local, sum_over_shards
+from engine.optim.offload import on_device, pieces_of
 from engine.settings.sections import OptimizerSettings
 from kernels.adamw import adamw_
 from kernels.gradient_norm import gradient_norm
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
@@ -36,7 +39,7 @@ class AdamW:
         for name, parameter in self.parameters.items():
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(f"{name} is {parameter.dtype}: the optimizer trains float32 and bfloat16 parameters")
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 self.state[f"{name}.{moment}"] = self._moment(parameter)
             if parameter.dtype == torch.bfloat16:
                 self.state[f"{name}.remainder"] = torch.zeros_like(parameter, dtype=torch.int16)
@@ -56,37 +59,50 @@ class AdamW:
         scale, skipped = self._scale(norm, loss)
         self.updates += 1
         self.before_update()
+        pieces = self._pieces()
+        moments = [[self._flat(f"{name}.{moment}")[part] for moment in MOMENTS] for _, name, part in pieces]
         offloaded = self.settings.offload == "moments"
-        for number, (name, parameter) in enumerate(self.parameters.items()):
-            assert parameter.grad is not None, f"{name} took no part in the step"
-            mine = local(parameter)
-            if mine.numel():
-                remainder = self.state.get(f"{name}.remainder")
-                kept = [local(self.state[f"{name}.{moment}"]) for moment in ("exp_avg", "exp_avg_sq")]
-                moments = [moment.to(mine.device, non_blocking=True, copy=True) for moment in kept] if offloaded else kept
-                adamw_(
-                    mine,
-                    None if remainder is None else local(remainder),
-                    local(parameter.grad),
-                    *moments,
-                    learning_rate=learning_rate,
-                    betas=(self.settings.beta1, self.settings.beta2),
-                    eps=self.settings.eps,
-                    weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
-                    step=self.updates,
-                    gradient_scale=scale,
-                    seed=self.seed,
-                    parameter_id=number,
-                    first_index=first_row(parameter) * (parameter.numel() // len(parameter)),
-                )
-                if offloaded:
-                    for host, moment in zip(kept, moments, strict=True):
-                        host.copy_(moment, non_blocking=True)
+        # The moments come first, so that the loop's end brings the last of them back.
+        for brought, (number, name, part) in zip(
+            on_device(moments, norm.device) if offloaded else moments, pieces, strict=True
+        ):
+            parameter, gradient = self.parameters[name], self.parameters[name].grad
+            assert gradient is not None
+            adamw_(
+                local(parameter).view(-1)[part],
+                self._flat(f"{name}.remainder")[part] if f"{name}.remainder" in self.state else None,
+                local(gradient).reshape(-1)[part],
+                *brought,
+                learning_rate=learning_rate,
+                betas=(self.settings.beta1, self.settings.beta2),
+                eps=self.settings.eps,
+                weight_decay=self.settings.weight_decay if parameter.ndim > 1 else 0.0,
+                step=self.updates,
+                gradient_scale=scale,
+                seed=self.seed,
+                parameter_id=number,
+                first_index=first_row(parameter) * (parameter.numel() // len(parameter)) + part.start,
+            )
+        for parameter in parameters:
             parameter.grad = None
         if offloaded and norm.is_cuda:
             # A checkpoint reads the moments on the host and would not wait for these copies.
             torch.cuda.current_stream(norm.device).synchronize()
         return norm, skipped
+
+    def _flat(self, name: str) -> Tensor:
+        """This rank's part of a tensor of the state, as one row."""
+        return local(self.state[name]).view(-1)
+
+    def _pieces(self) -> list[tuple[int, str, slice]]:
+        """(number and name of a parameter, part of its elements that is updated at once), in order."""
+        found = []
+        for number, (name, parameter) in enumerate(self.parameters.items()):
+            assert parameter.grad is not None, f"{name} took no part in the step"
+            elements = local(parameter).numel()
+            parts = pieces_of(elements) if self.settings.offload == "moments" else [slice(0, elements)] if elements else []
+            found += [(number, name, part) for part in parts]
+        return found
 
     def _moment(self, parameter: nn.Parameter) -> Tensor:
         dtype = getattr(torch, self.settings.moments)

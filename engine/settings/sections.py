@@ -91,8 +91,8 @@ class OptimizerSettings:
     skip_limit: int = 10
     """With nonfinite = skip, the run ends after this many skipped steps in a row."""
     offload: Literal["none", "moments"] = "none"
-    """moments: keep the moments in the host's memory, with bit-identical results. Saves 8 bytes a parameter on the device and
-    adds two copies over the bus to each update. One rank only."""
+    """moments: keep the moments in the host's memory, with bit-identical results. Saves 8 bytes a parameter on the device.
+    An update takes as long as their copies over the bus, both directions at once. One rank only."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):

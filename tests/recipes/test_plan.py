@@ -48,10 +48,13 @@ def test_shisa_7b_fits_one_80_gb_card_with_its_moments_on_the_host():
 def test_shisa_7b_fits_eight_80_gb_cards():
     found = outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=8)
     assert found.training.shards == 8
-    assert found.free > 5
+    assert found.free > 30
+    # Whole float32 sums take 29.7 GiB, an eighth of them 3.7.
+    once = outlook("pretrain", "--pack-tokens", "8192", "--parallel.reduce_once", device="h100", gpus=8)
+    assert found.free - once.free == pytest.approx(26, abs=0.7)
 
 
-@pytest.mark.parametrize("mode", ["none", "block"])
+@pytest.mark.parametrize("mode", ["none", "ffn"])
 def test_the_largest_micro_batch_fits_and_the_next_does_not(mode):
     tokens = outlook("pretrain", device="h100", gpus=8).largest[mode]
     for more, fits in ((0, True), (256, False)):
@@ -101,12 +104,12 @@ def test_numbers_of_gpus_that_the_run_does_not_fit_are_left_out(capsys):
     """Each printed number of GPUs fits by a plan of its own; efficiencies relate to the first of them."""
     table, (_, left_out) = rows(capsys, "--gpu", "h100", "--pack-tokens", "8192")
     fitting = [row[0] for row in table]
-    assert fitting == ["4", "8", "16", "32", "64", "128"]
+    assert fitting == ["2", "4", "8", "16", "32", "64", "128"]
     for gpus in (1, 2, 4, 8):
         assert (outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=gpus).free >= 0) == (str(gpus) in fitting)
     assert table[0][4] == "100.0%"
-    too_little = -outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=2).free
-    assert f"2 GPUs: {too_little:.1f} GiB too little" in left_out
+    too_little = -outlook("pretrain", "--pack-tokens", "8192", device="h100", gpus=1).free
+    assert f"1 GPU: {too_little:.1f} GiB too little" in left_out
     # 2^20 tokens are 128 micro-batches.
     assert "256, 512, 1,024 GPUs: step_size has fewer micro-batches of 8,192 tokens" in left_out
 

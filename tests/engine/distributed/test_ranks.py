@@ -102,7 +102,9 @@ def assert_same(found: Trajectory, expected: Trajectory, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "stage"), [*((THREE, stage) for stage in STAGES), (TWO_BY_TWO, "sft"), (TWO_BY_TWO_ONCE, "pretrain")], ids=lambda value: str(value)
+    ("layout", "stage"),
+    [*((THREE, stage) for stage in STAGES), (TWO_BY_TWO, "sft"), (TWO_BY_TWO_ONCE, "pretrain")],
+    ids=lambda value: str(value),
 )
 def test_several_ranks_follow_a_single_rank(short, layout, stage):
     found, _ = short

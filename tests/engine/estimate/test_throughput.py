@@ -76,16 +76,14 @@ def test_nothing_is_faster_than_the_ceiling():
 
 
 def test_gathers_and_reductions_run_at_the_links_speed():
-    """15.93 GB of weights, 7/8 of them over 400 GB/s: 35 ms a gather. Gradients are twice as large and reduced after each micro-batch."""
+    """15.93 GB of weights, 7/8 of them over 400 GB/s: 35 ms a gather. A reduction takes twice as long, by default each time."""
     one = speed(training(), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
     more = speed(training(), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8)
     gather = 2 * PRESETS["shisa-7b"].parameters * 7 / 8 / 400e9
     assert gather == pytest.approx(0.035, rel=0.01)
     assert one.communication == pytest.approx(4 * gather)
     assert more.communication == pytest.approx(12 * gather)
-    once = speed(
-        replace(training(), reduce_once=True), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8
-    )
+    once = speed(replace(training(), reduce_once=True), DEVICES["h200"], context=4096, step_tokens=3 * 8 * 16384, gpus=8)
     assert once.communication == pytest.approx(8 * gather)
     unsharded = speed(replace(training(), reshard=False), DEVICES["h200"], context=4096, step_tokens=8 * 16384, gpus=8)
     assert unsharded.communication == pytest.approx(3 * gather)
@@ -100,11 +98,12 @@ def test_nodes_with_a_copy_each_exchange_gradients_only():
     assert found.not_hidden < found.hidden <= 1024 * node.hidden
 
 
-def test_offloaded_moments_add_the_time_of_their_copies():
+def test_an_update_takes_as_long_as_the_copies_of_offloaded_moments():
+    """Both directions share the time, as the bus carries both at once."""
     sizes = {"context": 4096, "step_tokens": 2**20}
     offloaded = speed(training(offload="moments"), DEVICES["h100"], **sizes)
     kept = speed(training(), DEVICES["h100"], **sizes)
-    copied = 8 * PRESETS["shisa-7b"].parameters / DEVICES["h100"].host
+    copied = 4 * PRESETS["shisa-7b"].parameters / DEVICES["h100"].host
     assert 0.9 * copied < offloaded.compute - kept.compute < copied
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import engine.optim.adamw
+import engine.optim.offload
 from engine.estimate.memory import Training, plan
 from engine.optim.adamw import AdamW
 from engine.settings.sections import OptimizerSettings
@@ -196,8 +197,9 @@ def test_the_planned_bytes_a_parameter_equal_the_states(dtype, changes, size):
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_offloaded_moments_give_the_same_bits(moments, device):
+def test_offloaded_moments_give_the_same_bits(moments, device, monkeypatch):
     ends = []
+    monkeypatch.setattr(engine.optim.offload, "PIECE", 64)
     for offload in ("none", "moments"):
         named = {name: nn.Parameter(parameter.detach().to(device)) for name, parameter in parameters(torch.bfloat16).items()}
         optimizer = AdamW(named.items(), OptimizerSettings(moments=moments, offload=offload), seed=3)
