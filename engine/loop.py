@@ -70,12 +70,13 @@ def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Te
     model.train()
     device = model.lm_head.weight.device
     totals: dict[str, Tensor] = {}
-    for number, batch in enumerate(step.batches, start=1):
-        reduce_after(model, last=number == len(step.batches))
-        values = objective(model, batch.to(device), step)
-        values["loss"].backward()
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0) + value.detach()
+    with model.weight_codes.unchanged():
+        for number, batch in enumerate(step.batches, start=1):
+            reduce_after(model, last=number == len(step.batches))
+            values = objective(model, batch.to(device), step)
+            values["loss"].backward()
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0) + value.detach()
     return totals
 
 

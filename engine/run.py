@@ -23,6 +23,7 @@ from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
 from engine.observe.metrics import check_wandb
+from engine.precision import check_fp8, fp8_layers
 from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
@@ -111,6 +112,11 @@ class Run:
                 plans.append(plan(self._training(later, accumulates=True)))
         return max(plans, key=lambda found: found.peak)
 
+    @property
+    def fp8_layers(self) -> range:
+        """The layers whose matrix products run in FP8 while training."""
+        return fp8_layers(self.settings, self.config)
+
     def _training(self, batches: Sequence[Batch], *, accumulates: bool) -> Training:
         """The facts that a step's memory depends on, with the largest of these micro-batches."""
         settings = self.settings
@@ -128,6 +134,8 @@ class Run:
             shards=self.ranks.ranks // settings.parallel.replicas,
             reshard=settings.parallel.reshard,
             reduce_once=settings.parallel.reduce_once,
+            fp8_layers=self.fp8_layers,
+            keep_codes=settings.fp8.keep_weights and self.ranks.mesh is None,
             documents=largest.attention,
         )
 
@@ -174,6 +182,8 @@ class Run:
         model = shard(model.to(self.dtype), self.ranks, self.settings.parallel).to_empty(device=self.device)
         model.recompute = self.settings.recompute
         model.attention_backend = self.settings.backend
+        model.fp8_layers = self.fp8_layers
+        model.weight_codes.keep = self.settings.fp8.keep_weights and self.ranks.mesh is None
         return model
 
 
@@ -255,6 +265,8 @@ def _with_gradients(run: Run, gradients: str) -> Run:
 
 def _check_sizes(run: Run) -> None:
     settings, plan, limit = run.settings, run.plan, run.config.max_position_embeddings
+    if run.fp8_layers:
+        check_fp8(run.device, run.dtype)
     if settings.context_length > limit:
         raise ValueError(f"context_length = {settings.context_length} is above the model's max_position_embeddings = {limit}")
     if run.pack_tokens < plan.longest_unit:

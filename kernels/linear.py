@@ -47,7 +47,7 @@ def weight_gradient(
     if parameter_OI is None:
         return grad_TO.T @ input_TI
     sum_OI = parameter_OI.grad
-    if sum_OI is not None and _only_adds(parameter_OI):
+    if sum_OI is not None and only_adds(parameter_OI):
         add_product_(sum_OI, grad_TO.T, input_TI)
         return None
     if parameter_OI.grad_dtype == accumulation_dtype(grad_TO.dtype):
@@ -77,7 +77,7 @@ def add_product_(
         torch.addmm(sum_NM, left_ND.to(sum_NM.dtype), right_DM.to(sum_NM.dtype), out=sum_NM)
 
 
-def _only_adds(parameter: Tensor) -> bool:
+def only_adds(parameter: Tensor) -> bool:
     """Whether the running backward pass would do nothing with the parameter's gradient but add it to an earlier one."""
     if type(parameter.grad) is not Tensor or torch.is_grad_enabled():
         return False

@@ -16,6 +16,19 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
+from kernels.fp8 import (
+    Codes,
+    column_codes,
+    empty_codes,
+    encode,
+    inverse_of,
+    launch_columns,
+    padded,
+    row_codes,
+    store_columns,
+    store_row,
+    tile_of,
+)
 from kernels.launch import launch, multiprocessors, runs_triton, unit_stride
 
 
@@ -60,6 +73,36 @@ def add_norm_forward(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, e
         return _add_norm(residual_TD, hidden_TD, weight_D, eps)
     total_TD = residual_TD + hidden_TD
     return total_TD, *_norm_eager(total_TD, weight_D, eps)
+
+
+def norm_codes(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Codes, Tensor]:
+    """(E4M3 codes of the norm, scale s of each row [T] in float32), in one pass; the norm itself is not written."""
+    if runs_triton(hidden_TD):
+        *codes, scale_T = _norm_codes(hidden_TD, weight_D, eps)
+        return Codes(*codes), scale_T
+    out_TD, scale_T = _norm_eager(hidden_TD, weight_D, eps)
+    return row_codes(out_TD), scale_T
+
+
+def add_norm_codes(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Codes, Tensor]:
+    """(residual + hidden [T, D], E4M3 codes of its norm, scale s of each row [T] in float32)."""
+    if runs_triton(residual_TD):
+        total_TD, *codes, scale_T = _add_norm_codes(residual_TD, hidden_TD, weight_D, eps)
+        return total_TD, Codes(*codes), scale_T
+    total_TD = residual_TD + hidden_TD
+    return total_TD, *norm_codes(total_TD, weight_D, eps)
+
+
+def norm_columns(
+    total_TD: Tensor,  # the input rows
+    weight_D: Tensor,
+    scale_T: Tensor,  # s of each row
+    code_scale_T: Tensor,  # of the codes
+) -> Tensor:
+    """The codes of `norm_codes` again, transposed: [D, P] (see `kernels.fp8`)."""
+    if runs_triton(total_TD):
+        return _norm_columns(total_TD, weight_D, scale_T, code_scale_T)
+    return column_codes((total_TD.to(scale_T.dtype) * scale_T[:, None] * weight_D).to(total_TD.dtype), code_scale_T)
 
 
 def norm_backward(
@@ -147,6 +190,36 @@ def sum_rows(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
     return out_D
 
 
+@torch.library.custom_op("komainu::norm_codes", mutates_args=())
+def _norm_codes(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    code_TD, code_scale_T, scale_T = _code_outputs(hidden_TD)
+    _launch_forward(None, hidden_TD, weight_D, eps, None, code_TD, scale_T, code_scale_T)
+    return code_TD, code_scale_T, scale_T
+
+
+@torch.library.custom_op("komainu::add_norm_codes", mutates_args=())
+def _add_norm_codes(
+    residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    code_TD, code_scale_T, scale_T = _code_outputs(residual_TD)
+    total_TD = torch.empty(residual_TD.shape, dtype=residual_TD.dtype, device=residual_TD.device)
+    _launch_forward(residual_TD, hidden_TD, weight_D, eps, total_TD, code_TD, scale_T, code_scale_T)
+    return total_TD, code_TD, code_scale_T, scale_T
+
+
+@torch.library.custom_op("komainu::norm_columns", mutates_args=())
+def _norm_columns(total_TD: Tensor, weight_D: Tensor, scale_T: Tensor, code_scale_T: Tensor) -> Tensor:
+    total_TD, weight_D = unit_stride(total_TD), unit_stride(weight_D)
+    given = (total_TD, weight_D, scale_T, code_scale_T, total_TD.stride(0))
+    return launch_columns(_columns_kernel, given, total_TD, total_TD.shape[1])
+
+
+def _code_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales of the codes, scales of the norm), without values."""
+    code_scale_T, scale_T = (torch.empty(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device) for _ in range(2))
+    return empty_codes(hidden_TD, *hidden_TD.shape), code_scale_T, scale_T
+
+
 def _norm_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:
     scale_T = torch.empty(hidden_TD.shape[0], dtype=accumulation_dtype(hidden_TD.dtype), device=hidden_TD.device)
     return torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device), scale_T
@@ -158,8 +231,9 @@ def _launch_forward(
     weight_D: Tensor,
     eps: float,
     total_TD: Tensor | None,  # result, with a residual
-    out_TD: Tensor,  # result
+    out_TD: Tensor,  # result: the norm, or its codes
     scale_T: Tensor,  # result, float32
+    code_scale_T: Tensor | None = None,  # result, with codes
 ) -> None:
     tokens, width = hidden_TD.shape
     hidden_TD, weight_D = unit_stride(hidden_TD), unit_stride(weight_D)
@@ -175,12 +249,14 @@ def _launch_forward(
         out_TD if total_TD is None else total_TD,
         out_TD,
         scale_T,
+        scale_T if code_scale_T is None else code_scale_T,
         residual_TD.stride(0),
         hidden_TD.stride(0),
         eps,
         WIDTH=width,
         BLOCK=block,
         ADDED=added,
+        CODES=code_scale_T is not None,
         device=hidden_TD.device,
         warps=warps,
         fusion=False,
@@ -196,6 +272,21 @@ def _(hidden_TD, weight_D, eps):
 def _(residual_TD, hidden_TD, weight_D, eps):
     out_TD, scale_T = _norm_outputs(residual_TD)
     return torch.empty_like(out_TD), out_TD, scale_T
+
+
+@_norm_codes.register_fake
+def _(hidden_TD, weight_D, eps):
+    return _code_outputs(hidden_TD)
+
+
+@_add_norm_codes.register_fake
+def _(residual_TD, hidden_TD, weight_D, eps):
+    return torch.empty(residual_TD.shape, dtype=residual_TD.dtype, device=residual_TD.device), *_code_outputs(residual_TD)
+
+
+@_norm_columns.register_fake
+def _(total_TD, weight_D, scale_T, code_scale_T):
+    return empty_codes(total_TD, total_TD.shape[1], padded(len(total_TD)))
 
 
 @_norm_backward.register_fake
@@ -248,14 +339,16 @@ def _forward_kernel(
     hidden,  # [tokens, WIDTH]
     weight,  # [WIDTH]
     total,  # [tokens, WIDTH]: residual + hidden, written if ADDED
-    out,  # [tokens, WIDTH]
+    out,  # [tokens, WIDTH]: the norm, or its codes if CODES
     scale,  # [tokens] float32
+    code_scale,  # [tokens] float32, written if CODES
     residual_stride,  # elements from row to row
     hidden_stride,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # WIDTH up to a power of two
     ADDED: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -269,7 +362,35 @@ def _forward_kernel(
     s = 1 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
     tl.store(scale + row, s)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * WIDTH + column, (x * s * w).to(out.dtype.element_ty), mask=inside)
+    # Codes are made of the rounded norm: the same codes as in a pass of their own.
+    normed = (x * s * w).to(hidden.dtype.element_ty)
+    if CODES:
+        store_row(normed.to(tl.float32), out + row * WIDTH, code_scale + row, column, inside)
+    else:
+        tl.store(out + row * WIDTH + column, normed, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "groups"])
+def _columns_kernel(
+    total,  # [tokens, WIDTH]
+    weight,  # [WIDTH]
+    scale,  # [tokens] float32: of the norm
+    code_scale,  # [tokens] float32
+    total_stride,  # elements from row to row
+    target,  # [WIDTH, 16 groups]: codes
+    tokens,
+    groups,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program's tile
+    BLOCK: tl.constexpr,  # columns of a program's tile
+):
+    row, column, inside = tile_of(tokens, WIDTH, ROWS, BLOCK)
+    x = tl.load(total + row.to(tl.int64)[:, None] * total_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(scale + row, mask=row < tokens, other=0.0)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    normed = (x * s[:, None] * w[None, :]).to(total.dtype.element_ty).to(tl.float32)
+    inverse = inverse_of(tl.load(code_scale + row, mask=row < tokens, other=1.0))
+    store_columns(encode(normed, inverse[:, None]), target, row, column, groups, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -18,6 +18,21 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
+from kernels.fp8 import (
+    Codes,
+    bits_of_size,
+    column_codes,
+    empty_codes,
+    encode,
+    inverse_of,
+    launch_columns,
+    padded,
+    row_codes,
+    scale_and_inverse,
+    store_columns,
+    store_row,
+    tile_of,
+)
 from kernels.launch import launch, runs_triton, unit_stride
 
 
@@ -47,6 +62,27 @@ def swiglu_backward_(gate_up_TF2: Tensor, grad_TF: Tensor, *, emit: bool) -> Ten
     product_TF = swiglu_reference(gate_up_TF2) if emit else None
     gate_up_TF2.copy_(_backward_eager(gate_up_TF2, grad_TF))
     return product_TF
+
+
+def swiglu_codes(gate_up_TF2: Tensor) -> Codes:
+    """E4M3 codes of the product, in one pass; the product itself is not written."""
+    if runs_triton(gate_up_TF2):
+        return Codes(*_swiglu_codes(gate_up_TF2))
+    return row_codes(swiglu_reference(gate_up_TF2))
+
+
+def swiglu_columns(gate_up_TF2: Tensor, code_scale_T: Tensor) -> Tensor:
+    """The codes of `swiglu_codes` again, transposed: [F, P] (see `kernels.fp8`)."""
+    if runs_triton(gate_up_TF2):
+        return _swiglu_columns(gate_up_TF2, code_scale_T)
+    return column_codes(swiglu_reference(gate_up_TF2), code_scale_T)
+
+
+def swiglu_backward_codes(gate_up_TF2: Tensor, grad_TF: Tensor) -> Codes:
+    """E4M3 codes of the gradients of gate and up: one row of both, with one scale."""
+    if runs_triton(gate_up_TF2):
+        return Codes(*_swiglu_backward_codes(gate_up_TF2, grad_TF))
+    return row_codes(_backward_eager(gate_up_TF2, grad_TF).to(gate_up_TF2.dtype))
 
 
 @torch.library.custom_op("komainu::swiglu", mutates_args=())
@@ -108,6 +144,66 @@ def _launch_backward(gate_up_TF2: Tensor, grad_TF: Tensor, grad_gate_up_TF2: Ten
     )
 
 
+@torch.library.custom_op("komainu::swiglu_codes", mutates_args=())
+def _swiglu_codes(gate_up_TF2: Tensor) -> tuple[Tensor, Tensor]:
+    gate_up_TF2 = unit_stride(gate_up_TF2)
+    width = gate_up_TF2.shape[1] // 2
+    code_TF, scale_T = _code_outputs(gate_up_TF2, width)
+    block, warps = configuration("swiglu_codes", gate_up_TF2.device).whole_row(width)
+    launch(
+        _codes_kernel,
+        (len(gate_up_TF2),),
+        gate_up_TF2,
+        code_TF,
+        scale_T,
+        gate_up_TF2.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        device=gate_up_TF2.device,
+        warps=warps,
+        fusion=False,
+    )
+    return code_TF, scale_T
+
+
+@torch.library.custom_op("komainu::swiglu_columns", mutates_args=())
+def _swiglu_columns(gate_up_TF2: Tensor, code_scale_T: Tensor) -> Tensor:
+    gate_up_TF2 = unit_stride(gate_up_TF2)
+    given = (gate_up_TF2, code_scale_T, gate_up_TF2.stride(0))
+    return launch_columns(_columns_kernel, given, gate_up_TF2, gate_up_TF2.shape[1] // 2)
+
+
+@torch.library.custom_op("komainu::swiglu_backward_codes", mutates_args=())
+def _swiglu_backward_codes(gate_up_TF2: Tensor, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+    gate_up_TF2, grad_TF = unit_stride(gate_up_TF2), unit_stride(grad_TF)
+    tokens, width = grad_TF.shape
+    code_TF2, scale_T = _code_outputs(gate_up_TF2, 2 * width)
+    block, warps = configuration("swiglu_codes", grad_TF.device).whole_row(width)
+    launch(
+        _backward_codes_kernel,
+        (tokens,),
+        gate_up_TF2,
+        grad_TF,
+        code_TF2,
+        scale_T,
+        gate_up_TF2.stride(0),
+        grad_TF.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        device=grad_TF.device,
+        warps=warps,
+        fusion=False,
+    )
+    return code_TF2, scale_T
+
+
+def _code_outputs(gate_up_TF2: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(codes of rows of `width`, their scales), without values."""
+    tokens = len(gate_up_TF2)
+    scale_T = torch.empty(tokens, dtype=torch.float32, device=gate_up_TF2.device)
+    return empty_codes(gate_up_TF2, tokens, width), scale_T
+
+
 def _product_of(gate_up_TF2: Tensor) -> Tensor:
     tokens, both = gate_up_TF2.shape
     return torch.empty((tokens, both // 2), dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
@@ -126,6 +222,21 @@ def _(gate_up_TF2, grad_TF):
 @_swiglu_backward_.register_fake
 def _(gate_up_TF2, grad_TF, emit):
     return _product_of(gate_up_TF2) if emit else gate_up_TF2.new_empty(0)
+
+
+@_swiglu_codes.register_fake
+def _(gate_up_TF2):
+    return _code_outputs(gate_up_TF2, gate_up_TF2.shape[1] // 2)
+
+
+@_swiglu_columns.register_fake
+def _(gate_up_TF2, code_scale_T):
+    return empty_codes(gate_up_TF2, gate_up_TF2.shape[1] // 2, padded(len(gate_up_TF2)))
+
+
+@_swiglu_backward_codes.register_fake
+def _(gate_up_TF2, grad_TF):
+    return _code_outputs(gate_up_TF2, gate_up_TF2.shape[1])
 
 
 _swiglu.register_autograd(
@@ -151,6 +262,13 @@ def _place(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _gradients(gate, up, g):
+    """(gradient of the gate, gradient of the up projection, sigmoid of the gate), for a gradient g of the product."""
+    share = tl.sigmoid(gate)
+    return g * up * share * (1 + gate * (1 - share)), g * gate * share, share
 
 
 @triton.jit
@@ -187,11 +305,77 @@ def _backward_kernel(
     gate = tl.load(gate_up + row * row_stride + column, mask=inside).to(tl.float32)
     up = tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32)
     g = tl.load(grad + row * grad_stride + column, mask=inside).to(tl.float32)
-    share = tl.sigmoid(gate)
-    grad_gate = g * up * share * (1 + gate * (1 - share))
-    grad_up = g * gate * share
+    grad_gate, grad_up, share = _gradients(gate, up, g)
     target = grad_gate_up + row * grad_gate_up_stride + column
     tl.store(target, grad_gate.to(grad_gate_up.dtype.element_ty), mask=inside)
     tl.store(target + WIDTH, grad_up.to(grad_gate_up.dtype.element_ty), mask=inside)
     if EMIT:
         tl.store(product + row * WIDTH + column, (gate * share * up).to(product.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _codes_kernel(
+    gate_up,  # [tokens, 2 WIDTH]
+    code,  # [tokens, WIDTH]
+    scale,  # [tokens] float32
+    row_stride,  # elements from row to row of gate_up
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    # Codes are made of rounded values: the same codes as in a pass of their own.
+    product = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+    store_row(product.to(tl.float32), code + row * WIDTH, scale + row, column, inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "groups"])
+def _columns_kernel(
+    gate_up,  # [tokens, 2 WIDTH]
+    scale,  # [tokens] float32
+    row_stride,  # elements from row to row of gate_up
+    target,  # [WIDTH, 16 groups]: codes
+    tokens,
+    groups,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program's tile
+    BLOCK: tl.constexpr,  # columns of a program's tile
+):
+    row, column, inside = tile_of(tokens, WIDTH, ROWS, BLOCK)
+    at = gate_up + row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    product = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    inverse = inverse_of(tl.load(scale + row, mask=row < tokens, other=1.0))
+    store_columns(encode(product, inverse[:, None]), target, row, column, groups, WIDTH)
+
+
+@triton.jit
+def _backward_codes_kernel(
+    gate_up,  # [tokens, 2 WIDTH]
+    grad,  # [tokens, WIDTH]
+    code,  # [tokens, 2 WIDTH]
+    scale,  # [tokens] float32
+    row_stride,  # elements from row to row
+    grad_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    grad_gate, grad_up, _ = _gradients(gate, up, g)
+    grad_gate = grad_gate.to(gate_up.dtype.element_ty).to(tl.float32)
+    grad_up = grad_up.to(gate_up.dtype.element_ty).to(tl.float32)
+    largest = tl.maximum(tl.max(bits_of_size(grad_gate), axis=0), tl.max(bits_of_size(grad_up), axis=0))
+    row_scale, inverse = scale_and_inverse(largest)
+    tl.store(scale + row, row_scale)
+    target = code + row * 2 * WIDTH + column
+    tl.store(target, encode(grad_gate, inverse), mask=inside)
+    tl.store(target + WIDTH, encode(grad_up, inverse), mask=inside)

@@ -14,7 +14,7 @@ Shapes: T tokens, N listed rows, D width, H query heads, K key/value heads, E he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from kernels.attention.sliding_window import sliding_window_attention
 from kernels.attention.work import AttentionWork, attention_work
 from kernels.embedding import EmbeddingNoise, embedding
 from kernels.feed_forward import feed_forward
+from kernels.fp8_feed_forward import fp8_feed_forward
+from kernels.fp8_linear import WeightCodes, fp8_linear
+from kernels.fp8_norm_qkv import fp8_norm_qkv
 from kernels.linear import linear, wide_product
 from kernels.linear_log_prob import linear_log_prob, linear_nll
 from kernels.norm_qkv import norm_qkv
@@ -40,8 +43,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Mistral(nn.Module):
     """The decoder with its untied head. Embedding and head have vocab_size rows, padding rows included.
 
-    Two attributes may be set at any time: `recompute` is the activation checkpointing of training; `attention_backend` is the
-    backend that callers hand to `attention_by`.
+    Three attributes may be set at any time: `recompute` is the activation checkpointing of training; `attention_backend` is the
+    backend that callers hand to `attention_by`; `fp8_layers` are the layers whose matrix products run in FP8 while the model is
+    in training mode. Everything else, such as evaluation, never uses FP8.
     """
 
     def __init__(self, config: MistralConfig) -> None:
@@ -49,6 +53,8 @@ class Mistral(nn.Module):
         self.config = config
         self.recompute: Recompute = "light"
         self.attention_backend: Backend = "auto"
+        self.fp8_layers: Container[int] = ()
+        self.weight_codes = WeightCodes()
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
@@ -64,8 +70,9 @@ class Mistral(nn.Module):
         """Final hidden states, normed: [T, D]."""
         rotary = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
         residual_TD, delta_TD = self.embed_tokens(tokens_T, noise), None
-        for block in self.layers:
-            residual_TD, delta_TD = block(residual_TD, delta_TD, rotary, attend, self.recompute)
+        for layer, block in enumerate(self.layers):
+            codes = self.weight_codes if self.training and layer in self.fp8_layers else None
+            residual_TD, delta_TD = block(residual_TD, delta_TD, rotary, attend, self.recompute, codes)
         assert delta_TD is not None, "a model has at least one layer"
         _, normed_TD = add_rms_norm(residual_TD, delta_TD, self.norm.weight, self.norm.eps)
         return normed_TD
@@ -101,12 +108,14 @@ class Block(nn.Module):
         rotary: RotaryTable,
         attend: Attend,
         recompute: Recompute,
+        codes: WeightCodes | None = None,  # for products in FP8; None for products in the weights' dtype
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after the block, again as the pair (residual, delta)."""
 
         def run(residual_TD: Tensor, delta_TD: Tensor | None, recompute: Recompute) -> tuple[Tensor, Tensor]:
-            residual_TD, delta_TD = self.self_attn(residual_TD, delta_TD, self.input_layernorm, rotary, attend, recompute)
-            return self.mlp(residual_TD, delta_TD, self.post_attention_layernorm, recompute)
+            norms = self.input_layernorm, self.post_attention_layernorm
+            residual_TD, delta_TD = self.self_attn(residual_TD, delta_TD, norms[0], rotary, attend, recompute, codes)
+            return self.mlp(residual_TD, delta_TD, norms[1], recompute, codes)
 
         if recompute != "block" or not torch.is_grad_enabled():
             return run(residual_TD, delta_TD, recompute)
@@ -132,20 +141,17 @@ class Attention(nn.Module):
         rotary: RotaryTable,
         attend: Attend,
         recompute: Recompute,
+        codes: WeightCodes | None,
     ) -> tuple[Tensor, Tensor]:
         """(residual + delta, the output of attention over the norm of that sum)."""
-        residual_TD, query_THE, key_TKE, value_TKE = norm_qkv(
-            residual_TD,
-            delta_TD,
-            norm.weight,
-            self.qkv_proj.weight,
-            rotary,
-            self.heads,
-            norm.eps,
-            keep_normed=recompute == "none",
-        )
-        out_THE = attend(self.layer, query_THE, key_TKE, value_TKE)
-        return residual_TD, linear(out_THE.flatten(1), self.o_proj.weight)
+        given = (residual_TD, delta_TD, norm.weight, self.qkv_proj.weight, rotary, self.heads, norm.eps)
+        if codes is None:
+            residual_TD, query_THE, key_TKE, value_TKE = norm_qkv(*given, keep_normed=recompute == "none")
+        else:
+            residual_TD, query_THE, key_TKE, value_TKE = fp8_norm_qkv(*given, codes)
+        out_TX = attend(self.layer, query_THE, key_TKE, value_TKE).flatten(1)
+        weight = self.o_proj.weight
+        return residual_TD, linear(out_TX, weight) if codes is None else fp8_linear(out_TX, weight, codes)
 
 
 class FeedForward(nn.Module):
@@ -154,17 +160,14 @@ class FeedForward(nn.Module):
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, residual_TD: Tensor, delta_TD: Tensor, norm: RMSNorm, recompute: Recompute) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, residual_TD: Tensor, delta_TD: Tensor, norm: RMSNorm, recompute: Recompute, codes: WeightCodes | None
+    ) -> tuple[Tensor, Tensor]:
         """(residual + delta, the output of SwiGLU over the norm of that sum)."""
-        return feed_forward(
-            residual_TD,
-            delta_TD,
-            norm.weight,
-            self.gate_up_proj.weight,
-            self.down_proj.weight,
-            norm.eps,
-            recompute=recompute,
-        )
+        given = (residual_TD, delta_TD, norm.weight, self.gate_up_proj.weight, self.down_proj.weight, norm.eps)
+        if codes is None:
+            return feed_forward(*given, recompute=recompute)
+        return fp8_feed_forward(*given, codes, recompute=recompute)
 
 
 class RMSNorm(nn.Module):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 ITEMS = (
     "weights",
+    "weight codes",
     "optimizer",
     "gradients",
     "activations",

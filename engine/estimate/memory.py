@@ -70,6 +70,7 @@ class _Step:
             self.head()
             self.backward()
             self.first = False
+        account.release("weight codes", len(training.fp8_layers) * sizes.fp8_weight_codes)
         self.update()
 
     def forward(self) -> None:
@@ -82,9 +83,13 @@ class _Step:
         for layer in range(self.config.num_hidden_layers):
             # The block's weights, the buffer that they were gathered in, and the buffer of the next block.
             with account.holding("gathered parameters", 3 * block, "block forward"):
-                account.hold("activations", sizes.block_kept, "block forward")
+                fp8 = layer in self.training.fp8_layers
+                if fp8 and self.first:
+                    account.hold("weight codes", sizes.fp8_weight_codes, "block forward")
+                account.hold("activations", sizes.fp8_block_kept if fp8 else sizes.block_kept, "block forward")
                 # The first block's input is the embedding itself, and kept.
-                account.pass_by("block forward", sizes.block_transients + (sizes.hidden if layer else 0))
+                transients = sizes.fp8_block_transients if fp8 else sizes.block_transients
+                account.pass_by("block forward", transients + (sizes.hidden if layer else 0))
             if not self.training.reshard:
                 account.hold("gathered parameters", block, "block forward")
         if self.training.reshard:
@@ -172,8 +177,11 @@ class _Step:
             account.release("activations", sizes.final_norm_kept)
             # The buffer of the next block's weights.
             with account.holding("gathered parameters", block if self.training.reshard else 0, "block backward"):
-                for _ in range(self.config.num_hidden_layers):
-                    self.block_backward("block backward")
+                for layer in reversed(range(self.config.num_hidden_layers)):
+                    if layer in self.training.fp8_layers:
+                        self.fp8_block_backward("block backward")
+                    else:
+                        self.block_backward("block backward")
                     self.reduce(sizes.block_elements, "block backward")
                     account.release("gathered parameters", 0 if self.training.reshard else block)
             account.release("gathered parameters", block if self.training.reshard else 0)
@@ -238,6 +246,67 @@ class _Step:
         self.gradients(2 * config.hidden_size, moment, sizes.hidden + sizes.qkv)
         account.release("activations", kept)
         account.release("transients", again)
+
+    def fp8_block_backward(self, moment: str) -> None:
+        """`block_backward` of a block in FP8."""
+        sizes, account, config = self.sizes, self.account, self.config
+        recompute, kernels = self.training.recompute, self.training.kernels
+        width, inner = config.hidden_size, config.intermediate_size
+        query_width = config.num_attention_heads * config.head_dim
+        packed_width = query_width + 2 * config.num_key_value_heads * config.head_dim
+        hidden_codes, inner_codes, packed_codes = map(sizes.codes, (width, inner, packed_width))
+        item, again = "activations", 0
+        if recompute == "block":
+            item = "transients"
+            again = sizes.hidden + 6 * sizes.scale + sizes.qkv_kept + sizes.attention_kept + 2 * sizes.inner
+            account.hold(item, again, moment)
+            account.pass_by(moment, 2 * sizes.hidden)
+
+        # Feed-forward network: codes of the gradient, with "ffn" the codes of the norm and gate and up again.
+        there = hidden_codes
+        gate_up = 2 * sizes.inner + hidden_codes if recompute == "ffn" else 0
+        if recompute == "ffn":
+            account.pass_by(moment, there + gate_up + sizes.fp8_product(2 * inner, width))
+        held = inner_codes + sizes.fp8_weight_product(width, inner)
+        self.fp8_gradients(width * inner, moment, there + gate_up + held)
+        account.pass_by(moment, there + gate_up + sizes.inner + sizes.fp8_product(inner, width))
+        eager = 0 if kernels else 7 * sizes.wide(sizes.inner)
+        account.pass_by(moment, there + gate_up + sizes.inner + max(2 * inner_codes, eager))
+        there += 2 * inner_codes
+        account.pass_by(moment, there + sizes.fp8_encoding(2 * inner))
+        held = hidden_codes + sizes.fp8_weight_product(2 * inner, width)
+        self.fp8_gradients(2 * width * inner, moment, there + held)
+        account.pass_by(moment, there + sizes.hidden + sizes.fp8_product(width, 2 * inner))
+        self.norm_backward(moment, there + sizes.hidden)
+        kept = sizes.hidden + 3 * sizes.scale + (0 if recompute == "ffn" else 2 * sizes.inner)
+        account.release(item, kept)
+
+        # Attention's output projection.
+        there = hidden_codes + sizes.query
+        account.pass_by(moment, there + sizes.fp8_product(query_width, width))
+        held = sizes.codes(query_width) + sizes.fp8_weight_product(width, query_width)
+        self.fp8_gradients(width * query_width, moment, there + held)
+        account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
+        account.release(item, sizes.attention_kept + sizes.qkv_kept + sizes.scale)
+
+        # Rotation, input projection, norm.
+        account.pass_by(moment, 2 * sizes.qkv + (packed_codes if kernels else 2 * sizes.wide(sizes.qkv)))
+        there = sizes.qkv + packed_codes
+        held = hidden_codes + sizes.fp8_weight_product(packed_width, width)
+        self.fp8_gradients(width * packed_width, moment, there + held)
+        account.pass_by(moment, there + sizes.hidden + sizes.fp8_product(width, packed_width))
+        self.norm_backward(moment, there + sizes.hidden)
+        self.gradients(2 * width, moment, sizes.hidden + sizes.qkv)
+        account.release("activations", sizes.hidden + (0 if recompute == "block" else 2 * sizes.scale))
+        account.release("transients", 2 * sizes.scale if recompute == "block" else 0)
+
+    def fp8_gradients(self, elements: int, moment: str, transients: int) -> None:
+        """`gradients` of a weight in FP8: the product is the first micro-batch's gradient, and float32 where it is added."""
+        if self.training.shards > 1 or self.first:
+            self.gradients(elements, moment)
+            self.account.pass_by(moment, transients)
+        else:
+            self.account.pass_by(moment, transients + elements * FLOAT32)
 
     def norm_backward(self, moment: str, transients: int) -> None:
         """The gradient of the normed rows; the reference computes it in float32."""

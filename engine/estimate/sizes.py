@@ -37,6 +37,8 @@ class Training:
     shards: int = 1  # ranks that each parameter is divided between (FSDP2)
     reshard: bool = True  # blocks release their gathered weights after the forward pass
     reduce_once: bool = False  # gradients are summed over the shards after a step's last micro-batch only
+    fp8_layers: range = range(0)  # layers whose matrix products run in FP8
+    keep_codes: bool = True  # FP8 codes of weights are kept during a step
     documents: AttentionWork | None = None  # work lists, which cost memory with references only; default: documents of a window
 
 
@@ -152,6 +154,55 @@ class Sizes:
         if recompute == "block":
             made += self.qkv_kept + self.attention_kept + self.hidden
         return made
+
+    @property
+    def fp8_block_kept(self) -> int:
+        """Kept by a block in FP8 for its backward pass: the scales of its four maps' inputs, but neither norms nor products."""
+        recompute = self.training.recompute
+        if recompute == "block":
+            return self.hidden
+        gate_up = 0 if recompute == "ffn" else 2 * self.inner
+        return 2 * self.hidden + 6 * self.scale + self.qkv_kept + self.attention_kept + gate_up
+
+    @property
+    def fp8_block_transients(self) -> int:
+        """Alive only at the end of an FP8 block's forward pass: the codes of the network's inputs, results as above."""
+        recompute = self.training.recompute
+        made = 2 * self.hidden + self.codes(self.config.hidden_size + self.config.intermediate_size)
+        if recompute in ("ffn", "block"):
+            made += 2 * self.inner
+        if recompute == "block":
+            made += self.qkv_kept + self.attention_kept + self.hidden
+        return made + self.fp8_product(self.config.hidden_size, self.config.intermediate_size)
+
+    def codes(self, width: int) -> int:
+        """FP8 codes of rows of `width`."""
+        return self.training.tokens * width
+
+    def fp8_product(self, outputs: int, inputs: int) -> int:
+        """Alive only within an FP8 product of rows and a weight.
+
+        The weight's codes, where they are not kept; in the reference, both factors and the result in float32.
+        """
+        codes = 0 if self.training.keep_codes else outputs * inputs
+        if self.training.kernels:
+            return codes
+        tokens = self.training.tokens
+        return codes + FLOAT32 * (tokens * inputs + outputs * inputs) + self.widened(tokens * outputs * self.item)
+
+    def fp8_weight_product(self, outputs: int, inputs: int) -> int:
+        """Alive only within an FP8 product for a weight's gradient: shifted codes; in the reference, float32 factors."""
+        shifted = self.codes(outputs)
+        return shifted if self.training.kernels else shifted + FLOAT32 * self.training.tokens * (outputs + inputs)
+
+    def fp8_encoding(self, width: int) -> int:
+        """Alive only while rows of `width` become codes: float32 copies in the reference."""
+        return 0 if self.training.kernels else 2 * FLOAT32 * self.training.tokens * width
+
+    @property
+    def fp8_weight_codes(self) -> int:
+        """Codes of a block's weights in both directions, kept during a step."""
+        return 2 * (self.block_elements - 2 * self.config.hidden_size) if self.training.keep_codes else 0
 
     @property
     def final_norm_kept(self) -> int:

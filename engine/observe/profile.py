@@ -31,6 +31,11 @@ OPERATORS: dict[str, tuple[tuple[str, str], ...]] = {
         ("kernels.norm_qkv", "norm_qkv"),
         ("kernels.feed_forward", "feed_forward"),
     ),
+    "fp8 products": (
+        ("kernels.fp8_norm_qkv", "fp8_norm_qkv"),
+        ("kernels.fp8_feed_forward", "fp8_feed_forward"),
+        ("kernels.fp8_linear", "fp8_linear"),
+    ),
     "attention": (("kernels.attention.sliding_window", "sliding_window_attention"),),
     "fused head": (("kernels.linear_log_prob", "linear_log_prob"), ("kernels.linear_log_prob", "linear_nll")),
     "fused optimizer": (("kernels.adamw", "adamw_"), ("kernels.gradient_norm", "gradient_norm")),

@@ -64,6 +64,28 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class Fp8Settings:
+    """Which layers multiply in FP8 with precision = fp8, and what they keep."""
+
+    bf16_first: int = 1
+    """Layers at the beginning that stay in the parameters' dtype."""
+    bf16_last: int = 1
+    """Layers at the end that stay in the parameters' dtype."""
+    keep_weights: bool = True
+    """Keep the weights' FP8 copies during a step: 2 bytes for each weight of an FP8 layer. Otherwise each forward and backward
+    pass makes them again, with bit-identical results. Several ranks never keep them."""
+
+    def __post_init__(self) -> None:
+        for name in ("bf16_first", "bf16_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"fp8.{name} = {getattr(self, name)}: must be 0 or more layers")
+
+    def layers(self, count: int) -> range:
+        """The layers that multiply in FP8, of a model of `count`."""
+        return range(self.bf16_first, max(self.bf16_first, count - self.bf16_last))
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW with exact float32 masters. Training in bfloat16 takes 14 bytes a parameter by default: the parameter and the rest
     of its master (4), the gradient (2; 4 where a step has more than a few micro-batches), two float32 moments (8)."""

@@ -355,8 +355,20 @@ def test_pre_training_does_not_continue_a_run_of_fine_tuning(tiny_settings, begu
 
 def test_only_settings_without_influence_on_the_trajectory_may_change_on_resuming(tiny_settings, tmp_path):
     known = set(vars(tiny_settings("dpo", tmp_path)))
-    assert known | {"optimizer.offload"} >= FREE_ON_RESUME
-    fixed = {"model", "sources", "seed", "optimizer", "schedule", "step_size", "context_length", "dtype", "share_prompts"}
+    assert known | {"fp8.keep_weights", "optimizer.offload"} >= FREE_ON_RESUME
+    fixed = {
+        "model",
+        "sources",
+        "seed",
+        "optimizer",
+        "schedule",
+        "step_size",
+        "context_length",
+        "dtype",
+        "precision",
+        "fp8",
+        "share_prompts",
+    }
     assert fixed <= known
     assert not FREE_ON_RESUME & fixed
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import triton
 
-from kernels import TILE, adamw, embedding, gradient_norm, rms_norm, rotary, row_log_prob, swiglu
+from kernels import TILE, adamw, embedding, fp8, gradient_norm, rms_norm, rotary, row_log_prob, swiglu
 from kernels.attention import backward as attention_backward
 from kernels.attention import decode as attention_decode
 from kernels.attention import decode_rows as attention_decode_rows
@@ -189,7 +189,70 @@ def product_gradients(*, in_place, emit=False) -> Launch:
     return launch
 
 
+def codes(*shape):
+    return empty(*shape, dtype=fp8.E4M3)
+
+
+def row_codes(dtype, tokens):
+    fp8._row_codes._init_fn(empty(tokens, sum(PARTS) * SIZE, dtype=dtype))
+
+
+def column_codes(dtype, tokens):
+    fp8._column_codes._init_fn(empty(tokens, WIDTH, dtype=dtype), floats(tokens))
+
+
+def matrix_codes(*, rows=True, columns=True) -> Launch:
+    def launch(dtype, tokens):
+        fp8._matrix_codes._init_fn(empty(tokens, WIDTH, dtype=dtype), floats(), rows, columns)
+
+    return launch
+
+
+def shifted_columns(_, tokens):
+    fp8._shifted_columns._init_fn(codes(tokens, 2 * INNER), floats(tokens), floats(tokens))
+
+
+def norm_codes(*, added) -> Launch:
+    def launch(dtype, tokens):
+        hidden, weight = empty(tokens, WIDTH, dtype=dtype), empty(WIDTH, dtype=dtype)
+        if added:
+            rms_norm._add_norm_codes._init_fn(hidden, hidden, weight, EPS)
+        else:
+            rms_norm._norm_codes._init_fn(hidden, weight, EPS)
+
+    return launch
+
+
+def norm_columns(dtype, tokens):
+    hidden, weight = empty(tokens, WIDTH, dtype=dtype), empty(WIDTH, dtype=dtype)
+    rms_norm._norm_columns._init_fn(hidden, weight, floats(tokens), floats(tokens))
+
+
+def product_codes(dtype, tokens):
+    swiglu._swiglu_codes._init_fn(empty(tokens, 2 * INNER, dtype=dtype))
+
+
+def product_columns(dtype, tokens):
+    swiglu._swiglu_columns._init_fn(empty(tokens, 2 * INNER, dtype=dtype), floats(tokens))
+
+
+def product_gradient_codes(dtype, tokens):
+    swiglu._swiglu_backward_codes._init_fn(empty(tokens, 2 * INNER, dtype=dtype), empty(tokens, INNER, dtype=dtype))
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
+# Triton has E4M3 from sm_89 on.
+FP8_QUICK: dict[str, Launch] = {
+    "fp8, rows": row_codes,
+    "fp8, columns": column_codes,
+    "fp8, weight": matrix_codes(),
+    "fp8, shifted columns": shifted_columns,
+    "fp8, norm of a sum": norm_codes(added=True),
+    "fp8, columns of a norm": norm_columns,
+    "fp8, swiglu": product_codes,
+    "fp8, columns of swiglu": product_columns,
+    "fp8, swiglu, gradients": product_gradient_codes,
+}
 QUICK: dict[str, Launch] = {
     "adamw": adamw_update(BF16, BF16, BF16),
     "attention": attention,
@@ -208,22 +271,32 @@ QUICK: dict[str, Launch] = {
     "swiglu": product,
     "swiglu, gradients in place": product_gradients(in_place=True, emit=True),
 }
-ALL: dict[str, Launch] = QUICK | {
-    "adamw, float32 moments": adamw_update(BF16, BF16, FP32),
-    "adamw, float32 gradients": adamw_update(BF16, FP32, FP32),
-    "adamw, all float32": adamw_update(FP32, FP32, FP32),
-    "attention, a few new tokens": decode(20),
-    "embedding without noise": plain_embedding,
-    "norm": norm,
-    "norm, gradients": norm_gradients(added=False),
-    "rotation": rotation,
-    "rotation back, packed": rotation_back(in_one_tensor=True),
-    "head, statistics": statistics(entropy=True),
-    "head, log-probs alone": statistics(),
-    "head, with gradients": statistics(gradient=True),
-    "head, with scaled gradients": statistics(gradient=True, scaled=True),
-    "head, gradients alone": gradients_alone,
-    "head, moved rows unscaled": moved_rows(scaled=False),
-    "swiglu, gradients": product_gradients(in_place=False),
-    "swiglu, gradients in place alone": product_gradients(in_place=True),
+QUICK |= FP8_QUICK
+FP8: dict[str, Launch] = FP8_QUICK | {
+    "fp8, weight, rows": matrix_codes(columns=False),
+    "fp8, weight, columns": matrix_codes(rows=False),
+    "fp8, norm": norm_codes(added=False),
 }
+ALL: dict[str, Launch] = (
+    QUICK
+    | FP8
+    | {
+        "adamw, float32 moments": adamw_update(BF16, BF16, FP32),
+        "adamw, float32 gradients": adamw_update(BF16, FP32, FP32),
+        "adamw, all float32": adamw_update(FP32, FP32, FP32),
+        "attention, a few new tokens": decode(20),
+        "embedding without noise": plain_embedding,
+        "norm": norm,
+        "norm, gradients": norm_gradients(added=False),
+        "rotation": rotation,
+        "rotation back, packed": rotation_back(in_one_tensor=True),
+        "head, statistics": statistics(entropy=True),
+        "head, log-probs alone": statistics(),
+        "head, with gradients": statistics(gradient=True),
+        "head, with scaled gradients": statistics(gradient=True, scaled=True),
+        "head, gradients alone": gradients_alone,
+        "head, moved rows unscaled": moved_rows(scaled=False),
+        "swiglu, gradients": product_gradients(in_place=False),
+        "swiglu, gradients in place alone": product_gradients(in_place=True),
+    }
+)

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels.configurations
 import kernels.launch
-from tests.kernels.launches import ALL, QUICK
+from tests.kernels.launches import ALL, FP8, QUICK
 
 pytestmark = pytest.mark.skipif(kernels.launch.INTERPRETED, reason="the interpreter compiles nothing")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,11 +39,14 @@ SPILLS = {
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose tiles may have fewer rows than these instructions take: their cost is reading, not computing.
 FEW_ROWS = {"split_kernel", "rows_kernel"}
+# Kernels that read a few numbers for each token, and no row of them.
+NARROW = {"largest_scale_kernel"}
 # The launches, and for which chips; the rest of ALL x SHARED is slow.
 CASES = [
     pytest.param(name, chip, id=f"{name}, sm_{chip}", marks=[] if name in QUICK and chip == 90 else pytest.mark.slow)
     for chip in SHARED
     for name in ALL
+    if chip >= 90 or name not in FP8
 ]
 
 
@@ -108,7 +111,7 @@ def test_kernels_compile_once_without_spills_and_load_16_bytes_at_once(name, chi
         assert binary.metadata.shared <= SHARED[chip], f"{title} needs {binary.metadata.shared} B of shared memory"
         wide = [load for load in loads if load.startswith("ld") and load.endswith(("v4.b32", "v8.b32", "v2.b64", "v4.b64"))]
         copied = "cp.async.bulk.tensor" in binary.asm["ptx"] or "cp.async.cg" in binary.asm["ptx"]
-        assert wide or copied, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
+        assert wide or copied or title in NARROW, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
         if "tt.dot" in binary.asm["ttir"] and chip in PRODUCTS and title not in FEW_ROWS:
             assert usage[PRODUCTS[chip]], f"{title} has no {PRODUCTS[chip]} instructions"
 

@@ -13,7 +13,12 @@ ROOT = Path(__file__).resolve().parents[3]
 FUNCTIONS = {"attention/work": ("attention_work", "_keys_of", "_queries_of", "_listed")}
 
 # Tests of several modules at once.
-ALSO = {"attention/forward": ("attention/test_nonfinite.py",), "attention/backward": ("attention/test_nonfinite.py",)}
+ALSO = {
+    "attention/forward": ("attention/test_nonfinite.py",),
+    "attention/backward": ("attention/test_nonfinite.py",),
+    "rms_norm": ("test_fp8.py",),
+    "swiglu": ("test_fp8.py",),
+}
 
 
 @dataclass(frozen=True)
