@@ -6,7 +6,7 @@ flight, so that counts in full when the run goes on.
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,11 @@ class Budget:
     def in_flight(self) -> int:
         return len(self._open)
 
-    async def send(self, key: str, worst: float) -> int:
+    async def send(self, key: str, worst: float, check: Callable[[], None]) -> int:
         """Reserve the worst case of a request that is sent at once. Waits where the end of another request may free enough.
 
-        Returns: the request's ticket. Raises: BudgetReached.
+        Args: check: called after each wait; it raises where nothing may be sent any more.
+        Returns: the request's ticket. Raises: BudgetReached; what `check` raises.
         """
         async with self._settled:
             while True:
@@ -88,10 +89,9 @@ class Budget:
                         "answers so far are kept: raise --max-cost and run the command again"
                     )
                 await self._settled.wait()
+                check()
             ticket = self.sent
             self.sent += 1
-            # Infinite only where nothing limits the cost, and JSON has no infinity.
-            worst = worst if math.isfinite(worst) else 0.0
             # Not flushed to the disk: the line outlives a killed process, which is what can happen between here and the answer.
             self._journal.append({"sent": ticket, "key": key, "worst": worst}, synced=False)
             self._open[ticket] = worst

@@ -12,6 +12,7 @@ for it.
 import asyncio
 import email.utils
 import json
+import math
 import os
 import random
 import time
@@ -116,7 +117,7 @@ class _Fault(Exception):
 
 
 class Endpoint:
-    """An endpoint, a `Responder`."""
+    """An endpoint, a `Responder` of one `Asker`."""
 
     def __init__(self, settings: EndpointSettings) -> None:
         """Raises: ValueError without the library `openai`, or without the key."""
@@ -160,12 +161,14 @@ class Endpoint:
             self._check_bounded(request)
         parameters = self._sent_parameters(request)
         worst = self.prices.worst(request.messages, request.parameters.get("max_tokens")) * request.parameters.get("n", 1)
+        if not math.isfinite(worst):
+            worst = 0.0  # no limit is set: only what the endpoint says counts
         async with self._begun:
             for tried in range(1, TRIES + 1):
-                tried_answer = await self._try(request.messages, parameters, key, worst, asker)
-                if isinstance(tried_answer, Answer):
-                    return tried_answer
-                fault = tried_answer
+                outcome = await self._try(request.messages, parameters, key, worst, asker)
+                if isinstance(outcome, Answer):
+                    return outcome
+                fault = outcome
                 if tried < TRIES:
                     self._check_hope(fault, tried)
                     self.retried[str(fault)] = self.retried.get(str(fault), 0) + 1
@@ -189,7 +192,7 @@ class Endpoint:
     ) -> "Answer | _Fault":
         """Send a request once. Raises: Unanswered, RunStopped, BudgetReached."""
         async with self.gate.turn(asker) as turn:
-            ticket = await asker.budget.send(key, worst)
+            ticket = await asker.budget.send(key, worst, asker.check)
             try:
                 answer = self._read(await self._post(messages, parameters), worst, ticket)
             except _Fault as fault:
@@ -244,6 +247,8 @@ class Endpoint:
             unreachable = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
             reason = "connection refused" if unreachable else "connection lost"
             raise _Fault(reason, billed=not unreachable, unreachable=unreachable) from None
+        except UnicodeEncodeError:
+            raise Unanswered("a message holds half of a character (a lone surrogate), which cannot be sent") from None
         except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError):
             raise _Fault("cut or broken answer", billed=True) from None
 
@@ -272,7 +277,7 @@ class Endpoint:
                 content = "".join(part["text"] for part in content)
         except (KeyError, IndexError, TypeError):
             raise _Fault("cut or broken answer", billed=True) from None
-        usage = body.get("usage") or {}
+        usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
         prompt, completion = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         return Answer(
             text=self._without_key(content),

@@ -172,6 +172,20 @@ def test_a_stopped_run_lets_the_answers_in_flight_come_in(tmp_path, number, code
             assert asker.budget.spent == pytest.approx(charged)
 
 
+def test_a_stopped_run_sends_nothing_that_waited_for_the_budget(tmp_path):
+    """Each answer frees money for a request that waits; a stop must find it before it is sent."""
+    with FakeServer(delay=0.3) as server:
+        # Enough for two requests at once.
+        child = in_a_child(lambda: ask_everything(server.url, tmp_path / "journal", 50, timeout=60.0, max_cost=0.2))
+        wait_until(lambda: server.at_once > 0)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGINT)
+        time.sleep(0.05)
+        sent = server.at_once + len(server.log)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+        assert len(server.log) == sent
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     with FakeServer(delay=30.0) as server:
         child = in_a_child(lambda: ask_everything(server.url, tmp_path / "journal", 10, timeout=60.0))

@@ -307,6 +307,23 @@ def test_a_missing_key_or_library_is_named(monkeypatch):
         Endpoint(EndpointSettings(model="m", url="http://host/v1"))
 
 
+def test_a_faulty_answer_without_a_longest_one_is_no_defect(tmp_path):
+    """Its worst case is infinite, which no journal can hold."""
+    with FakeServer(usage=False) as server, FaultProxy(server.url, share=0.5, seed=1, kinds=("cut",)) as proxy:
+        with Asker(tmp_path / "journal") as asker:
+            outcomes = asker.ask_all(Endpoint(settings(proxy, price_in=1.0, price_out=1.0)), requests(10, max_tokens=None))
+        assert all(isinstance(outcome, Answer) for outcome in outcomes)
+        assert proxy.made["cut"]
+
+
+def test_half_a_character_fails_alone(tmp_path):
+    with FakeServer() as server, Asker(tmp_path / "journal") as asker:
+        broken = ChatRequest([{"role": "user", "content": "a \ud83e b"}])
+        outcomes = asker.ask_all(Endpoint(settings(server)), [broken, *requests(1)])
+        assert [type(outcome) for outcome in outcomes] == [Unanswered, Answer]
+        assert "half of a character" in str(outcomes[0])
+
+
 def test_the_longest_answer_has_the_name_that_the_endpoint_knows(tmp_path):
     with FakeServer() as server:
         ask(server, tmp_path / "journal", 1, max_tokens_name="max_completion_tokens")
