@@ -61,13 +61,14 @@ class Ledger:
         for request in requests:
             digest.update(json.dumps(request, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
         found = digest.hexdigest()
-        if self._plans.setdefault(kind, found) != found:
+        if kind not in self._plans:
+            self._journal.append({"plan": kind, "sha256": found})
+            self._plans[kind] = found
+        if self._plans[kind] != found:
             raise ValueError(
                 f"{self._journal.path}: belongs to an evaluation of other tasks, or with another limit; name another --out, or "
                 "remove the folder"
             )
-        if kind not in self._done:
-            self._journal.append({"plan": kind, "sha256": found})
         return self._done.setdefault(kind, {})
 
     def add(self, kind: str, pack: int, results: Any) -> None:
