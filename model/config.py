@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.folder import write_file
 from model.foreign import foreign_folder
+from model.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -301,3 +302,16 @@ def write_config(folder: str | Path, config: MistralConfig, dtype: torch.dtype) 
     for name, table in (("config.json", config_table(config, dtype)), ("generation_config.json", generation_table(config))):
         text = json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_file(Path(folder) / name, text)
+
+
+def write_sampling(folder: str | Path, sampling: Sampling) -> None:
+    """Add the choice of the next token to a folder's `generation_config.json`, so that servers sample as the model is meant to.
+
+    Without `do_sample: true`, transformers decodes greedily whatever temperature a request names; without `top_k`, it keeps 50.
+    """
+    path = Path(folder) / "generation_config.json"
+    table = read_json(path) | {"do_sample": sampling.temperature > 0, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature > 0:
+        table |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        table |= {"min_p": sampling.min_p} if sampling.min_p else {}
+    write_file(path, json.dumps(table, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -4,12 +4,13 @@ python -m recipes.export --source runs/dpo --out exports/shisa-7b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from engine.settings.toml import PathName
 from model.folder import complete_folder
+from model.sampling import Sampling
 from model.vocabulary.export import write_tokenizer_folder
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
@@ -28,6 +29,9 @@ class ExportSettings:
     """Dtype of the written weights."""
     overwrite: bool = False
     """Replace an existing folder."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.5, top_p=0.95, repetition_penalty=1.15))
+    """How servers of the folder choose tokens unless a request says otherwise (generation_config.json); the default is that of
+    Shisa 7B's model card. Length and seed are left to the server."""
 
 
 def run(settings: ExportSettings) -> Path:
@@ -35,6 +39,7 @@ def run(settings: ExportSettings) -> Path:
     import torch
 
     from engine.checkpoint.state import newest_checkpoint, read_state
+    from model.config import write_sampling
     from model.weights import convert_folder
 
     source = Path(settings.source)
@@ -50,6 +55,7 @@ def run(settings: ExportSettings) -> Path:
     tokenizer = Tokenizer.load(checkpoint)
     with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
         convert_folder(checkpoint, folder, getattr(torch, settings.dtype), fitted_config(checkpoint, tokenizer))
+        write_sampling(folder, settings.sampling)
         write_tokenizer_folder(folder, tokenizer)
     size = sum(file.stat().st_size for file in Path(settings.out).iterdir())
     print(f"{settings.out}: {size / 2**20:.1f} MiB from {checkpoint}; load it with transformers' AutoModelForCausalLM")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.data.prepare import prepare
 from model.mistral import packed_attention
+from model.sampling import Sampling
 from model.vocabulary.chat import encode_chat
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model, read_tensors
@@ -62,6 +63,20 @@ def test_a_float32_export_gives_the_same_logits_and_tokens(trained, tmp_path):
         bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
         found = model.logits(model(tokens, torch.arange(len(ids)), packed_attention(bounds, 16)))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_servers_of_an_export_sample_as_its_settings_say(trained, tmp_path):
+    """transformers reads the file as its own defaults; the card's temperature, top-p and penalty are ours."""
+    out = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "card")))
+    chosen = AutoModelForCausalLM.from_pretrained(out).generation_config
+    assert (chosen.do_sample, chosen.temperature, chosen.top_p, chosen.repetition_penalty) == (True, 0.5, 0.95, 1.15)
+    assert chosen.top_k == 0, "transformers' own default would keep 50 tokens"
+    assert chosen.suppress_tokens == list(range(340, 384))
+    greedy = export.run(ExportSettings(source=str(trained), out=str(tmp_path / "greedy"), sampling=Sampling(temperature=0.0)))
+    table = json.loads((greedy / "generation_config.json").read_text(encoding="utf-8"))
+    assert table["do_sample"] is False
+    assert table["repetition_penalty"] == 1
+    assert "temperature" not in table
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
