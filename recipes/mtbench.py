@@ -28,6 +28,7 @@ from model.folder import write_file
 from model.vocabulary.chat import Message
 from recipes.command import commands
 from recipes.evaluation import judge_prompts
+from recipes.evaluation.judge_prompts import OWN
 from recipes.evaluation.mt_bench import (
     UNPARSED,
     WITH_REFERENCE,
@@ -306,15 +307,23 @@ def _tasks(settings: JudgeSettings) -> list[_Task]:
 
 
 def _missing(tasks: Sequence[_Task], kept: Sequence[Judgment], judge_name: str) -> tuple[list[_Task], list[Judgment]]:
-    """(the tasks that have no judgment yet, judgments of other texts than the answers are now and such without a score)."""
+    """(the tasks that have no judgment yet, judgments of other texts than the answers are now and such without a score).
+
+    Raises: ValueError where the answers were judged by prompts of another origin, whose scores do not mix with ours.
+    """
     given: dict[tuple[Any, ...], list[Judgment]] = {}
     for each in kept:
         given.setdefault(each.answer, []).append(each)
     todo, stale = [], {}
     for task in tasks:
         same = given.get((task.question.id, task.given.model, judge_name, task.turn, task.choice), [])
-        # A trimmed file has no user_prompt; another prompt than ours may be one of FastChat's.
         for each in same:
+            if each.prompt and each.prompt.startswith(OWN) != task.prompt.name.startswith(OWN):
+                raise ValueError(
+                    f"{judge_name} has judged answers of {each.model} with the prompt {each.prompt!r} already; this run would "
+                    f"use {task.prompt.name!r}: name the same --prompts, or another --out"
+                )
+            # A trimmed file has no user_prompt.
             asked = each.row.get("user_prompt") or task.user
             if each.score is None or (each.prompt == task.prompt.name and asked != task.user):
                 stale[id(each)] = each
@@ -334,12 +343,14 @@ def show(settings: ShowSettings) -> None:
     scores = score_models(judgments, categories)
     if not scores:
         raise ValueError(f"{', '.join(settings.judgments)}: no judgment has a score")
+    if settings.baseline is not None and all(each.model != settings.baseline for each in scores):
+        known = ", ".join(sorted({each.model for each in scores}))
+        raise ValueError(f"baseline {settings.baseline!r}: has no score; these have: {known}")
     differences = []
     for judge_name in dict.fromkeys(each.judge for each in scores):
         models = [each.model for each in scores if each.judge == judge_name]
-        if settings.baseline is not None and settings.baseline not in models:
-            raise ValueError(f"baseline {settings.baseline!r}: {judge_name} has judged {', '.join(sorted(models))}")
-        differences += compare_models(judgments, pairs_of(models, settings.baseline, PAIRED), judge_name)
+        if settings.baseline is None or settings.baseline in models:
+            differences += compare_models(judgments, pairs_of(models, settings.baseline, PAIRED), judge_name)
     if settings.json is not None:
         lines = [_plain(asdict(each)) for each in scores] + [_plain(asdict(each)) for each in differences]
         write_file(settings.json, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

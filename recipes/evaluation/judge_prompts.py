@@ -18,6 +18,7 @@ NAMES = {
     (True, False): "single-v1-multi-turn",
     (True, True): "single-math-v1-multi-turn",
 }
+OWN = "komainu-"  # before the names of our own prompts
 HIGHEST = 10.0
 
 # As FastChat searches: a number in double brackets, else in single ones. Words may stand beside the number.
@@ -110,7 +111,7 @@ _SYSTEM = {"en": "You are a careful and impartial examiner.", "ja": "あなた�
 
 
 def own_prompts(language: str) -> dict[str, JudgePrompt]:
-    """Our own prompts, under FastChat's names with the prefix "komainu-".
+    """Our own prompts, under FastChat's names behind `OWN`.
 
     Args: language: en or ja.
     """
@@ -127,14 +128,14 @@ def own_prompts(language: str) -> dict[str, JudgePrompt]:
             title = " ".join(filter(None, (_TITLES[language][kind], turn)))
             blocks.append(f"<<< {title} >>>\n{{{slot}}}")
         template = "\n\n".join([*parts, _RULE[language], *blocks])
-        found[f"komainu-{name}"] = JudgePrompt(f"komainu-{name}", _SYSTEM[language], template)
+        found[OWN + name] = JudgePrompt(OWN + name, _SYSTEM[language], template)
     return found
 
 
 def prompt_for(prompts: Mapping[str, JudgePrompt], *, second: bool, reference: bool, place: str) -> JudgePrompt:
     """The prompt of a case. Raises: ValueError naming the place and the prompt that is missing there."""
     name = NAMES[second, reference]
-    for candidate in (name, f"komainu-{name}"):
+    for candidate in (name, OWN + name):
         if candidate in prompts:
             return prompts[candidate]
     remedy = "; judge the first turn alone (--turns 1)" if second else ""

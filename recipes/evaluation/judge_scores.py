@@ -65,13 +65,13 @@ def of_legacy(judgments: Sequence[Judgment]) -> list[Judgment]:
 
 
 def score_models(judgments: Sequence[Judgment], categories: Mapping[int | str, str]) -> list[ModelScore]:
-    """Every model by every judge, the highest score first. Models without any score are left out.
+    """Every model on every judge's scale, the highest score first. Models without any score are left out.
 
     Args: categories: question -> category; may lack questions.
     """
     groups: dict[tuple[str, str], list[Judgment]] = defaultdict(list)
     for each in judgments:
-        groups[each.model, each.judge].append(each)
+        groups[each.model, each.scale].append(each)
     found = [_score(rows, categories) for rows in groups.values() if any(each.score is not None for each in rows)]
     return sorted(found, key=lambda each: (-each.score, each.model, each.judge))
 
@@ -92,7 +92,7 @@ def _score(rows: Sequence[Judgment], categories: Mapping[int | str, str]) -> Mod
     centred = [score - by_turn[each.turn] for each, score in known]
     return ModelScore(
         model=rows[0].model,
-        judge=rows[0].judge,
+        judge=rows[0].scale,
         score=mean(scores),
         interval=bootstrap_mean(scores, questions),
         turns=by_turn,
@@ -106,13 +106,13 @@ def _score(rows: Sequence[Judgment], categories: Mapping[int | str, str]) -> Mod
 
 
 def compare_models(judgments: Sequence[Judgment], pairs: Sequence[tuple[str, str]], judge: str) -> list[Difference]:
-    """Pairs of models by one judge on the questions and turns that both have; p-values by sign flips, with Holm's adjustment.
+    """Pairs of models on one judge's scale, over the questions and turns that both have; p-values by sign flips, Holm-adjusted.
 
     Raises: ValueError naming two models without a common question.
     """
     cells: dict[str, dict[tuple[int | str, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for each in judgments:
-        if each.score is not None and each.judge == judge:
+        if each.score is not None and each.scale == judge:
             cells[each.model][each.question, each.turn].append(each.score)
     found = []
     for first, second in pairs:

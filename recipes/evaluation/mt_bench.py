@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.data.sources import RECORD_SUFFIXES, find_sources
 from model.folder import write_file
+from recipes.evaluation.judge_prompts import OWN
 
 # The temperature of each category's answers, as FastChat's; other categories have 0.7.
 TEMPERATURES = {
@@ -118,6 +119,11 @@ class Judgment:
     choice: int
     score: float | None
     row: JsonObject
+
+    @property
+    def scale(self) -> str:
+        """The judge and whose prompts it was given: other prompts make other scores."""
+        return f"{self.judge} with our prompts" if self.prompt.startswith(OWN) else self.judge
 
     @property
     def answer(self) -> tuple[int | str, str, str, int, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from engine.inference import endpoint
 from recipes import mtbench
-from recipes.evaluation.judge_prompts import read_score
+from recipes.evaluation.judge_prompts import own_prompts, read_score
 from tests.engine.inference.servers import FakeServer, FaultProxy, in_a_child, wait_until
 
 pytest.importorskip("scipy", reason="scipy comes with the extra eval")
@@ -153,10 +153,20 @@ def test_a_file_of_fastchat_goes_on_and_keeps_what_is_not_ours(answered):
         {**theirs, "turn": 2, "score": -1, "tstamp": 3},
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [name.removeprefix("komainu-") for name in own_prompts("en")]
+    prompts = [
+        {"name": name, "system_prompt": "", "prompt_template": own_prompts("en")[f"komainu-{name}"].template} for name in names
+    ]
+    (answered / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     with FakeServer(answer=judging) as server:
-        call("judge", answered, server, "--model", "judge", "--no-probe", "--legacy")
+        with pytest.raises(
+            SystemExit, match="judge has judged answers of a with the prompt 'single-v1' already; this run would use"
+        ):
+            call("judge", answered, server, "--model", "judge", "--no-probe", "--legacy")
+        options = ["--model", "judge", "--no-probe", "--prompts", f"{answered}/prompts.jsonl"]
+        call("judge", answered, server, *options, "--legacy")
         assert lines(file)[:3] == rows
-        call("judge", answered, server, "--model", "judge", "--no-probe")
+        call("judge", answered, server, *options)
     written = lines(file)
     # What had no score is judged again, and takes its place.
     assert written[:2] == rows[:2]
@@ -212,7 +222,7 @@ def test_scores_are_shown_with_their_spread_and_paired_differences(answered, cap
         assert row["components"]["variances"]["judge"] == pytest.approx(0)
     assert rows[2]["mean"] == pytest.approx(abs(rows[0]["score"] - rows[1]["score"]))
     assert "p = " in shown
-    with pytest.raises(SystemExit, match=r"error: baseline 'c': judge has judged a, b"):
+    with pytest.raises(SystemExit, match=r"error: baseline 'c': has no score; these have: a, b"):
         mtbench.main(["show", *options, "--baseline", "c"])
 
 
