@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
-from kernels.launch import launch, runs_triton
+from kernels.launch import launch, operator, runs_triton
 from kernels.philox import ROUNDING, WORD, key_of, philox, philox_words
 
 # Elements of one eager pass on a CPU: a block's arrays stay in the cache between operations. A GPU takes 128 times as many,
@@ -148,7 +148,7 @@ def _factors(learning_rate: float, betas: tuple[float, float], eps: float, weigh
     return _Factors(1 - learning_rate * weight_decay, step_size, eps * root, 1 - beta1, beta2, 1 - beta2)
 
 
-@torch.library.custom_op("komainu::adamw_", mutates_args=("parameter", "remainder", "exp_avg", "exp_avg_sq"))
+@operator("komainu::adamw_", mutates=("parameter", "remainder", "exp_avg", "exp_avg_sq"))
 def _adamw(
     parameter: Tensor,
     remainder: Tensor | None,

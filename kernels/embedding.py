@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
-from kernels.launch import launch, runs_triton, unit_stride
+from kernels.launch import launch, operator, runs_triton, unit_stride
 from kernels.philox import NEFTUNE, WORD, key_of, philox, philox_words, uniform_symmetric
 
 
@@ -79,7 +79,7 @@ def noise_reference(noise: EmbeddingNoise, width: int) -> Tensor:
     return uniform_TD * noise.scale_T(width)[:, None]
 
 
-@torch.library.custom_op("komainu::embedding", mutates_args=())
+@operator("komainu::embedding")
 def _embedding(
     tokens_T: Tensor,
     weight_VD: Tensor,
@@ -120,7 +120,7 @@ def _embedding(
     return out_TD
 
 
-@torch.library.custom_op("komainu::embedding_backward", mutates_args=())
+@operator("komainu::embedding_backward")
 def _embedding_backward(grad_TD: Tensor, tokens_T: Tensor, rows: int) -> Tensor:
     tokens, width = grad_TD.shape
     config = configuration("embedding_backward", grad_TD.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.bfloat16 import bits_of, float32_of
 from kernels.configurations import configuration
-from kernels.launch import launch, runs_triton
+from kernels.launch import launch, operator, runs_triton
 
 
 def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -33,7 +33,7 @@ def gradient_norm_reference(gradients: Sequence[Tensor], device: torch.device) -
 
 
 # An explicit schema: some versions of torch cannot infer the schema of a sequence.
-@torch.library.custom_op("komainu::gradient_norm", mutates_args=(), schema="(Tensor[] gradients) -> Tensor")
+@operator("komainu::gradient_norm", schema="(Tensor[] gradients) -> Tensor")
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
     device = gradients[0].device
     config, total = configuration("gradient_norm", device), configuration("gradient_norm_total", device)

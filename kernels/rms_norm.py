@@ -29,7 +29,7 @@ from kernels.fp8 import (
     store_row,
     tile_of,
 )
-from kernels.launch import launch, multiprocessors, runs_triton, unit_stride
+from kernels.launch import launch, multiprocessors, operator, runs_triton, unit_stride
 
 
 def rms_norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -118,14 +118,14 @@ def norm_backward(
     return step(grad_TD, grad_total_TD, total_TD, weight_D, scale_T)
 
 
-@torch.library.custom_op("komainu::rms_norm", mutates_args=())
+@operator("komainu::rms_norm")
 def _norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out_TD, scale_T = _norm_outputs(hidden_TD)
     _launch_forward(None, hidden_TD, weight_D, eps, None, out_TD, scale_T)
     return out_TD, scale_T
 
 
-@torch.library.custom_op("komainu::add_rms_norm", mutates_args=())
+@operator("komainu::add_rms_norm")
 def _add_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     out_TD, scale_T = _norm_outputs(residual_TD)
     total_TD = torch.empty_like(out_TD)
@@ -133,7 +133,7 @@ def _add_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: flo
     return total_TD, out_TD, scale_T
 
 
-@torch.library.custom_op("komainu::rms_norm_backward", mutates_args=())
+@operator("komainu::rms_norm_backward")
 def _norm_backward(
     grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
 ) -> tuple[Tensor, Tensor]:

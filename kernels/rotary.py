@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
-from kernels.launch import launch, runs_triton, unit_stride
+from kernels.launch import launch, operator, runs_triton, unit_stride
 
 
 class RotaryTable(NamedTuple):
@@ -97,7 +97,7 @@ def rotate_back(grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Te
     return step(grad_query_THE, grad_key_TKE, grad_value_TKE, *table)
 
 
-@torch.library.custom_op("komainu::rotary_", mutates_args=("qkv_TSE",))
+@operator("komainu::rotary_", mutates=("qkv_TSE",))
 def _rotate_(qkv_TSE: Tensor, cos_TE: Tensor, sin_TE: Tensor, rotated_heads: int) -> None:
     rows_TSE = unit_stride(qkv_TSE)
     unused = rows_TSE[:, :0]
@@ -106,7 +106,7 @@ def _rotate_(qkv_TSE: Tensor, cos_TE: Tensor, sin_TE: Tensor, rotated_heads: int
         qkv_TSE.copy_(rows_TSE)
 
 
-@torch.library.custom_op("komainu::rotary_backward", mutates_args=())
+@operator("komainu::rotary_backward")
 def _rotate_back(
     grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
 ) -> Tensor:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import configuration
-from kernels.launch import launch, multiprocessors, runs_triton, unit_stride
+from kernels.launch import launch, multiprocessors, operator, runs_triton, unit_stride
 
 
 def row_statistics(
@@ -90,7 +90,7 @@ def scatter_rows(source_ND: Tensor, rows_N: Tensor, tokens: int, scale_T: Tensor
     return out_TD.index_add_(0, rows_N.clamp(min=0), (source_ND * factor_N[:, None]).to(source_ND.dtype))
 
 
-@torch.library.custom_op("komainu::scale_in_place", mutates_args=("tensor",))
+@operator("komainu::scale_in_place", mutates=("tensor",))
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor. A factor of 1, a scalar on the device, reads and writes nothing of the tensor.
 

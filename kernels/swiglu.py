@@ -33,7 +33,7 @@ from kernels.fp8 import (
     store_row,
     tile_of,
 )
-from kernels.launch import launch, runs_triton, unit_stride
+from kernels.launch import launch, operator, runs_triton, unit_stride
 
 
 def swiglu(gate_up_TF2: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def swiglu_backward_codes(gate_up_TF2: Tensor, grad_TF: Tensor) -> Codes:
     return row_codes(_backward_eager(gate_up_TF2, grad_TF).to(gate_up_TF2.dtype))
 
 
-@torch.library.custom_op("komainu::swiglu", mutates_args=())
+@operator("komainu::swiglu")
 def _swiglu(gate_up_TF2: Tensor) -> Tensor:
     gate_up_TF2 = unit_stride(gate_up_TF2)
     out_TF = _product_of(gate_up_TF2)
@@ -106,14 +106,14 @@ def _swiglu(gate_up_TF2: Tensor) -> Tensor:
     return out_TF
 
 
-@torch.library.custom_op("komainu::swiglu_backward", mutates_args=())
+@operator("komainu::swiglu_backward")
 def _swiglu_backward(gate_up_TF2: Tensor, grad_TF: Tensor) -> Tensor:
     grad_gate_up_TF2 = torch.empty(gate_up_TF2.shape, dtype=gate_up_TF2.dtype, device=gate_up_TF2.device)
     _launch_backward(unit_stride(gate_up_TF2), grad_TF, grad_gate_up_TF2, None)
     return grad_gate_up_TF2
 
 
-@torch.library.custom_op("komainu::swiglu_backward_", mutates_args={"gate_up_TF2"})
+@operator("komainu::swiglu_backward_", mutates=("gate_up_TF2",))
 def _swiglu_backward_(gate_up_TF2: Tensor, grad_TF: Tensor, emit: bool) -> Tensor:
     assert gate_up_TF2.stride(-1) == 1, "a copy would be overwritten instead"
     product_TF = _product_of(gate_up_TF2) if emit else gate_up_TF2.new_empty(0)

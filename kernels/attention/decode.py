@@ -19,7 +19,7 @@ from kernels.attention.eager import masked_attention
 from kernels.attention.tiles import LOG2_E, NO_PEAK, columns, heads_side_by_side, softmax_step, within
 from kernels.attention.work import UNBOUNDED
 from kernels.configurations import configuration
-from kernels.launch import launch, multiprocessors, runs_triton
+from kernels.launch import launch, multiprocessors, operator, runs_triton
 
 # New tokens whose scores the reference holds at once.
 _PIECE = 128
@@ -74,7 +74,7 @@ def decode_attention_reference(query_THE, key_TKE, value_TKE, ring_key_CKE, ring
     return torch.cat(parts)
 
 
-@torch.library.custom_op("komainu::decode_attention", mutates_args=())
+@operator("komainu::decode_attention")
 def _decode(
     query_THE: Tensor,
     key_TKE: Tensor,

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.attention.decode import combine_splits
 from kernels.attention.tiles import LOG2_E, NO_PEAK, columns, softmax_step
 from kernels.configurations import configuration
-from kernels.launch import launch, multiprocessors, runs_triton
+from kernels.launch import launch, multiprocessors, operator, runs_triton
 
 _MULTIPLE = 16
 
@@ -55,7 +55,7 @@ def decode_rows_attention_reference(query_BHE, key_BCKE, value_BCKE, count_B, lo
     return F.scaled_dot_product_attention(query_BKGE, key_BKCE, value_BKCE, attn_mask=seen_B11C).flatten(1, 2)
 
 
-@torch.library.custom_op("komainu::decode_rows_attention", mutates_args=())
+@operator("komainu::decode_rows_attention")
 def _decode_rows(query_BHE: Tensor, key_BCKE: Tensor, value_BCKE: Tensor, count_B: Tensor, longest: int) -> Tensor:
     rows, heads, size = query_BHE.shape
     kv_heads, device = key_BCKE.shape[2], query_BHE.device

@@ -16,6 +16,7 @@ from kernels.attention.choice import Backend
 from kernels.attention.eager import batched_attention, log_sum_exps, tiled_attention
 from kernels.attention.forward import attention_forward
 from kernels.attention.work import AttentionWork, attention_work
+from kernels.launch import operator
 
 
 def sliding_window_attention(
@@ -104,7 +105,7 @@ def _given_or_made(query_THE: Tensor, cu_docs: Tensor | None, window: int | None
     return attention_work(cu_docs.tolist(), window, tokens=query_THE.shape[0]).to(query_THE.device)
 
 
-@torch.library.custom_op("komainu::sliding_window_attention", mutates_args=())
+@operator("komainu::sliding_window_attention")
 def _attention(
     query_THE: Tensor,
     key_TKE: Tensor,
@@ -118,7 +119,7 @@ def _attention(
     return attention_forward(query_THE, key_TKE, value_TKE, work, query_tiles, key_tiles, window, tile)
 
 
-@torch.library.custom_op("komainu::sliding_window_attention_backward", mutates_args=())
+@operator("komainu::sliding_window_attention_backward")
 def _attention_backward(
     grad_THE: Tensor,
     query_THE: Tensor,

@@ -218,7 +218,7 @@ def test_offsets_beyond_31_bits_are_right(triton_device):
 def test_custom_operators_pass_torchs_checks(triton_device):
     tokens, weight = _tokens(5, triton_device), _weight(triton_device).requires_grad_()
     noise = _noise([(1, 0, 5, 5)], triton_device)
-    torch.library.opcheck(module._embedding, (tokens, weight, None, None, None, 0, 0))
+    torch.library.opcheck(module._embedding.registered, (tokens, weight, None, None, None, 0, 0))
     given = (noise.scale_T(WIDTH), noise.document_T, noise.position_T, noise.seed, noise.step)
-    torch.library.opcheck(module._embedding, (tokens, weight, *given))
-    torch.library.opcheck(module._embedding_backward, (weight.detach()[:5], tokens, ROWS))
+    torch.library.opcheck(module._embedding.registered, (tokens, weight, *given))
+    torch.library.opcheck(module._embedding_backward.registered, (weight.detach()[:5], tokens, ROWS))

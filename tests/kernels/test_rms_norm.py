@@ -111,9 +111,9 @@ def test_offsets_beyond_31_bits_are_right(triton_device):
 
 def test_custom_operators_pass_torchs_checks(triton_device):
     (residual, hidden, weight), (grad_total, grad) = inputs(3, 24, torch.float32, triton_device)
-    torch.library.opcheck(module._norm, (hidden, weight, EPS))
-    torch.library.opcheck(module._add_norm, (residual, hidden, weight, EPS))
+    torch.library.opcheck(module._norm.registered, (hidden, weight, EPS))
+    torch.library.opcheck(module._add_norm.registered, (residual, hidden, weight, EPS))
     plain = [tensor.detach() for tensor in (hidden, weight)]
     scale = module.norm_forward(*plain, EPS)[1]
-    torch.library.opcheck(module._norm_backward, (grad, None, *plain, scale))
-    torch.library.opcheck(module._norm_backward, (grad, grad_total, *plain, scale))
+    torch.library.opcheck(module._norm_backward.registered, (grad, None, *plain, scale))
+    torch.library.opcheck(module._norm_backward.registered, (grad, grad_total, *plain, scale))

@@ -174,5 +174,5 @@ def test_offsets_beyond_31_bits_are_right(triton_device):
 
 def test_custom_operators_pass_torchs_checks(triton_device):
     qkv, grad, table = inputs(3, 2, 1, 8, torch.float32, triton_device)
-    torch.library.opcheck(module._rotate_, (qkv, *table, 3))
-    torch.library.opcheck(module._rotate_back, (*grad.split((2, 1, 1), dim=1), *table))
+    torch.library.opcheck(module._rotate_.registered, (qkv, *table, 3))
+    torch.library.opcheck(module._rotate_back.registered, (*grad.split((2, 1, 1), dim=1), *table))

@@ -115,7 +115,7 @@ def test_two_runs_give_the_same_bits(dtype, device):
 
 def test_custom_operators_pass_torchs_checks(triton_device):
     packed, grad = inputs(3, 12, torch.float32, triton_device)
-    torch.library.opcheck(module._swiglu_backward, (packed, grad))
-    torch.library.opcheck(module._swiglu_backward_, (packed.clone(), grad, True))
-    torch.library.opcheck(module._swiglu_backward_, (packed.clone(), grad, False))
-    torch.library.opcheck(module._swiglu, (packed.requires_grad_(),))
+    torch.library.opcheck(module._swiglu_backward.registered, (packed, grad))
+    torch.library.opcheck(module._swiglu_backward_.registered, (packed.clone(), grad, True))
+    torch.library.opcheck(module._swiglu_backward_.registered, (packed.clone(), grad, False))
+    torch.library.opcheck(module._swiglu.registered, (packed.requires_grad_(),))

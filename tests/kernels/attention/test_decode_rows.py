@@ -155,7 +155,7 @@ def test_offsets_beyond_31_bits_are_right(triton_device):
 def test_the_custom_operator_passes_torchs_checks(triton_device):
     rows = CASES["a block, and one more"]
     counts = torch.tensor(rows.counts, dtype=torch.int32, device=triton_device)
-    torch.library.opcheck(module._decode_rows, (*rows.inputs(torch.float32, triton_device), counts, 17))
+    torch.library.opcheck(module._decode_rows.registered, (*rows.inputs(torch.float32, triton_device), counts, 17))
 
 
 @pytest.mark.gpu
