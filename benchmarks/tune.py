@@ -60,6 +60,7 @@ SEARCHES: dict[str, Search] = {
         "backward", {"block": (64, 128), "stages": (2, 3)}, {"block": (32, 64, 128), "stages": (1, 2, 3)}
     ),
     "attention_keys": _attention("backward", {"block": (32, 64), "stages": (2, 3)}, {"block": (32, 64), "stages": (2, 3)}),
+    "attention_backward": Search("sliding_window_attention", "backward", ({"passes": (1,), "block": (32, 64)},)),
     "attention_decode": Search("decode_attention", "forward", (_DECODE,)),
     "rms_norm": Search("add_rms_norm", "forward", ({"per_thread": (8, 16, 32)},)),
     "rms_norm_backward": Search("add_rms_norm", "backward", ({"per_thread": (8, 16, 32), "programs": (1, 2, 4, 8)},)),

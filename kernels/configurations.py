@@ -18,6 +18,7 @@ class Configuration:
     programs: int = 0  # programs for each multiprocessor, for a kernel whose programs walk through the rows
     stages: int = 1  # loads in flight of a loop with matrix products
     descriptors: bool = False  # whether the chip's tensor memory accelerator (TMA) reads the rows
+    passes: int = 1  # of attention's backward; 2: by "attention_queries" and "attention_keys"
 
     def whole_row(self, width: int) -> tuple[int, int]:
         """(block, warps) of a kernel that holds whole rows of `width` elements."""
@@ -25,6 +26,12 @@ class Configuration:
         return block, min(16, max(1, block // (32 * self.per_thread)))
 
 
+# Attention's backward takes two passes on every chip until one pass has been measured. On an H200 two passes took 6.1 us for
+# 128 keys, 64 queries and a head (320 TFLOP/s of 7 products, commit 38fe64a, before their registers stopped spilling). One pass
+# is predicted at 5.1 us: 1.9 for its 5 products, of which 3 are bound by reading shared memory, and 3.2 for two steps'
+# exponentials, barriers and round trips to L2. This is less than such a prediction's error. Blocks of 64 queries would halve
+# the round trips (3.4 us predicted), but spill 240 B. One pass is made for sm_90 alone: on sm_80 and sm_100 it spills 32 and
+# 504 B.
 _HOPPER = {
     "rms_norm": Configuration(per_thread=16),
     "rms_norm_backward": Configuration(per_thread=8, programs=2),
@@ -33,8 +40,10 @@ _HOPPER = {
     "gradient_norm": Configuration(block=16384, warps=16),
     "gradient_norm_total": Configuration(block=8192, warps=16),
     "attention_forward": Configuration(block=64, rows=64, warps=4, stages=3, descriptors=True),
+    "attention_tokens": Configuration(rows=64, warps=4),
+    "attention_backward": Configuration(block=32, rows=128, warps=8, stages=2, passes=2),
     "attention_queries": Configuration(block=64, rows=128, warps=8, stages=3, descriptors=True),
-    "attention_keys": Configuration(block=64, rows=64, warps=4, stages=2, descriptors=True),
+    "attention_keys": Configuration(block=64, rows=64, warps=4, stages=2),
     "attention_decode": Configuration(block=64, rows=64, warps=4, programs=1, stages=3),
     "attention_combine": Configuration(rows=1, warps=1),
     "swiglu": Configuration(block=2048, warps=4),
@@ -53,12 +62,13 @@ _HOPPER = {
 # By compute capability: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200).
 _AMPERE = _HOPPER | {
     "attention_forward": Configuration(block=64, rows=128, warps=8, stages=2),
+    "attention_backward": Configuration(block=32, rows=128, warps=8, stages=2, passes=2),
     "attention_queries": Configuration(block=64, rows=128, warps=8, stages=2),
     "attention_keys": Configuration(block=32, rows=128, warps=8, stages=2),
 }
 _BLACKWELL = _HOPPER | {
     "attention_forward": Configuration(block=64, rows=128, warps=8, stages=3, descriptors=True),
-    "attention_keys": Configuration(block=32, rows=128, warps=8, stages=2, descriptors=True),
+    "attention_keys": Configuration(block=32, rows=128, warps=8, stages=2),
 }
 TABLES: dict[int, dict[str, Configuration]] = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
 

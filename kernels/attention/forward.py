@@ -62,8 +62,8 @@ def attention_forward(
 
 @triton.jit(do_not_specialize=["ranges", "tokens", "window"])
 def _forward_kernel(
-    query,  # [tokens, HEADS, SIZE]: a descriptor, or a pointer
-    key,  # [tokens, HEADS / GROUP, SIZE], likewise
+    query,  # [tokens, HEADS, SIZE]
+    key,  # [tokens, HEADS / GROUP, SIZE]: a descriptor, or a pointer
     value,  # [tokens, HEADS / GROUP, SIZE], likewise
     query_stride,  # elements from token to token
     key_stride,
@@ -81,14 +81,14 @@ def _forward_kernel(
     TILE: tl.constexpr,  # queries of a program
     PARTS: tl.constexpr,  # programs for a tile of the lists
     BLOCK: tl.constexpr,  # keys of a step
-    DESCRIPTORS: tl.constexpr,  # whether query, key and value are descriptors
+    DESCRIPTORS: tl.constexpr,  # whether key and value are descriptors
 ):
-    head, start, end, first_range, last_range = own_tile(work, 0, HEADS, TILE, PARTS)
+    head, start, end, first_range, last_range = own_tile(tl.program_id(0), work, 0, HEADS, TILE, PARTS)
     if start >= end:
         return
     kv_head = head // GROUP
     row = start + tl.arange(0, TILE)
-    q = load_rows(query, query_stride, head, start, end, TILE, SIZE, DESCRIPTORS)
+    q = load_rows(query, query_stride, head, start, end, TILE, SIZE, False)
     total = tl.zeros((TILE,), dtype=tl.float32)
     peak = tl.full((TILE,), NO_PEAK, dtype=tl.float32)
     acc = tl.zeros((TILE, columns(SIZE)), dtype=tl.float32)
@@ -114,4 +114,4 @@ def _forward_kernel(
     divisor = tl.where(padding, 1.0, total)
     lse = tl.where(padding, float("-inf"), (peak * scale_log2 + tl.log2(divisor)) / LOG2_E)
     tl.store(log_sum_exp + head.to(tl.int64) * tokens + row, lse, mask=row < end)
-    store_rows(out, acc / divisor[:, None], row, end, head, HEADS, SIZE)
+    store_rows(out, acc / divisor[:, None], start, end, head, TILE, HEADS, SIZE)

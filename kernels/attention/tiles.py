@@ -15,8 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.configurations import Configuration, configuration
-from kernels.launch import launch
+from kernels.launch import INTERPRETED, launch
 
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The peak before the first score. It is finite, so that a block in which a row sees nothing leaves this row unchanged.
 NO_PEAK = tl.constexpr(-1.0e30)
@@ -45,26 +46,27 @@ def launch_tiles(
     *,
     by_tile: Sequence[Tensor],  # [T, heads, E]: a program reads its own tile of each
     by_block: Sequence[Tensor],  # [T, heads, E]: a program walks through these in blocks
-    rest: Sequence[Tensor | int | float],
+    rest: Sequence[Tensor | int | float | None],
     blocks_by_pointer: bool = False,  # `by_block` never as descriptors
+    **constants: Any,
 ) -> None:
     """Start a kernel with one program for each head of `by_tile` and tile, or part of a tile.
 
-    The kernel's arguments are: `by_tile` and `by_block` (as descriptors if DESCRIPTORS, else as pointers), their strides from
-    token to token, work, ranges, tokens, window, scale_log2, `rest`, and the constants below.
+    The kernel's arguments are: `by_tile` as pointers, `by_block` (as descriptors if DESCRIPTORS, else as pointers), their
+    strides from token to token, work, ranges, tokens, window, scale_log2, `rest`, `constants`, and the constants below.
     """
     config = configuration(name, work.device)
-    rows, parts = _rows_and_parts(tile, config)
-    loads = [(heads_side_by_side(tensor), rows) for tensor in by_tile]
-    loads += [(heads_side_by_side(tensor), config.block) for tensor in by_block]
-    described = config.descriptors and all(_describable(tensor) for tensor, _ in loads)
-    last = len(by_tile) if blocks_by_pointer else len(loads)
-    (tokens, heads, size), others = loads[0][0].shape, loads[-1][0].shape[1]
+    rows, parts = rows_and_parts(tile, config)
+    by_tile = [heads_side_by_side(tensor) for tensor in by_tile]
+    by_block = [heads_side_by_side(tensor) for tensor in by_block]
+    described = config.descriptors and not blocks_by_pointer and all(_describable(tensor) for tensor in by_block)
+    (tokens, heads, size), others = by_tile[0].shape, by_block[0].shape[1]
     launch(
         kernel,
         (tiles * parts * heads,),
-        *(_described(*load) if described and number < last else load[0] for number, load in enumerate(loads)),
-        *(tensor.stride(0) for tensor, _ in loads),
+        *by_tile,
+        *(_described(tensor, config.block) if described else tensor for tensor in by_block),
+        *(tensor.stride(0) for tensor in (*by_tile, *by_block)),
         work,
         ranges,
         tokens,
@@ -78,13 +80,14 @@ def launch_tiles(
         PARTS=parts,
         BLOCK=config.block,
         DESCRIPTORS=described,
+        **constants,
         device=work.device,
         warps=config.warps,
         stages=config.stages,
     )
 
 
-def _rows_and_parts(tile: int, config: Configuration) -> tuple[int, int]:
+def rows_and_parts(tile: int, config: Configuration) -> tuple[int, int]:
     """(rows of a program, programs for a tile of the work lists). Rows are a power of two of at least 16."""
     whole = max(16, triton.next_power_of_2(tile))
     rows = min(whole, config.rows)
@@ -105,6 +108,7 @@ def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 @triton.jit
 def own_tile(
+    number,  # of the program
     work,  # [rows, 4] int32: the work lists
     first_tile,  # row of the first tile
     HEADS: tl.constexpr,
@@ -113,11 +117,11 @@ def own_tile(
 ):
     """(head, start, end, first range, end of ranges) of this program's part of a tile; start >= end for an empty part."""
     # The heads of a tile run next to each other in time, because they read the same rows.
-    part = tl.program_id(0) // HEADS
+    part = number // HEADS
     tile = work + (first_tile + part // PARTS) * 4
     start = tl.load(tile) + part % PARTS * TILE
     end = tl.minimum(tl.load(tile + 1), start + TILE)
-    return tl.program_id(0) % HEADS, start, end, tl.load(tile + 2), tl.load(tile + 3)
+    return number % HEADS, start, end, tl.load(tile + 2), tl.load(tile + 3)
 
 
 @triton.jit
@@ -186,19 +190,96 @@ def cut(rows, first, limit, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
 
 
 @triton.jit
+def wait_for(
+    number,  # a pointer to int32, written by other programs
+    awaited,  # int32
+):
+    """Wait until `number` is `awaited`, and return it: what its writer stored before, every thread may then load.
+
+    Every thread looks for itself, in PTX: Triton does not load ahead in a loop around a loop, and so none around this wait. The
+    interpreter runs programs one after the other, so that there the number must be right already.
+    """
+    if IN_INTERPRETER:
+        found = tl.load(number)
+        tl.assume(found == awaited)
+    else:
+        found = tl.inline_asm_elementwise(
+            """{
+            .reg .pred other;
+            look:
+            ld.acquire.gpu.global.s32 $0, [$1];
+            setp.ne.s32 other, $0, $2;
+            @other bra look;
+            }""",
+            "=&r,l,r",
+            [number, awaited],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return found
+
+
+@triton.jit
+def announce(
+    number,  # a pointer to int32
+    value,  # int32
+):
+    """Set `number` to `value` after all that this program has stored: for a program that waits for it."""
+    if IN_INTERPRETER:
+        tl.store(number, value)
+    else:
+        # In PTX, because Triton does not load ahead in a loop with a barrier.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            bar.sync 0;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first st.release.gpu.global.s32 [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=&r,l,r",
+            [number, value],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def stored_rows(
+    target,  # [T, HEADS, SIZE], contiguous
+    first,  # the first row
+    limit,  # rows from here on are left out
+    head,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """(pointers, mask) of rows [first, first + ROWS) of a head: [ROWS, columns(SIZE)]."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, columns(SIZE))
+    # One address for the tile and constant distances from it: an address for each row would take registers.
+    base = target + tl.cast(first, tl.int64) * (HEADS * SIZE) + head * SIZE
+    return base + (row[:, None] * (HEADS * SIZE) + column[None, :]), (row < limit - first)[:, None] & (column < SIZE)[None, :]
+
+
+@triton.jit
 def store_rows(
     target,  # [T, HEADS, SIZE], contiguous
-    values,  # [rows, columns(SIZE)]
-    row,  # [rows]
+    values,  # [ROWS, columns(SIZE)]
+    first,  # the first row
     limit,  # rows from here on are not stored
     head,
+    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Store rows of a head. Never by descriptor: that would overwrite the first rows of the tile behind a short tile."""
-    column = tl.arange(0, columns(SIZE))
-    at = target + row.to(tl.int64)[:, None] * (HEADS * SIZE) + head * SIZE + column[None, :]
-    tl.store(at, values.to(target.dtype.element_ty), mask=(row < limit)[:, None] & (column < SIZE)[None, :])
+    at, inside = stored_rows(target, first, limit, head, ROWS, HEADS, SIZE)
+    tl.store(at, values.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

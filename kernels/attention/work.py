@@ -5,8 +5,12 @@ then see the prefix's places as if the prefix stood right before them, whatever 
 three segments, [prompt | chosen | rejected]: the last two have the prompt as their prefix, and it is computed once.
 
 A tile is up to `tile` neighbouring places of one segment. Each tile of queries has the ranges of keys that any of its places
-sees. Each tile of keys has the ranges of queries that see any of its places. A range is (start, end, shift): the distance from
-place j to place i of the row is i - j - shift, and i sees j if 0 <= distance < window. Kernels visit ranges, nothing else.
+sees. Each tile of keys has the ranges of queries that may see its places: in each segment from the first query that sees one to
+the segment's end, which kernels narrow to the window. A range is (start, end, shift): the distance from place j to place i of
+the row is i - j - shift, and i sees j if 0 <= distance < window. Kernels visit ranges, nothing else.
+
+Tiles with much work come first. But a tile of keys never comes before an earlier tile of its text: programs of the backward
+pass may wait for the tiles before theirs (`kernels.attention.backward`).
 
 Shapes: Q queries of a tile, J keys that the tile sees.
 """
@@ -23,10 +27,12 @@ from kernels import TILE
 
 # A window that no distance reaches.
 UNBOUNDED = 2**30
-# Lists are padded to multiples of this, so that few different shapes are uploaded.
+# Lists are padded to a multiple of this, so that few different shapes are uploaded.
 _PADDING = 64
 # (start, end, shift)
 Range = tuple[int, int, int]
+# (start, end, ranges, work: pairs for each place)
+Tile = tuple[int, int, list[Range], int]
 Made = TypeVar("Made")
 
 
@@ -35,7 +41,8 @@ class AttentionWork:
     """The work lists of a row, in one tensor, so that one copy takes them to a device.
 
     The tensor is int32 [rows, 4]: `query_tiles` rows (start, end, first range, end of ranges), `key_tiles` such rows, then the
-    ranges (start, end, shift, 0). Tiles with much work come first. Tiles of padding have start = end.
+    ranges (start, end, shift, text), and rows of zeros. text, of a range of queries: where its text begins, as the keys are
+    counted, so that the text has keys - text places before them. Places of padding are in tiles without ranges.
     """
 
     work: Tensor
@@ -76,8 +83,7 @@ class AttentionWork:
         rows = self.host.tolist()
         ranges = rows[self.query_tiles + self.key_tiles :]
         for start, end, first, last in sorted(rows[: self.query_tiles]):
-            if start < end:
-                yield start, end, [(begin, stop, shift) for begin, stop, shift, _ in ranges[first:last]]
+            yield start, end, [(begin, stop, shift) for begin, stop, shift, _ in ranges[first:last]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,22 +135,33 @@ def attention_work(
     children: dict[int, list[tuple[int, int]]] = {}
     for start, end, prefix in segments:
         children.setdefault(prefix, []).append((start, end))
-    query_tiles, key_tiles = [], []
+    query_tiles: list[Tile] = []
+    key_tiles: list[Tile] = []
+    texts: list[tuple[int, int]] = []  # of each tile of keys: the text's number, and where it begins as the keys are counted
     for segment, (start, end, prefix) in enumerate(segments):
-        followers = children.get(segment, [])
+        before = segments[prefix] if prefix >= 0 else None
+        text = (prefix, start - (before[1] - before[0])) if before else (segment, start)
         for first in range(start, end, tile):
             last = min(first + tile, end)
-            query_tiles.append((first, last, _keys_of(first, last, start, segments[prefix] if prefix >= 0 else None, reach)))
-            key_tiles.append((first, last, _queries_of(first, last, end, followers, reach)))
+            seen = _keys_of(first, last, start, before, reach)
+            query_tiles.append((first, last, seen, sum(stop - begin for begin, stop, _ in seen)))
+            key_tiles.append((first, last, *_queries_of(first, last, end, children.get(segment, []), reach)))
+            texts.append(text)
     for first in range(bounds[-1], tokens, tile):
-        for tiles in (query_tiles, key_tiles):
-            tiles.append((first, min(first + tile, tokens), []))
-    ranges: list[Range] = []
-    rows = [*_listed(query_tiles, ranges), *_listed(key_tiles, ranges)]
-    listed = len(rows) // 2
-    ranges += [(0, 0, 0)] * (-len(ranges) % _PADDING)
-    work = torch.tensor(rows + [(*found, 0) for found in ranges], dtype=torch.int32).view(-1, 4)
-    return AttentionWork(work, work, listed, listed, segments, tokens, reach, tile)
+        padding: Tile = (first, min(first + tile, tokens), [], 0)
+        query_tiles.append(padding)
+        key_tiles.append(padding)
+        texts.append((-1, first))
+    rows: list[tuple[int, int, int, int]] = []
+    ranges: list[tuple[int, int, int, int]] = []
+    for number in sorted(range(len(query_tiles)), key=lambda number: -query_tiles[number][3]):
+        _list(query_tiles[number], 0, rows, ranges)
+    for number in _keys_in_order(key_tiles, texts):
+        _list(key_tiles[number], texts[number][1], rows, ranges)
+    listed = rows + ranges
+    listed += [(0, 0, 0, 0)] * (-len(listed) % _PADDING)
+    work = torch.tensor(listed, dtype=torch.int32).view(-1, 4)
+    return AttentionWork(work, work, len(query_tiles), len(key_tiles), segments, tokens, reach, tile)
 
 
 def _checked_segments(bounds: list[int], prefixes: Sequence[int] | None) -> tuple[tuple[int, int, int], ...]:
@@ -173,29 +190,37 @@ def _keys_of(first: int, last: int, start: int, prefix: tuple[int, int, int] | N
     return [(before[0], last, 0)] if shift == 0 else [before, own]
 
 
-def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, int]], reach: int) -> list[Range]:
-    """The ranges of queries that see keys [first, last): of their own segment up to `end`, then of the segments after it."""
-    ranges = [(first, min(end, last - 1 + reach), 0)]
-    for start, stop in followers:
-        shift = start - end
-        stop = min(stop, last - 1 + shift + reach)
-        if stop <= start:
-            continue
-        if shift == 0:
-            # The follower stands right behind its prefix, whose later queries then all see these keys: one range serves both.
-            ranges[-1] = (first, stop, 0)
-        else:
+def _queries_of(first: int, last: int, end: int, followers: Sequence[tuple[int, int]], reach: int) -> tuple[list[Range], int]:
+    """The ranges of queries of keys [first, last), and how many queries see any of them.
+
+    Of their own segment up to `end`, then of the segments after it. A range ends where its segment does, and segments have
+    ranges of their own even side by side, so that all tiles cut a segment's queries into the same blocks.
+    """
+    ranges, work = [], 0
+    for start, stop, shift in [(first, end, 0), *((start, stop, start - end) for start, stop in followers)]:
+        seeing = min(stop, last - 1 + shift + reach) - start
+        if seeing > 0:
             ranges.append((start, stop, shift))
-    return ranges
+            work += seeing
+    return ranges, work
 
 
-def _listed(tiles: list[tuple[int, int, list[Range]]], ranges: list[Range]) -> list[tuple[int, int, int, int]]:
-    """The tiles' rows, heaviest first, padded. Their ranges are appended to `ranges`."""
-    rows = []
-    for start, end, own in sorted(tiles, key=lambda tile: -sum(stop - begin for begin, stop, _ in tile[2])):
-        rows.append((start, end, len(ranges), len(ranges) + len(own)))
-        ranges += own
-    return rows + [(0, 0, 0, 0)] * (-len(rows) % _PADDING)
+def _keys_in_order(tiles: list[Tile], texts: list[tuple[int, int]]) -> list[int]:
+    """The numbers of tiles of keys, heaviest first, but no tile before an earlier tile of its text."""
+    heaviest: dict[int, int] = {}
+    behind = []  # the work of each tile, or of the heaviest tile behind it in its text
+    for (*_, work), (text, _) in zip(reversed(tiles), reversed(texts), strict=True):
+        heaviest[text] = max(work, heaviest.get(text, 0))
+        behind.append(heaviest[text])
+    behind.reverse()
+    return sorted(range(len(tiles)), key=lambda number: -behind[number])
+
+
+def _list(tile: Tile, text: int, rows: list[tuple[int, int, int, int]], ranges: list[tuple[int, int, int, int]]) -> None:
+    """Append a tile's row and its ranges."""
+    start, end, own, _ = tile
+    rows.append((start, end, len(ranges), len(ranges) + len(own)))
+    ranges += [(*found, text) for found in own]
 
 
 def attended_pairs(lengths: Iterable[int], window: int | None) -> int:

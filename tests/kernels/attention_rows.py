@@ -11,7 +11,7 @@ from kernels.launch import INTERPRETED
 from tests.kernels.conftest import DTYPES
 from tests.kernels.error_rule import random
 
-KERNELS = ("attention_forward", "attention_queries", "attention_keys")
+KERNELS = ("attention_forward", "attention_backward", "attention_queries", "attention_keys")
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ WITH_DTYPES = [
 ]
 
 
-def small_blocks(monkeypatch, *, descriptors=None):
+def small_blocks(monkeypatch, **changed):
     """Give the kernels blocks and parts of tiles of 16 places, so that short rows have many of them.
 
-    descriptors: whether rows are read by descriptors; default as configured.
+    changed: further fields of the configurations; default as configured. descriptors: whether rows are read by descriptors.
+        passes: of the backward.
     """
     for table in configurations.TABLES.values():
         for name in KERNELS:
-            changed = {} if descriptors is None else {"descriptors": descriptors}
-            monkeypatch.setitem(table, name, replace(table[name], block=16, rows=16, warps=4, **changed))
+            monkeypatch.setitem(table, name, replace(table[name], **{"block": 16, "rows": 16, "warps": 4} | changed))
 
 
 def plain(query, key, value, seen):

@@ -5,6 +5,7 @@ in the form with the most code; ALL adds the other forms.
 """
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 import triton
@@ -61,9 +62,13 @@ def attention(dtype, tokens):
     attention_forward.attention_forward(*packed(dtype, tokens), *work(tokens))
 
 
-def attention_gradients(dtype, tokens):
-    grad, out = (empty(tokens, HEADS, SIZE, dtype=dtype) for _ in range(2))
-    attention_backward.attention_backward(grad, *packed(dtype, tokens), out, floats(HEADS, tokens), *work(tokens))
+def attention_gradients(*, passes) -> Launch:
+    def launch(dtype, tokens):
+        grad, out = (empty(tokens, HEADS, SIZE, dtype=dtype) for _ in range(2))
+        with patch.object(attention_backward, "_in_one_pass", return_value=passes == 1):
+            attention_backward.attention_backward(grad, *packed(dtype, tokens), out, floats(HEADS, tokens), *work(tokens))
+
+    return launch
 
 
 def decode(tokens) -> Launch:
@@ -256,7 +261,7 @@ FP8_QUICK: dict[str, Launch] = {
 QUICK: dict[str, Launch] = {
     "adamw": adamw_update(BF16, BF16, BF16),
     "attention": attention,
-    "attention, gradients": attention_gradients,
+    "attention, gradients in two passes": attention_gradients(passes=2),
     "attention, one new token": decode(1),
     "attention, a new token of each row": decode_rows,
     "embedding with noise": noisy_embedding,
@@ -284,6 +289,7 @@ ALL: dict[str, Launch] = (
         "adamw, float32 moments": adamw_update(BF16, BF16, FP32),
         "adamw, float32 gradients": adamw_update(BF16, FP32, FP32),
         "adamw, all float32": adamw_update(FP32, FP32, FP32),
+        "attention, gradients in one pass": attention_gradients(passes=1),
         "attention, a few new tokens": decode(20),
         "embedding without noise": plain_embedding,
         "norm": norm,

@@ -1,15 +1,17 @@
 """The backward kernels at the borders of tiles, windows, segments and blocks, against autograd of the formula in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kernels.attention.backward as module
+from kernels import configurations
 from kernels.attention.forward import attention_forward
 from tests.kernels.attention_rows import (
     NEIGHBOURS,
     ROWS,
     WITH_DTYPES,
-    WITHOUT_AND_WITH_DESCRIPTORS,
     Row,
     plain_gradients,
     small_blocks,
@@ -21,10 +23,13 @@ from tests.kernels.error_rule import check, far_apart
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    small_blocks(monkeypatch)
+    small_blocks(monkeypatch, passes=1)
 
 
 NAMES = ("d query", "d key", "d value")
+# One pass in every case; of two passes, whose pass over keys is the same kernel, the rows with the most kinds of ranges.
+TWO_PASSES = ("no window, nothing, padding", "prompt that only a tile's first part sees")
+BOTH_FORMS = pytest.mark.parametrize(("passes", "descriptors"), [(1, False), (2, True)])
 
 
 def backward(row, query, key, value, grad, made=None):
@@ -34,8 +39,13 @@ def backward(row, query, key, value, grad, made=None):
     return module.attention_backward(grad, query, key, value, out, lse, work.work, *work.numbers)
 
 
-@pytest.mark.parametrize(("name", "dtype"), WITH_DTYPES)
-def test_gradients_are_right(name, dtype, triton_device):
+@pytest.mark.parametrize(
+    ("name", "dtype", "passes"),
+    [pytest.param(*case.values, 1, id=case.id) for case in WITH_DTYPES]
+    + [pytest.param(*case.values, 2, id=f"{case.id}-two passes") for case in WITH_DTYPES if case.values[0] in TWO_PASSES],
+)
+def test_gradients_are_right(name, dtype, passes, triton_device, monkeypatch):
+    small_blocks(monkeypatch, passes=passes)
     row = ROWS[name]
     inputs = row.inputs(dtype, triton_device)
     seen = row.visible()
@@ -51,13 +61,53 @@ def test_gradients_are_right(name, dtype, triton_device):
 
 
 def test_pointers_and_descriptors_give_the_same_bits(triton_device, monkeypatch):
+    """Of the two passes: one pass reads by pointers alone."""
     row = ROWS["prompt beyond the window"]
     inputs = row.inputs(torch.float16, triton_device)
     found = []
     for descriptors in (False, True):
-        small_blocks(monkeypatch, descriptors=descriptors)
+        small_blocks(monkeypatch, descriptors=descriptors, passes=2)
         found.append(backward(row, *inputs))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_programs_add_to_a_block_of_queries_in_the_order_of_the_text(triton_device, monkeypatch):
+    """In every order that tiles' numbers allow: the tiles of another document in between change no bit of the gradients."""
+    small_blocks(monkeypatch, passes=1)
+    alone, before, behind = Row((40,), None, 16), Row((33, 40), None, 16), Row((40, 33), None, 16)
+    inputs = alone.inputs(torch.float32, triton_device)
+    expected = backward(alone, *inputs)
+    for row, own in ((before, slice(33, 73)), (behind, slice(40))):
+        others = row.inputs(torch.float32, triton_device, seed=7)
+        for target, source in zip(others, inputs, strict=True):
+            target[own] = source
+        assert all(torch.equal(one, other[own]) for one, other in zip(expected, backward(row, *others), strict=True))
+
+
+@pytest.mark.parametrize("given", [{"tile": 24}, {"rows": 16, "block": 32}], ids=str)
+def test_tiles_and_blocks_outside_of_one_grid_take_two_passes(given, triton_device, monkeypatch):
+    row = Row((25, 7), 9, given.get("tile", 32))
+    inputs = row.inputs(torch.float16, triton_device)
+    small_blocks(monkeypatch, passes=2)
+    expected = backward(row, *inputs)
+    small_blocks(monkeypatch, passes=1)
+    for table in configurations.TABLES.values():
+        sizes = {name: size for name, size in given.items() if name != "tile"}
+        monkeypatch.setitem(table, "attention_backward", replace(table["attention_backward"], **sizes))
+    assert all(torch.equal(one, other) for one, other in zip(expected, backward(row, *inputs), strict=True))
+
+
+def test_one_pass_is_another_sum_than_two_passes(triton_device, monkeypatch):
+    """The setting chooses: gradients of queries differ in rounding, gradients of keys and values in no bit."""
+    row = Row((48,), None, 16)
+    inputs = row.inputs(torch.float32, triton_device)
+    found = []
+    for passes in (1, 2):
+        small_blocks(monkeypatch, passes=passes)
+        found.append(backward(row, *inputs))
+    (one, *keys), (other, *same) = found
+    assert not torch.equal(one, other)
+    assert all(torch.equal(*pair) for pair in zip(keys, same, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "places"), [(torch.float32, slice(55, 60)), (torch.float16, slice(60, 64))], ids=str)
@@ -73,9 +123,9 @@ def test_unseen_places_change_no_bit(dtype, places, triton_device):
     assert all(torch.equal(one[places], other[places]) for one, other in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatch):
-    small_blocks(monkeypatch, descriptors=descriptors)
+@BOTH_FORMS
+def test_offsets_beyond_31_bits_are_right(passes, descriptors, triton_device, monkeypatch):
+    small_blocks(monkeypatch, passes=passes, descriptors=descriptors)
     row = Row((3,), 2, 16)
     inputs = [tensor.contiguous() for tensor in row.inputs(torch.float16, triton_device)]
     work = row.work(triton_device)
@@ -86,9 +136,9 @@ def test_offsets_beyond_31_bits_are_right(descriptors, triton_device, monkeypatc
         assert all(torch.equal(one, other) for one, other in zip(near, far, strict=True))
 
 
-@WITHOUT_AND_WITH_DESCRIPTORS
-def test_a_document_of_nans_changes_no_bit_of_the_others(descriptors, triton_device, monkeypatch):
-    small_blocks(monkeypatch, descriptors=descriptors)
+@BOTH_FORMS
+def test_a_document_of_nans_changes_no_bit_of_the_others(passes, descriptors, triton_device, monkeypatch):
+    small_blocks(monkeypatch, passes=passes, descriptors=descriptors)
     inputs = NEIGHBOURS.inputs(torch.float32, triton_device)
     spoilt, others = with_nans(inputs, slice(21, 46))
     found = []

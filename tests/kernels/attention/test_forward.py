@@ -100,9 +100,8 @@ def test_a_document_of_nans_changes_no_bit_of_the_others(descriptors, triton_dev
 
 
 @triton.jit
-def _store_kernel(target, first: tl.int64, limit: tl.int64, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    row = tl.cast(first, tl.int32) + tl.arange(0, ROWS)
-    store_rows(target, tl.full((ROWS, SIZE), 3.0, tl.float32), row, limit, 0, 1, SIZE)
+def _store_kernel(target, first, limit, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    store_rows(target, tl.full((ROWS, SIZE), 3.0, tl.float32), first, limit, 0, ROWS, 1, SIZE)
 
 
 def test_rows_beyond_31_bits_of_offset_are_stored(triton_device):

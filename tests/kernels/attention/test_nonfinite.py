@@ -17,10 +17,10 @@ ROWS = {
     "padding": (Row((11,), 5, 16, padding=3), slice(11, 14)),
 }
 PARTS = ("query", "key", "value", "grad")
-# Only kernels read by descriptors. Infinities take the same paths as NaN, so they have fewer cases.
-LOADS = (True, False) if INTERPRETED or torch.cuda.is_available() else (None,)
-CASES = [(name, PARTS, NAN, load) for name in ROWS for load in LOADS] + [
-    ("documents", (part,), INF, LOADS[0]) for part in PARTS
+# Only kernels have passes. Infinities take the same paths as NaN, so they have fewer cases.
+FORMS = (1, 2) if INTERPRETED or torch.cuda.is_available() else (None,)
+CASES = [(name, PARTS, NAN, passes) for name in ROWS for passes in FORMS] + [
+    ("documents", (part,), INF, FORMS[0]) for part in PARTS
 ]
 
 
@@ -30,9 +30,9 @@ def results(row, tensors):
     return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
 
 
-@pytest.mark.parametrize(("name", "part", "value", "descriptors"), CASES, ids=str)
-def test_neighbours_keep_their_bits(name, part, value, descriptors, device, monkeypatch):
-    small_blocks(monkeypatch, descriptors=descriptors)
+@pytest.mark.parametrize(("name", "part", "value", "passes"), CASES, ids=str)
+def test_neighbours_keep_their_bits(name, part, value, passes, device, monkeypatch):
+    small_blocks(monkeypatch, **({} if passes is None else {"passes": passes, "descriptors": True}))
     row, broken = ROWS[name]
     tensors = row.inputs(torch.float32, device)
     expected = results(row, tensors)

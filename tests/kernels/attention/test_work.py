@@ -55,34 +55,68 @@ def test_every_visible_pair_is_visited_once(row):
 
 
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(150))], ids=str)
-def test_ranges_are_as_short_and_as_few_as_possible(row):
-    """The first and last place of a range are seen; the ranges of a tile rise, and no two could be one."""
-    for tiles, by_query in zip(listed(row), (True, False), strict=True):
-        for _, _, seen in pairs(row, tiles, by_query=by_query):
-            assert seen[:, 0].any()
-            assert seen[:, -1].any()
+def test_ranges_are_as_few_as_possible_and_begin_and_end_with_their_tiles(row):
+    """Ranges of keys are as short as possible, and no two could be one.
+
+    Ranges of queries begin with a query that sees the tile, and end with their segments.
+    """
+    queries, keys = listed(row)
+    for _, _, seen in pairs(row, queries, by_query=True):
+        assert seen[:, 0].any()
+        assert seen[:, -1].any()
+    for _, (begin, stop), seen in pairs(row, keys, by_query=False):
+        assert seen[:, 0].any()
+        assert stop == min(end for end in row.bounds if end > begin)
+    for tiles, once in ((queries, True), (keys, False)):
         for _, ranges in tiles:
             for (_, stop, shift), (begin, _, other) in pairwise(ranges):
                 assert stop <= begin
-                assert (stop, shift) != (begin, other)
+                assert not once or (stop, shift) != (begin, other)
 
 
 @pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(60))], ids=str)
 def test_tiles_cover_segments_and_padding_heaviest_first(row):
     bounds = [*row.bounds, row.tokens]
     expected = [(first, min(first + row.tile, end)) for start, end in pairwise(bounds) for first in range(start, end, row.tile)]
-    for tiles in listed(row):
-        assert len(tiles) % 64 == 0
-        assert sorted(tile for tile, _ in tiles if tile[0] < tile[1]) == expected
-        loads = [sum(stop - begin for begin, stop, _ in ranges) for _, ranges in tiles]
-        assert loads == sorted(loads, reverse=True)
+    queries, keys = listed(row)
+    for tiles in (queries, keys):
+        assert sorted(tile for tile, _ in tiles) == expected
         assert all(not ranges for (start, _), ranges in tiles if start >= bounds[-2])
+    loads = [sum(stop - begin for begin, stop, _ in ranges) for _, ranges in queries]
+    assert loads == sorted(loads, reverse=True)
 
 
-def test_lists_of_different_batches_have_one_shape():
-    shapes = {attention_work([0, cut, 4096], 512).work.shape for cut in range(1, 4096, 97)}
-    assert len(shapes) == 1
-    assert all(size % 64 == 0 for size, _ in shapes)
+@pytest.mark.parametrize("row", [*ROWS.values(), *map(drawn, range(150))], ids=str)
+def test_no_tile_of_keys_comes_before_an_earlier_tile_that_its_queries_see(row):
+    """Else a program could wait for a program that has not started."""
+    _, keys = listed(row)
+    seen = row.visible()
+    order = {start: number for number, ((start, _), _) in enumerate(keys)}
+    for query in range(row.tokens):
+        numbers = [order[start] for (start, end), _ in sorted(keys) if seen[query, start:end].any()]
+        assert numbers == sorted(numbers)
+
+
+def test_tiles_of_keys_with_much_work_come_first():
+    """The longer document's tiles, from its start; then the shorter document's, which fewer queries see."""
+    assert [tile for tile, _ in listed(Row((20, 40), None, 16))[1]] == [(20, 36), (36, 52), (0, 16), (52, 60), (16, 20)]
+
+
+def test_a_range_of_queries_says_where_its_text_begins():
+    """A prefix of 20 places ends at 20; its second follower, at 33 to 50, counts the prefix's places right before its own."""
+    work = ROWS["shared prompt"].work()
+    table = work.work.tolist()
+    ranges = table[work.query_tiles + work.key_tiles :]
+    tiles = table[work.query_tiles : work.query_tiles + work.key_tiles]
+    texts = {start: {text for *_, text in ranges[first:last]} for start, _, first, last in tiles}
+    assert texts == {0: {0}, 16: {0}, 20: {0}, 33: {13}, 49: {13}}
+
+
+def test_lists_of_different_batches_have_few_shapes():
+    """Kernels start one program a tile, and none for the rows that pad the lists."""
+    works = [attention_work([0, cut, 4096], 512) for cut in range(1, 4096, 97)]
+    assert {work.work.shape for work in works} == {(192, 4)}
+    assert {work.query_tiles for work in works} == {33}
 
 
 def test_queries_are_listed_in_the_order_of_the_row():
@@ -101,7 +135,7 @@ def test_backends_convert_the_lists_once_for_each_copy():
     device = torch.device("cpu")
     assert work.tiles(device) is work.tiles(device)
     assert work.to("cpu").tiles(device) is not work.tiles(device)
-    assert work.numbers == (64, 64, 64, 16)
+    assert work.numbers == (5, 5, 64, 16)
     assert {field.name for field in dataclasses.fields(work)} >= {"work", "segments"}
 
 
