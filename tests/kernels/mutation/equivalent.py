@@ -28,8 +28,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_query_kernel: start >= end -> start > end": _QUICKER,
         "_query_kernel: if section != 1: -> if True:": _QUICKER,
         "_query_kernel: if section != 1: -> if True: (number 2)": _QUICKER,
-        "_query_kernel: g.to(tl.float32) -> g": _PROMOTED,
-        "_query_kernel: o.to(tl.float32) -> o": _PROMOTED,
+        "_delta_kernel: g.to(tl.float32) -> g": _PROMOTED,
+        "_delta_kernel: o.to(tl.float32) -> o": _PROMOTED,
         "_key_kernel: tl.load(log_sum_exp + base + row, mask=inside, other=float('inf')) -> "
         "tl.load(log_sum_exp + base + row, mask=inside, other=0)": _ZEROS,
     },

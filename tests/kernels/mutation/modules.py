@@ -10,7 +10,7 @@ from tests.kernels.mutation.mutators import Mutant, bare, is_kernel, mutants
 
 ROOT = Path(__file__).resolve().parents[3]
 # Functions without @triton.jit that make what kernels read.
-FUNCTIONS = {"attention/work": ("attention_work", "_keys_of", "_queries_of", "_listed")}
+FUNCTIONS = {"attention/work": ("attention_work", "_keys_of", "_queries_of", "_keys_in_order", "_list")}
 
 # Tests of several modules at once.
 ALSO = {
