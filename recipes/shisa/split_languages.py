@@ -6,14 +6,13 @@ Shisa's data sets hold both languages in one table. The recipe needs them apart:
 vocabulary, to fine-tune once more on Japanese conversations alone, and to measure the held-out loss of each language.
 """
 
-import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
 from engine.settings.toml import PathName
 from model.folder import complete_folder, write_file
 from recipes.command import command
+from recipes.data_making.rows import compressed
 
 PARTS = ("ja", "rest")
 # Kana with half-width forms, repetition and length marks; Han characters.
@@ -79,7 +79,8 @@ def run(settings: SplitSettings) -> dict[str, Any]:
     skipped: dict[str, dict[str, Any]] = {}
     with complete_folder(settings.out, overwrite=settings.overwrite) as folder:
         with ExitStack() as opened:
-            files = {part: opened.enter_context(_compressed(folder / f"{part}.jsonl.gz")) for part in PARTS}
+            # Level 1, as the files are read only twice.
+            files = {part: opened.enter_context(compressed(folder / f"{part}.jsonl.gz", level=1)) for part in PARTS}
             for record in _records(settings):
                 try:
                     kept, text = _read(record.value, settings)
@@ -125,13 +126,6 @@ def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
     messages = read_conversation(value)
     said = "\n".join(message["content"] for message in messages if message["role"] != "system")
     return {"messages": messages}, _CODE.sub(" ", said)
-
-
-@contextmanager
-def _compressed(path: Path) -> Iterator[IO[bytes]]:
-    """A gzip file to write. Its bytes depend on the content alone (no name, no time). Level 1, as it is read only twice."""
-    with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=1, mtime=0) as compressed:
-        yield cast(IO[bytes], compressed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
