@@ -27,8 +27,8 @@ QUESTIONS = {
     "question": ("answer", "response"),
     "query": ("response",),
 }
-_CONTEXTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt", "system_message")
+CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt", "system_message")
 _WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 _RECORD_WEIGHTS = ("weight", "train")
 _MEDIA = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "media beside the text")
@@ -90,7 +90,7 @@ def read_conversation(value: Any) -> list[Turn]:
     _check_record(value)
     if value.get("label") is False:
         raise Unusable("labelled as a bad answer", "label = False")
-    listed = _listed(value)
+    listed = listed_field(value)
     if listed is not None:
         turns = _turns(value[listed], "", listed)
         if not _empty(value.get("history")):
@@ -146,7 +146,7 @@ def read_pair(value: Any) -> Pair:
             raise Unusable("answer of weight 0", f"the last turn of '{side}'")
         sides[side] = turns
     contexts = [_untrained(_with_system(value, list(turns[:-1]))) for turns in sides.values() if len(turns) > 1]
-    listed = _listed(value)
+    listed = listed_field(value)
     if given is None and not contexts and listed is not None:
         given = _untrained(_with_system(value, _turns(value[listed], "", listed)))
     prompt = contexts[0] if contexts else given
@@ -168,9 +168,9 @@ def read_pair(value: Any) -> Pair:
     return Pair(_untrained(checked), chosen, rejected)
 
 
-def _listed(value: Mapping[str, Any]) -> str | None:
+def listed_field(value: Mapping[str, Any]) -> str | None:
     """The field that holds the record's turns; None where there is none."""
-    return next((name for name in CONVERSATIONS if not _empty(_decoded(value.get(name)))), None)
+    return next((name for name in CONVERSATIONS if not _empty(decoded_json(value.get(name)))), None)
 
 
 def _untrained(turns: list[Turn]) -> list[Message]:
@@ -196,7 +196,7 @@ def _check(messages: list[Turn]) -> list[Turn]:
 def _asked(value: Mapping[str, Any], name: str) -> list[Turn]:
     """The turns before an answer: the system message, the history, and the question with its context."""
     turns = _transcript(value[name], prompt=True) or _turns(value[name], "user", name)
-    contexts = [(field, _text(value[field], f"field '{field}'")) for field in _CONTEXTS if value.get(field) is not None]
+    contexts = [(field, _text(value[field], f"field '{field}'")) for field in CONTEXTS if value.get(field) is not None]
     contexts = [(field, text) for field, text in contexts if text.strip()]
     if len(contexts) > 1:
         raise Unusable("two contexts", "both 'input' and 'context' hold text")
@@ -212,7 +212,7 @@ def _asked(value: Mapping[str, Any], name: str) -> list[Turn]:
 
 def _history(value: Any) -> list[Turn]:
     """Earlier exchanges: [[question, answer], ...], or turns."""
-    value = _decoded(value)
+    value = decoded_json(value)
     if value is None or value in ("", []):
         return []
     if not isinstance(value, list):
@@ -230,7 +230,7 @@ def _history(value: Any) -> list[Turn]:
 
 def _with_system(value: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """The turns behind the record's system message, if it has one of its own."""
-    texts = [_text(value[name], f"field '{name}'") for name in _SYSTEMS if value.get(name) is not None]
+    texts = [_text(value[name], f"field '{name}'") for name in SYSTEMS if value.get(name) is not None]
     found = {text for text in texts if text.strip()}
     if turns and turns[0]["role"] == "system" and turns[0]["content"].strip():
         found.add(turns[0]["content"])
@@ -259,7 +259,7 @@ def _transcript(text: Any, *, prompt: bool = False) -> list[Turn]:
 
 def _turns(value: Any, role: str, field: str) -> list[Turn]:
     """Messages from a list, one message, a table of lists, or any of them as JSON; a text becomes one message of `role`."""
-    decoded = _decoded(value, turns=bool(role))
+    decoded = decoded_json(value, turns=bool(role))
     if isinstance(decoded, Mapping):
         columns = [column for column in decoded.values() if isinstance(column, list)]
         rows = zip(*columns, strict=False) if len({*map(len, columns)}) == 1 and len(columns) == len(decoded) else None
@@ -327,7 +327,7 @@ def _check_record(value: Any) -> None:
 
 def _check_fields(value: Mapping[str, Any], unsupported: Mapping[str, str], place: str = "") -> None:
     for name in unsupported.keys() & value.keys():
-        if not _empty(_decoded(value[name])):
+        if not _empty(decoded_json(value[name])):
             raise Unusable(unsupported[name], f"{place}field '{name}' is not empty")
 
 
@@ -340,7 +340,7 @@ def _empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str) and not value.strip())
 
 
-def _decoded(value: Any, *, turns: bool = False) -> Any:
+def decoded_json(value: Any, *, turns: bool = False) -> Any:
     """A text that is JSON of a list or object, decoded; other values as they are.
 
     turns: the field may also hold plain text, so only a list of messages counts as JSON.

@@ -18,7 +18,8 @@ _KINDS = {
     r"|```.*?```|^[ \t]*(?:```|~~~).*\Z",
     # On one line, without outer spaces: old texts write ``quotations'' with the same sign.
     "code": r"(?<!`)(?P<_ticks>`{1,2})(?![`\s])[^\n]{1,200}?(?<![`\s])(?P=_ticks)(?!`)",
-    "formula": r"\$\$(?:(?!\n\s*\n).)+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(?P<_environment>\w+\*?)\}.*?\\end\{(?P=_environment)\}"
+    "formula": r"\$\$(?:(?!\n\s*\n).)+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)"
+    r"|\\begin\{(?P<_environment>\w+\*?)\}.*?\\end\{(?P=_environment)\}"
     # In dollars: one letter, or something with a sign of mathematics. "$5 and $10" is money.
     r"|(?<![\\$\w])\$(?=[^$\n]{0,300}?[\\^_={}+*/<>|-])(?=[^\s${])[^$\n\"]{0,300}?[^\s$\\\"]\$(?![\w$])"
     r"|(?<![\\$\w])\$[A-Za-z]\$(?![\w$])",
@@ -31,6 +32,8 @@ _KINDS = {
     "mark": r"[<＜]\s*[kKｋ]\s*\d+\s*[/／]?\s*[>＞]",
 }
 _SPANS = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _KINDS.items()), re.DOTALL | re.MULTILINE)
+# Every span holds one of these.
+_SIGNS = re.compile(r"[`$\\{%<＜\[@]|~~~|://|www\.")
 # As models write it back: with spaces, full-width, without the slash.
 _MARK = re.compile(r"[<＜]\s*[kKｋ]\s*(\d+)\s*[/／]?\s*[>＞]")
 
@@ -82,6 +85,8 @@ class Marked:
 
 def find_spans(text: str) -> list[Span]:
     """The spans of a text, in order; no two overlap."""
+    if not _SIGNS.search(text):
+        return []
     return [Span(match.lastgroup or "", *match.span()) for match in _SPANS.finditer(text)]
 
 

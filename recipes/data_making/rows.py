@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -40,17 +41,34 @@ def row_writer(path: str | Path) -> Iterator[Callable[[Mapping[str, Any]], None]
     """Yield a function that adds a record. The same records give the same bytes.
 
     On leaving without an error the file appears, all at once; on an error an old file stays as it was.
-    Raises: ValueError for Parquet where a field's values have no common type; OSError naming the path where it cannot be written.
+    Raises: ValueError for Parquet where a field's values have no common type; OSError naming a path that cannot be written.
     """
     path = Path(path)
-    with complete_file(path) as partial:
-        if path.suffix == ".parquet":
-            rows: list[Mapping[str, Any]] = []
-            yield rows.append
+    if path.suffix == ".parquet":
+        rows: list[Mapping[str, Any]] = []
+        yield rows.append
+        with complete_file(path) as partial:
             _write_parquet(path, partial, rows)
-            return
-        with compressed(partial) if path.suffix == ".gz" else open(partial, "wb") as file:
-            yield lambda row: cast(None, file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"))
+        return
+    # Not inside `complete_file`: it would take the caller's errors for the file's own.
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with ExitStack() as opened:
+            with _named(path):
+                file = opened.enter_context(compressed(hidden) if path.suffix == ".gz" else hidden.open("wb"))
+
+            def add(row: Mapping[str, Any]) -> None:
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                with _named(path):
+                    file.write(line)
+
+            yield add
+            with _named(path):
+                opened.close()
+        with complete_file(path) as partial:
+            hidden.replace(partial)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -58,6 +76,16 @@ def compressed(path: Path, level: int = 6) -> Iterator[IO[bytes]]:
     """A gzip file to write. Its bytes depend on the content alone (no name, no time)."""
     with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=level, mtime=0) as packed:
         yield cast(IO[bytes], packed)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raises: OSError naming the file in place of one that does not."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise type(error)(f"{path}: could not be written: {reason}; free the disk or choose another folder") from None
 
 
 def _write_parquet(path: Path, partial: Path, rows: Sequence[Mapping[str, Any]]) -> None:
