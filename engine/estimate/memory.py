@@ -301,12 +301,9 @@ class _Step:
         account.release("transients", 2 * sizes.scale if recompute == "block" else 0)
 
     def fp8_gradients(self, elements: int, moment: str, transients: int) -> None:
-        """`gradients` of a weight in FP8: the product is the first micro-batch's gradient, and float32 where it is added."""
-        if self.training.shards > 1 or self.first:
-            self.gradients(elements, moment)
-            self.account.pass_by(moment, transients)
-        else:
-            self.account.pass_by(moment, transients + elements * FLOAT32)
+        """`linear_gradients` of a weight in FP8, whose later products come in float32 and are added in a pass of their own."""
+        added = elements * FLOAT32 if self.training.shards == 1 and not self.first else 0
+        self.linear_gradients(elements, moment, transients + added)
 
     def norm_backward(self, moment: str, transients: int) -> None:
         """The gradient of the normed rows; the reference computes it in float32."""

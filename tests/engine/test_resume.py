@@ -53,6 +53,7 @@ def run_until_killed(monkeypatch, recipe, settings, step, parameter=1):
     ("stage", "changes"),
     [
         ("pretrain", {"dtype": "bfloat16", "optimizer": {"moments": "bfloat16", "gradients": "float32"}}),
+        ("pretrain", {"dtype": "bfloat16", "precision": "fp8", "fp8": {"bf16_first": 0}}),
         ("sft", {"neftune_alpha": 5.0}),
         ("dpo", {"dtype": "bfloat16", "neftune_alpha": 5.0, "preference": {"loss": "ipo"}}),
         pytest.param("pretrain", {}, marks=pytest.mark.slow),

@@ -49,6 +49,8 @@ def steps(training: Training, device: torch.device, count: int = 1) -> Iterator[
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     model.recompute = training.recompute
+    model.fp8_layers = training.fp8_layers
+    model.weight_codes.keep = training.keep_codes
     optimizer = AdamW(model.named_parameters(), training.optimizer)
     yield model, optimizer
     work = training.documents.to(device)
@@ -57,15 +59,16 @@ def steps(training: Training, device: torch.device, count: int = 1) -> Iterator[
     rows = torch.arange(training.rows, dtype=torch.int32, device=device)
     weight = torch.full((training.tokens,), 1 / training.rows, device=device)
     for _ in range(count):
-        for _ in range(2 if training.accumulates else 1):
-            hidden = model(tokens, positions, attention_by(work))
-            if training.log_probs:
-                loss = -model.log_probs(hidden, tokens, rows).sum()
-            else:
-                loss = model.nll(hidden, tokens, rows, weight)[0]
-            del hidden
-            loss.backward()
-            del loss
+        with model.weight_codes.unchanged():
+            for _ in range(2 if training.accumulates else 1):
+                hidden = model(tokens, positions, attention_by(work))
+                if training.log_probs:
+                    loss = -model.log_probs(hidden, tokens, rows).sum()
+                else:
+                    loss = model.nll(hidden, tokens, rows, weight)[0]
+                del hidden
+                loss.backward()
+                del loss
         optimizer.step(1e-3)
     yield model, optimizer
 
@@ -120,6 +123,24 @@ def test_the_plan_follows_the_optimizers_settings(moments, gradients, monkeypatc
     settings = OptimizerSettings(moments=moments, gradients=gradients)
     training = training_of("block", torch.bfloat16, AMPLE, monkeypatch, optimizer=settings)
     assert plan(training).peak == pytest.approx(counted(training), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_plan_knows_what_fp8_holds(mode, monkeypatch):
+    """Two of four layers in FP8, with codes of weights that are kept and not kept."""
+    kept = mode in ("light", "block")
+    config = replace(CONFIG, num_hidden_layers=4)
+    dtype = torch.bfloat16 if mode in ("light", "ffn") else torch.float32
+    given = {"config": config, "fp8_layers": range(1, 3), "keep_codes": kept, "accumulates": mode != "none"}
+    training = training_of(mode, dtype, AMPLE, monkeypatch, **given)
+    assert plan(training).peak == pytest.approx(counted(training), rel=0.025)
+
+
+def test_codes_of_weights_take_2_bytes_an_element():
+    weights = 30 * (4096 * (6144 + 4096) + 3 * 4096 * 14336)
+    for keep in (True, False):
+        items = plan(shisa(fp8_layers=range(1, 31), keep_codes=keep)).items
+        assert items["weight codes"] == (2 * weights if keep else 0)
 
 
 def shisa(**changes) -> Training:
