@@ -200,11 +200,15 @@ def record_of(run: Run, step: Step, rate: float, values: dict[str, Tensor], wait
         values=values,
         tokens=step.tokens,
         trained_tokens=step.trained,
-        flops=step_flops(run.config, step),
+        flops=step_flops(run.config, step, len(run.fp8_layers)),
         data_wait=waited,
         tokens_saved=step.tokens_saved if run.plan.share_prompts else None,
         recomputed_flops=recomputed_flops(
-            run.config, tokens=step.tokens, pairs=step.attended, recompute=run.settings.recompute
+            run.config,
+            tokens=step.tokens,
+            pairs=step.attended,
+            recompute=run.settings.recompute,
+            fp8_layers=len(run.fp8_layers),
         ),
     )
 

@@ -64,14 +64,18 @@ class Outlook:
 
     def basis(self, gpus: int) -> str:
         """What the predicted speed on a number of GPUs rests on."""
-        if gpus == 1 and self.device.measured:
+        if gpus == 1 and self.device.measured and not self.training.fp8_layers:
             return f"predicted; {self.device.measured}"
         return "predicted; never measured" + ("" if gpus <= NODE else ", network assumed")
 
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        from engine.estimate.throughput import ASSUMPTIONS, FP8_ASSUMPTION
+
+        return (*ASSUMPTIONS, FP8_ASSUMPTION) if self.training.fp8_layers else ASSUMPTIONS
+
     def table(self) -> dict[str, Any]:
         """For JSON: sizes in GiB."""
-        from engine.estimate.throughput import ASSUMPTIONS
-
         scaling = [
             {
                 **dataclasses.asdict(found),
@@ -98,7 +102,7 @@ class Outlook:
             "basis": self.basis(self.gpus),
             "scaling": scaling,
             "left_out": self.left_out,
-            "assumptions": ASSUMPTIONS,
+            "assumptions": self.assumptions,
         }
 
 
@@ -137,6 +141,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
 
     from engine.estimate.memory import Training, largest_micro_batch
     from engine.estimate.throughput import speed
+    from engine.precision import fp8_layers
 
     replicas = settings.parallel.replicas
     if gpus < 1 or gpus % replicas:
@@ -164,6 +169,8 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         kernels=dtype == torch.bfloat16,
         shards=gpus // replicas,
         reshard=settings.parallel.reshard,
+        fp8_layers=fp8_layers(settings, config),
+        keep_codes=settings.fp8.keep_weights and gpus == 1,
         reduce_once=settings.parallel.reduce_once,
     )
     limit = memory_gib or device.memory
@@ -191,7 +198,8 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
     for number in [1] if offloaded else sorted({gpus, *(2**power for power in range(11))}):
         copies = replicas if number == gpus else max(1, number // NODE)
         accumulates = step_tokens > number * tokens
-        there = dataclasses.replace(training, accumulates=accumulates, shards=number // copies)
+        keep = settings.fp8.keep_weights and number == 1
+        there = dataclasses.replace(training, accumulates=accumulates, shards=number // copies, keep_codes=keep)
         missing = -_free(limit, *_memory(there, number))
         if missing > 0:
             left_out[number] = f"{missing:.1f} GiB too little"
@@ -226,14 +234,14 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
     """The plan as text."""
     import torch
 
-    from engine.estimate.throughput import ASSUMPTIONS
-
     training, config = outlook.training, outlook.training.config
     optimizer = training.optimizer
     gpus = _gpus(str(outlook.gpus))
+    fp8 = f"FP8 in {len(training.fp8_layers)} of {config.num_hidden_layers} layers, " if training.fp8_layers else ""
     lines = [
         f"{name}: {config.parameters / 1e9:.3f} billion parameters on {gpus} of {outlook.limit:g} GiB",
-        f"recompute {training.recompute}, {optimizer.moments} moments{' on the host' if optimizer.offload != 'none' else ''}, "
+        f"{fp8}recompute {training.recompute}, "
+        f"{optimizer.moments} moments{' on the host' if optimizer.offload != 'none' else ''}, "
         f"micro-batches of {training.tokens:,} tokens{' (gradient accumulation)' if training.accumulates else ''}",
         "",
         f"GiB on a GPU at the peak, in the {outlook.memory.moment}",
@@ -247,7 +255,7 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
         moment = getattr(torch, optimizer.moments).itemsize
         lines += ["", f"host memory: {config.parameters * 2 * moment / 2**30:.1f} GiB of moments, page-locked"]
     lines += ["", *_scaling(outlook)]
-    return [*lines, "", "assumed:", *(f"  {text}" for text in ASSUMPTIONS)]
+    return [*lines, "", "assumed:", *(f"  {text}" for text in outlook.assumptions)]
 
 
 def _gpus(numbers: str) -> str:

@@ -32,33 +32,36 @@ _PEAK_TFLOPS = (
 )
 
 
-def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int) -> int:
+def training_flops(config: MistralConfig, *, tokens: int, rows: int, pairs: int, fp8_layers: int = 0) -> int:
     """Operations of forward and backward: three times the forward products.
 
-    Args: tokens: through the blocks; rows: through the head; pairs: (query, key) pairs, from `attended_pairs`.
+    Args:
+        tokens: through the blocks; rows: through the head; pairs: (query, key) pairs, from `attended_pairs`.
+        fp8_layers: layers whose linear maps multiply in FP8. Their operations count half, as the peak of FP8 is twice as high.
     """
     query_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
     per_token = config.hidden_size * (2 * query_width + 2 * kv_width + 3 * config.intermediate_size)
-    forward = 2 * config.num_hidden_layers * (tokens * per_token + 2 * pairs * query_width)
+    forward = (2 * config.num_hidden_layers - fp8_layers) * tokens * per_token
+    forward += 4 * config.num_hidden_layers * pairs * query_width
     forward += 2 * rows * config.hidden_size * config.unpadded_vocab_size
     return 3 * forward
 
 
-def step_flops(config: MistralConfig, step: Step) -> int:
-    """Operations of a step, of all ranks together."""
-    return training_flops(config, tokens=step.tokens, rows=step.trained, pairs=step.attended)
+def step_flops(config: MistralConfig, step: Step, fp8_layers: int = 0) -> int:
+    """Operations of a step, of all ranks together; those in FP8 count half."""
+    return training_flops(config, tokens=step.tokens, rows=step.trained, pairs=step.attended, fp8_layers=fp8_layers)
 
 
-def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute) -> int:
-    """Operations that activation checkpointing repeats in the backward pass.
+def recomputed_flops(config: MistralConfig, *, tokens: int, pairs: int, recompute: Recompute, fp8_layers: int = 0) -> int:
+    """Operations that activation checkpointing repeats in the backward pass; those in FP8 count half.
 
     Args: tokens: through the blocks; pairs: (query, key) pairs, from `attended_pairs`; recompute: the model's mode.
     """
-    gate_up = 2 * config.num_hidden_layers * tokens * config.hidden_size * 2 * config.intermediate_size
+    gate_up = (2 * config.num_hidden_layers - fp8_layers) * tokens * config.hidden_size * 2 * config.intermediate_size
     if recompute == "block":
         # The whole forward pass of a block: a third of its training operations.
-        return training_flops(config, tokens=tokens, rows=0, pairs=pairs) // 3
+        return training_flops(config, tokens=tokens, rows=0, pairs=pairs, fp8_layers=fp8_layers) // 3
     return gate_up if recompute == "ffn" else 0
 
 

@@ -34,6 +34,9 @@ ASSUMPTIONS = (
 )
 
 
+FP8_ASSUMPTION = "FP8 products reach 1,160 TFLOP/s, below the 1,249 to 1,305 published for cuBLAS on an H200; not measured"
+
+
 @dataclass(frozen=True)
 class Speed:
     """Predicted time of a step."""
@@ -70,6 +73,7 @@ def speed(
     micro_batches = max(1, round(step_tokens / (gpus * training.tokens)))
     rank = replace(training, shards=gpus // replicas)
     compute = micro_batches * _micro_batch(rank, device, context, backward_products) + _update(rank, device)
+    compute += _fp8_weights(rank, micro_batches) / (_BANDWIDTH * device.bandwidth)
     compute += (micro_batches - 1) * _accumulation(rank) / (_BANDWIDTH * device.bandwidth)
     communication, exposed = _communication(rank, device, gpus, replicas, micro_batches)
     return Speed(gpus, micro_batches * gpus * training.tokens, compute, communication, exposed)
@@ -78,22 +82,43 @@ def speed(
 def _micro_batch(training: Training, device: Device, context: int, backward_products: int) -> float:
     config, tokens, rows = training.config, training.tokens, training.rows
     pairs = attended_pairs([context] * (tokens // context) + [tokens % context], config.sliding_window)
-    products = training_flops(config, tokens=tokens, rows=rows, pairs=0)
-    products += recomputed_flops(config, tokens=tokens, pairs=0, recompute=training.recompute)
+    work = training_flops(config, tokens=tokens, rows=rows, pairs=0)
+    work += recomputed_flops(config, tokens=tokens, pairs=0, recompute=training.recompute)
+    # FP8 operations count half: what is missing is half of them.
+    count = len(training.fp8_layers)
+    halved = training_flops(config, tokens=tokens, rows=rows, pairs=0, fp8_layers=count)
+    halved += recomputed_flops(config, tokens=tokens, pairs=0, recompute=training.recompute, fp8_layers=count)
+    fp8 = 2 * (work - halved)
     forward = training_flops(config, tokens=0, rows=0, pairs=pairs) / 3
     passes = 2 if training.recompute == "block" else 1
     attention = passes * forward / _ATTENTION_FORWARD + backward_products / 2 * forward / _ATTENTION_BACKWARD
-    seconds = (products / _PRODUCTS + attention) / device.products
-    return seconds + (tokens * _token_bytes(config) + rows * _row_bytes(config)) / (_BANDWIDTH * device.bandwidth)
+    seconds = ((work - fp8) / _PRODUCTS + attention) / device.products + fp8 / device.fp8_products
+    moved = tokens * _token_bytes(config, count) + rows * _row_bytes(config)
+    return seconds + moved / (_BANDWIDTH * device.bandwidth)
 
 
-def _token_bytes(config: MistralConfig) -> int:
+def _token_bytes(config: MistralConfig, fp8_layers: int) -> int:
     """Bytes that the kernels other than matrix products and attention move for a token."""
     width, inner = config.hidden_size, config.intermediate_size
-    packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    query = config.num_attention_heads * config.head_dim
+    packed = query + 2 * config.num_key_value_heads * config.head_dim
     # Reads and writes, forward and backward. Norm with residual sum, twice: 4 and 6 of the width. SwiGLU: 3 and 6 of the inner
     # width. Rotation: 2 and 2 of the packed heads.
-    return 2 * config.num_hidden_layers * (20 * width + 9 * inner + 4 * packed)
+    layer = 2 * (20 * width + 9 * inner + 4 * packed)
+    # Norms and SwiGLU write codes of 1 byte instead of rows: 7 + 11 bytes of the width, 5 + 13 of the inner width. Passes of
+    # their own: codes of attention's output, 3 + 3, and of the gradients of three outputs, 3; shifts of all four, 2 each.
+    fp8 = 36 * width + 18 * inner + 8 * packed + 6 * query + 5 * (2 * width + packed) + 4 * inner
+    return config.num_hidden_layers * layer + fp8_layers * (fp8 - layer)
+
+
+def _fp8_weights(training: Training, micro_batches: int) -> int:
+    """Bytes that a step moves to make codes of weights, and to add the products of their gradients, which come apart."""
+    config = training.config
+    rows = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim + 3 * config.intermediate_size
+    elements = len(training.fp8_layers) * config.hidden_size * rows
+    # Two reads and both codes once; or two reads and one code in each pass.
+    codes = 6 if training.keep_codes else 10 * micro_batches
+    return elements * (codes + (micro_batches - 1) * 2 * FLOAT32)
 
 
 def _row_bytes(config: MistralConfig) -> int:

@@ -12,13 +12,19 @@ def describe(run: Run) -> list[str]:
     """The run's model, memory, data and schedule, one line each."""
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
     return [
-        f"model      {run.settings.model}: {config.parameters:,} parameters, {run.dtype} on {run.device}".replace("torch.", ""),
+        f"model      {run.settings.model}: {config.parameters:,} parameters, {_precision(run)} on {run.device}",
         f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
         f"memory     {_planned(run)}",
         *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
         f"schedule   {_scheduled(schedule, steps)}",
         f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
     ]
+
+
+def _precision(run: Run) -> str:
+    """The parameters' dtype, and the layers that multiply in FP8."""
+    layers, dtype = run.fp8_layers, str(run.dtype).removeprefix("torch.")
+    return f"{dtype}, FP8 products in layers {layers[0]} to {layers[-1]}," if layers else dtype
 
 
 def _scheduled(schedule: ScheduleSettings, steps: int) -> str:

@@ -92,10 +92,10 @@ class TrainSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the parameters; auto: bfloat16 with exact float32 masters on CUDA, float32 on the CPU."""
     precision: Literal["dtype", "fp8"] = "dtype"
-    """Matrix products of the layers' linear maps, while training. dtype: in the parameters' dtype. fp8: in 8-bit floats with
-    scales made from the numbers at hand (`kernels/fp8_linear.py` explains the method): about a third more tokens a second by
-    arithmetic, not measured; each product is off by about 4 %. Evaluation, generation, checkpoints and the reference of
-    preference tuning are as without it. On CUDA it needs dtype = bfloat16 and an H100 or newer (compute capability 8.9)."""
+    """Matrix products of the layers' linear maps while training. dtype: in the parameters' dtype. fp8: in 8-bit floats, with
+    scales made from the numbers at hand (`kernels/fp8_linear.py` explains the method). Predicted, not measured: a quarter
+    more tokens a second; gradients are off by about 4 %. Evaluation, generation, checkpoints and the reference of
+    preference tuning are as without it. On CUDA it needs dtype = bfloat16 and compute capability 8.9 (H100: 9.0)."""
     recompute: Recompute = "light"
     """Activation checkpointing: the activations that the backward pass computes again, from fastest to leanest: none, light
     (norms and SwiGLU), ffn (also gate and up), block (everything but a block's input). The results are bit-identical."""

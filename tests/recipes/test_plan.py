@@ -181,3 +181,23 @@ def test_the_kind_of_gpu_and_the_device_have_names_of_their_own(capsys):
     assert "--device says where a recipe runs (auto, cpu, cuda); the kind of GPU is --gpu h100" in capsys.readouterr().err
     main([config, *MODEL, "--device", "cpu", "--gpu", "h100"])
     assert "on 1 GPU of 79 GiB" in capsys.readouterr().out
+
+
+def test_fp8_takes_memory_for_codes_and_is_predicted_to_be_a_quarter_faster():
+    tokens = ("--pack-tokens", "8192")
+    plain, fp8, lean = (
+        outlook("pretrain", *tokens, *more)
+        for more in ((), ("--precision", "fp8"), ("--precision", "fp8", "--fp8.no-keep-weights"))
+    )
+    assert (fp8.training.fp8_layers, lean.training.keep_codes) == (range(1, 31), False)
+    assert fp8.memory.peak - lean.memory.peak == pytest.approx(fp8.memory.items["weight codes"], rel=0.01)
+    assert fp8.speeds["light"].hidden == pytest.approx(1.26 * plain.speeds["light"].hidden, rel=0.03)
+    assert lean.curve[0].hidden < fp8.curve[0].hidden
+    assert fp8.basis(1) == "predicted; never measured"
+    assert "FP8" in fp8.assumptions[-1]
+    assert "FP8" not in plain.assumptions[-1]
+
+
+def test_a_model_that_fp8_does_not_take_is_refused():
+    with pytest.raises(ValueError, match=r"fp8\.bf16_first = 20 and fp8\.bf16_last = 20 leave none of the model's 32 layers"):
+        outlook("pretrain", "--precision", "fp8", "--fp8.bf16-first", "20", "--fp8.bf16-last", "20")

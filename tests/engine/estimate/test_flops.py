@@ -1,6 +1,7 @@
 """The operations of a step against brute force and torch's own count of the same products."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.estimate.flops import peak_flops, recomputed_flops, training_flops
 from kernels.attention.work import attended_pairs, attention_work, pairs_of
+from kernels.recompute import Recompute
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, initialize
 
@@ -139,3 +141,16 @@ def test_recomputed_flops_equal_torchs_count(mode):
     expected = recomputed_flops(config, tokens=len(tokens), pairs=0, recompute=mode)
     assert counted(mode) - counted("none") == expected
     assert (expected == 0) == (mode == "light")
+
+
+@pytest.mark.parametrize("mode", get_args(Recompute))
+def test_operations_in_fp8_count_half(mode):
+    """Of the linear maps of 30 layers; attention and head count whole."""
+    config = PRESETS["shisa-7b"]
+    linear = 30 * 4096 * (6144 + 4096 + 3 * 14336)
+    sizes = {"tokens": 100, "rows": 50, "pairs": 700}
+    whole, halved = (training_flops(config, **sizes, fp8_layers=layers) for layers in (0, 30))
+    assert whole - halved == 3 * 100 * linear
+    again = [recomputed_flops(config, tokens=100, pairs=700, recompute=mode, fp8_layers=layers) for layers in (0, 30)]
+    repeated = {"none": 0, "light": 0, "ffn": 30 * 4096 * 2 * 14336, "block": linear}
+    assert again[0] - again[1] == 100 * repeated[mode]
