@@ -40,6 +40,10 @@ class EvaluateSettings:
     """Folder of another model's evaluation, to compare with on the same items."""
     limit: int | None = None
     """Only the first items of each task."""
+    template: PathName | None = None
+    """File with the prompt of llm-jp-eval's tasks: a text with {instruction}, {examples} and {input}; default: our own."""
+    legacy_bos: bool = False
+    """llm-jp-eval's tasks with the beginning-of-sequence token before the instruction, as in Shisa 7B's published scores."""
     chat: bool = False
     """Ask through the model's chat template, examples as earlier turns."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,6 +60,8 @@ class EvaluateSettings:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("tasks: name at least one, such as leaderboard")
+        if self.legacy_bos and self.chat:
+            raise ValueError("legacy_bos has no effect with chat, whose template places the token; leave one of them out")
         for name, value in (("limit", self.limit), ("pack_tokens", self.pack_tokens), ("rows", self.rows)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
@@ -81,6 +87,7 @@ def run(settings: EvaluateSettings) -> Path:
     from recipes.evaluation.benchmarks import load_suite
     from recipes.evaluation.harness import KomainuLM
     from recipes.evaluation.ledger import Ledger
+    from recipes.evaluation.llm_jp_tasks import TEMPLATE, Form, read_template
 
     if settings.compare is not None and not (Path(settings.compare) / "results.json").is_file():
         raise FileNotFoundError(f"{settings.compare}: holds no finished evaluation (results.json) to compare with")
@@ -89,7 +96,8 @@ def run(settings: EvaluateSettings) -> Path:
     tokenizer = Tokenizer.load(folder)
     if settings.chat:
         check_chat_template(folder)
-    suite = load_suite(settings.tasks, None if settings.data is None else Path(settings.data))
+    form = Form(read_template(settings.template) if settings.template else TEMPLATE, settings.legacy_bos)
+    suite = load_suite(settings.tasks, None if settings.data is None else Path(settings.data), form)
     name = settings.dtype if settings.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     pack_tokens = settings.pack_tokens or default_pack_tokens(device)
     identity = {
@@ -137,7 +145,8 @@ def _write(settings: EvaluateSettings, suite: Suite, found: dict[str, Any], lm: 
 
     out = Path(settings.out)
     samples = found.pop("samples")
-    rows = _rows(suite, found, samples)
+    rows = [*_llm_jp_rows(found, samples), *_rows(suite, found, samples)]
+    _write_llm_jp_log(settings, samples)
     intervals: dict[str, dict[str, Any]] = {}
     for row in rows:
         entry = {"low": row.interval.low, "high": row.interval.high, "confidence": 0.95, "method": row.method}
@@ -215,6 +224,45 @@ def _rows(suite: Suite, found: Mapping[str, Any], samples: Mapping[str, Sequence
             if filter and metric in aggregations:
                 add(name, [name], metric, filter, score, None if aggregations[metric] is mean else aggregations[metric])
     return rows
+
+
+def _llm_jp_rows(found: dict[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+    """The means of llm-jp-eval's data sets; they are added to the results too."""
+    from recipes.evaluation.comparison import Row
+    from recipes.evaluation.llm_jp import DATASETS
+    from recipes.evaluation.llm_jp_tasks import NAME, SHOTS, means, weights
+    from recipes.evaluation.statistics import bootstrap_weighted_means
+
+    names = [name for name, (group, _) in DATASETS.items() if group and f"{NAME}/{name}" in samples]
+    if not names:
+        return []
+    own = {name: [sample[DATASETS[name][1]] for sample in samples[f"{NAME}/{name}"]] for name in names}
+    found[NAME] = means({name: sum(values) / len(values) for name, values in own.items()})
+    return [
+        Row(
+            name=f"{NAME} {mean}",
+            shots=SHOTS,
+            metric="mean",
+            filter="none",
+            score=score,
+            interval=bootstrap_weighted_means(list(own.values()), weights(names, mean)),
+            method="bootstrap in each data set",
+            items=sum(len(own[name]) for name in names if mean in ("AVR", DATASETS[name][0])),
+            clusters=None,
+            primary=mean == "AVR",
+        )
+        for mean, score in found[NAME].items()
+    ]
+
+
+def _write_llm_jp_log(settings: EvaluateSettings, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The predictions of llm-jp-eval's data sets, for `recipes.evaluation.llm_jp --rescore`."""
+    from model.folder import write_file
+    from recipes.evaluation.llm_jp_tasks import NAME, log_lines
+
+    own = {task: found for task, found in samples.items() if task.startswith(f"{NAME}/")}
+    if own:
+        write_file(Path(settings.out) / "llm_jp_eval.jsonl", log_lines(settings.model, own).encode("utf-8", "backslashreplace"))
 
 
 def _primary(suite: Suite, name: str) -> str:

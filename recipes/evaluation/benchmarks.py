@@ -28,6 +28,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager, _yaml_loader
 
 from engine.data.sources import RECORD_SUFFIXES, find_sources
+from recipes.evaluation import llm_jp_tasks
 from recipes.evaluation.answer_scores import char_f1
 
 OWN = Path(__file__).parent / "tasks"
@@ -93,9 +94,10 @@ class LocalTask(ConfigurableTask):
         self.dataset = self._reader()
 
 
-def load_suite(names: Sequence[str], data: Path | None) -> Suite:
+def load_suite(names: Sequence[str], data: Path | None, form: llm_jp_tasks.Form | None = None) -> Suite:
     """The tasks of these names, and of the task files among them.
 
+    Args: data: folder of their data. form: of llm-jp-eval's prompts.
     Raises: ValueError for an unknown name (naming the nearest), a task file that is not right, or data that cannot be had;
         FileNotFoundError for a file of data that is not there.
     """
@@ -106,6 +108,10 @@ def load_suite(names: Sequence[str], data: Path | None) -> Suite:
         if name.endswith((".yaml", ".yml")):
             for file in _listed(name):
                 _add_local(suite, file, data)
+        elif name.split("/")[0] == llm_jp_tasks.NAME:
+            for task in llm_jp_tasks.load_tasks(name, data, form or llm_jp_tasks.Form()):
+                suite.loaded["tasks"][task.task_name] = task
+                suite.primary[task.task_name] = next(iter(task.aggregation()))
         elif name == "leaderboard":
             official |= LEADERBOARD
         else:
@@ -123,7 +129,7 @@ def _add_official(suite: Suite, names: Mapping[str, tuple[int | None, str | None
     manager = TaskManager()
     for name, (shots, primary) in names.items():
         if name not in manager.all_tasks:
-            known = [*manager.all_tasks, "leaderboard", *(file.name for file in sorted(OWN.glob("*.yaml")))]
+            known = [*manager.all_tasks, "leaderboard", llm_jp_tasks.NAME, *(file.name for file in sorted(OWN.glob("*.yaml")))]
             near = difflib.get_close_matches(name, known, n=3)
             meant = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists the harness's"
             raise ValueError(f"task {name}: unknown; {meant}")

@@ -153,12 +153,17 @@ def compared(ours: Mapping[str, tuple[str, Items]], others: Mapping[str, Items],
     ]
 
 
+def samples_file(task: str) -> str:
+    """Name of the file with a task's samples."""
+    return f"samples_{task.replace('/', '_')}.jsonl"
+
+
 def read_samples(folder: Path, task: str) -> list[dict[str, Any]] | None:
     """The samples that an evaluation wrote for a task; None where it has none.
 
     Raises: ValueError naming file and line of what is no sample.
     """
-    path = folder / f"samples_{task}.jsonl"
+    path = folder / samples_file(task)
     if not path.is_file():
         return None
     samples = []

@@ -12,6 +12,9 @@ from model.vocabulary.chat import encode_rendered
 from model.vocabulary.proto import ModelProto
 from model.vocabulary.tokenizer import Tokenizer, inside_text
 
+# Stands in a text where its one beginning-of-sequence token shall be, if not at the beginning: a character of no text.
+BOS_HERE = "\ufdd1"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -23,7 +26,7 @@ class Pair:
 
 
 class Encoder:
-    """Encodes plain texts, or with `chat` texts that the chat template has made."""
+    """Encodes plain texts, or with `chat` texts that the chat template has made; of these none has a mark `BOS_HERE`."""
 
     def __init__(self, tokenizer: Tokenizer, *, chat: bool = False) -> None:
         self.tokenizer, self.chat = tokenizer, chat
@@ -32,11 +35,16 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's ids behind one beginning-of-sequence token; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
+        plain = [text for text in unique if BOS_HERE not in text]
         if self.chat:
-            encoded = [encode_rendered(self.tokenizer, text) for text in unique]
+            encoded = [encode_rendered(self.tokenizer, text) for text in plain]
         else:
-            encoded = self.tokenizer.encode_batch(unique) if unique else []
-        begun = dict(zip(unique, map(self._begun, encoded), strict=True))
+            encoded = self.tokenizer.encode_batch(plain) if plain else []
+        begun = dict(zip(plain, map(self._begun, encoded), strict=True))
+        for text in unique:
+            if BOS_HERE in text:
+                before, after = (self.tokenizer.encode(part) for part in text.split(BOS_HERE, 1))
+                begun[text] = [*before, self.tokenizer.bos_id, *after]
         return [begun[text] for text in texts]
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Pair]:

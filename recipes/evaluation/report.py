@@ -11,7 +11,7 @@ from typing import Any
 
 from model.folder import write_file
 from recipes.drawing import new_figure, save_figure
-from recipes.evaluation.comparison import Compared, Row
+from recipes.evaluation.comparison import Compared, Row, samples_file
 
 DRAWING = "report.svg"
 
@@ -23,7 +23,7 @@ def write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any]
             json.dumps({key: value for key, value in sample.items() if key != "arguments"}, ensure_ascii=False, default=_plain)
             for sample in own
         ]
-        write_file(folder / f"samples_{task}.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        write_file(folder / samples_file(task), ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -92,6 +92,28 @@ def bootstrap(
     return _percentiles(finite, count, confidence)
 
 
+def bootstrap_weighted_means(
+    strata: Sequence[Sequence[float] | np.ndarray],  # the values of each data set, whose items are drawn apart
+    weights: Sequence[float],  # of each data set's mean
+    *,
+    confidence: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a weighted sum of the means of several data sets, such as the mean of their means.
+
+    Raises: ValueError without values.
+    """
+    total, smallest = np.zeros(draws), 2**31
+    for number, (values, weight) in enumerate(zip(strata, weights, strict=True)):
+        if weight:
+            value_N = _values(values)
+            parts = [times_RN @ value_N / len(value_N) for times_RN in _draws(len(value_N), draws, seed + number)]
+            total += weight * np.concatenate(parts)
+            smallest = min(smallest, len(value_N))
+    return _percentiles(total, smallest, confidence)
+
+
 def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray) -> float:
     """Two-sided exact p-value that two models are right equally often on the same independent items (McNemar 1947).
 

@@ -10,6 +10,7 @@ stats = pytest.importorskip("scipy.stats", reason="scipy comes with the extra ev
 from recipes.evaluation.statistics import (  # noqa: E402
     bootstrap,
     bootstrap_mean,
+    bootstrap_weighted_means,
     detectable_difference,
     holm,
     mcnemar,
@@ -138,3 +139,14 @@ def test_what_no_data_could_have_shown_is_not_claimed():
 def test_wrong_numbers_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_mean_of_means_has_the_interval_of_independent_data_sets():
+    random = np.random.default_rng(7)
+    strata = [random.normal(0.5, spread, size=count) for spread, count in ((1, 300), (2, 100), (0.5, 50))]
+    ours = bootstrap_weighted_means([*strata, [1.0, 2.0]], [0.5, 0.25, 0.25, 0])
+    middle = sum(weight * values.mean() for weight, values in zip((0.5, 0.25, 0.25), strata, strict=True))
+    error = math.sqrt(
+        sum(weight**2 * values.var() / len(values) for weight, values in zip((0.5, 0.25, 0.25), strata, strict=True))
+    )
+    assert (ours.low, ours.high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.02)
