@@ -10,7 +10,7 @@ functions where neither does.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,13 @@ class Operator:
         self,
         name: str,
         function: Callable[..., Any],  # of positional arguments
-        mutates: Iterable[str] = (),  # names of the tensors that it changes
+        mutates: Sequence[str] = (),  # names of the tensors that it changes
         schema: str | None = None,
     ) -> None:
         self.function = function
-        self.registered = torch.library.custom_op(name, function, mutates_args=tuple(mutates), schema=schema)
-        names = list(inspect.signature(function).parameters)
-        self.mutated = [names.index(name) for name in mutates]
+        self.registered = torch.library.custom_op(name, function, mutates_args=mutates, schema=schema)
+        parameters = list(inspect.signature(function).parameters)
+        self.mutated = [parameters.index(tensor) for tensor in mutates]
 
     def __call__(self, *arguments: Any) -> Any:
         # A dispatch mode records operators, or traces a graph with tensors that have no data.
@@ -66,7 +66,7 @@ class Operator:
         return getattr(self.registered, name)
 
 
-def operator(name: str, *, mutates: Iterable[str] = (), schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, *, mutates: Sequence[str] = (), schema: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator that makes an `Operator` of a function."""
     return lambda function: Operator(name, function, mutates, schema)
 
