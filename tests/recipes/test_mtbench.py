@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import zlib
 
@@ -29,8 +30,12 @@ def _short_waits(monkeypatch):
 
 @pytest.fixture
 def bench(tmp_path):
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    write_questions(tmp_path)
     return tmp_path
+
+
+def write_questions(folder) -> None:
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
 
 
 def call(part: str, bench, server, *options: str) -> None:
@@ -87,12 +92,20 @@ def test_a_folder_answers_without_an_endpoint(bench, tiny_model):
     assert greedy[0] == greedy[1]
 
 
-@pytest.fixture
-def answered(bench):
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    """The answers of the models a and b."""
+    folder = tmp_path_factory.mktemp("answered")
+    write_questions(folder)
     with FakeServer() as server:
         for model in ("a", "b"):
-            call("answer", bench, server, "--model", model, "--choices", "2", "--no-probe")
-    return bench
+            call("answer", folder, server, "--model", model, "--choices", "2", "--no-probe")
+    return folder
+
+
+@pytest.fixture
+def answered(two_models, tmp_path):
+    return shutil.copytree(two_models, tmp_path / "bench")
 
 
 def test_all_choices_and_both_turns_are_judged_and_texts_without_a_score_again(answered, capsys):
@@ -229,7 +242,7 @@ def test_scores_are_shown_with_their_spread_and_paired_differences(answered, cap
 def test_a_killed_run_ends_in_the_same_bytes(bench, tmp_path):
     def answer(url: str, out) -> None:
         options = ["--questions", f"{bench}/questions.jsonl", "--out", str(out), "--url", url, "--model", "m", "--no-probe"]
-        mtbench.main(["answer", *options, "--choices", "8", "--timeout", "2", "--temperature", "0"])
+        mtbench.main(["answer", *options, "--choices", "5", "--timeout", "2", "--temperature", "0"])
 
     written = []
     with FakeServer(delay=0.01) as server, FaultProxy(server.url, share=0.3, kinds=("429", "500", "cut")) as proxy:
@@ -237,7 +250,7 @@ def test_a_killed_run_ends_in_the_same_bytes(bench, tmp_path):
         for kills in range(1, 4):
             before = proxy.passed
             child = in_a_child(lambda: answer(proxy.url, tmp_path / "killed"))
-            wait_until(lambda before=before, kills=kills: proxy.passed >= before + 3 * kills)
+            wait_until(lambda before=before, kills=kills: proxy.passed >= before + 2 * kills)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         answer(proxy.url, tmp_path / "killed")

@@ -200,7 +200,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 
 
 def test_a_run_that_is_killed_three_times_pays_nothing_twice_but_what_was_in_flight(tmp_path):
-    count, kills, limit = 150, 3, 15.0
+    count, kills, limit = 100, 3, 15.0
     journal = tmp_path / "journal"
     with (
         FakeServer(delay=0.01) as server,
