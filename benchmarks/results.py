@@ -30,7 +30,7 @@ _FOLDERS = re.compile(r"(?<![\w./~])/(?:[^\s/'\"]+/)+")
 _PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "torchtitan")
 _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
 _DATA_AXES = ("objective", "sequence", "micro_batch", "accumulate", "documents")
-TRAIN_AXES = ("preset", "layers", *_DATA_AXES, "dtype", "recompute", "backend", "moments", "offload", "ranks")
+TRAIN_AXES = ("preset", "layers", *_DATA_AXES, "dtype", "precision", "recompute", "backend", "moments", "offload", "ranks")
 # The fields that tell the rows of a benchmark apart. Other benchmarks: all fields but floats, spreads and lists.
 KEYS: dict[str, tuple[str, ...]] = {
     "train": ("task", *TRAIN_AXES, "name"),

@@ -75,6 +75,8 @@ class TrainBenchSettings:
     """Prepared folder (`python -m recipes.prepare`) to train on instead of synthetic documents."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the parameters; auto: bfloat16 on CUDA, float32 on a CPU."""
+    precision: Literal["dtype", "fp8"] = "dtype"
+    """Products of the layers' linear maps; the first and the last layer never use FP8."""
     recompute: str = ""
     """Activation checkpointing: none, light, ffn or block; default: the engine's."""
     backend: str = ""
@@ -189,7 +191,8 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
     folder.mkdir()
     job = make_job(point, device, folder)
     steps, dtype = steps_of(open_job(job), point.needed_steps), getattr(torch, point.dtype)
-    works = [work_of(point.config, step, point.recompute, device=device, dtype=dtype) for step in steps]
+    fp8 = len(open_job(job).fp8_layers)
+    works = [work_of(point.config, step, point.recompute, device=device, dtype=dtype, fp8_layers=fp8) for step in steps]
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps_of(open_job(job, share_prompts=False), point.needed_steps), Path(job["steps_file"]))
@@ -300,7 +303,7 @@ def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> d
             documents=point.documents,
             seed=point.seed,
         )
-    chosen = {name: getattr(point, name) for name in ("recompute", "backend") if getattr(point, name)}
+    chosen = {name: getattr(point, name) for name in ("precision", "recompute", "backend") if getattr(point, name)}
     job = new_job(
         point.objective,
         config,

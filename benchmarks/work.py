@@ -4,7 +4,7 @@ tokens: places of the documents; padding never counts. A document of L tokens ha
 predicted. The shared prompt of a pair counts on both sides though we compute it once, so that the figures of all candidates are
 of the same data. MFU: the operations that a step needs (attended pairs exactly, a shared prompt once, the head only where
 something is predicted, no look-up) over the device's published peak. HFU: the same with everything that the backward pass
-recomputes. of_ceiling: the needed operations over what a large matrix product reached in the same process.
+recomputes. FP8 operations count half. of_ceiling: the needed operations over what a large product reached in the same process.
 """
 
 import itertools
@@ -47,14 +47,16 @@ def work_of(
     *,
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,  # of the parameters
+    fp8_layers: int = 0,
 ) -> Work:
     documents = sum(len(batch.document_B) for batch in step.batches)
     budget, kernels = default_budget(device), device.type == "cuda"
     again = sum(head_again(config, batch, dtype.itemsize, budget, kernels=kernels) for batch in step.batches)
     for batch in step.batches if recompute else []:
         pairs = pairs_of(batch.attention)
-        again += recomputed_flops(config, tokens=batch.tokens, pairs=pairs, recompute=recompute)  # type: ignore[arg-type]
-    return Work(step.tokens + step.tokens_saved, documents, step.trained, step_flops(config, step), again)
+        sizes = {"tokens": batch.tokens, "pairs": pairs, "fp8_layers": fp8_layers}
+        again += recomputed_flops(config, recompute=recompute, **sizes)  # type: ignore[arg-type]
+    return Work(step.tokens + step.tokens_saved, documents, step.trained, step_flops(config, step, fp8_layers), again)
 
 
 def head_again(config: MistralConfig, batch: Batch, itemsize: int, budget_bytes: int, *, kernels: bool = False) -> int:
