@@ -155,9 +155,11 @@ class ShowSettings:
 def answer(settings: AnswerSettings) -> None:
     """Write OUT/model_answer/NAME.jsonl."""
     questions = read_questions(settings.questions)
-    name = settings.name or Path(settings.model).name
+    name = settings.name or Path(settings.model).resolve().name
     file = Path(settings.out) / "model_answer" / f"{name}.jsonl"
     with _asker(settings, f"answer-{name}") as asker:
+        if file.exists() and "started" not in asker.facts:
+            raise ValueError(f"{file}: exists, and another program wrote it; choose another --name, or remove it")
         responder = open_responder(settings)
         refused = _refused(asker, responder, settings)
         started = _started(asker)
@@ -229,7 +231,7 @@ class _Task:
 
 def judge(settings: JudgeSettings) -> None:
     """Add to OUT/model_judgment/JUDGE_single.jsonl what it lacks. Its other rows stay as they are."""
-    judge_name = Path(settings.model).name
+    judge_name = Path(settings.model).resolve().name
     file = Path(settings.out) / "model_judgment" / f"{judge_name}_single.jsonl"
     tasks = _tasks(settings)
     kept = read_judgments([str(file)]) if file.is_file() else []

@@ -19,11 +19,12 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from engine.inference.asking import Answer, Asker, ChatRequest, Responder, RunStopped, Unanswered
 from engine.inference.budget import Prices
+from engine.settings.toml import PathName
 from model.vocabulary.chat import Message
 
 TRIES = 8
@@ -47,7 +48,7 @@ _OPENAI = "api.openai.com"
 class EndpointSettings:
     """An OpenAI-compatible endpoint, or a model's folder."""
 
-    model: str
+    model: PathName
     """Name of the model at the endpoint; without url: run folder, Hugging Face folder or hub repository owner/name, which then
     answers in this process."""
     url: str = ""
@@ -64,7 +65,7 @@ class EndpointSettings:
     """Seconds after which a request without its whole answer is tried again."""
     max_tokens_name: str = "max_tokens"
     """The endpoint's name for the longest answer: max_completion_tokens for OpenAI's reasoning models."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Without url. auto: CUDA if there is a GPU."""
 
     def __post_init__(self) -> None:
@@ -78,8 +79,6 @@ class EndpointSettings:
             raise ValueError(f"concurrency = {self.concurrency}: must be at least 1")
         if not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout}: must be a number of seconds above 0")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device = {self.device!r}: must be one of 'auto', 'cpu', 'cuda'")
         if not self.url:
             return
         parts = urlsplit(self.url)

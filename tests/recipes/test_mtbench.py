@@ -81,6 +81,18 @@ def test_answers_hold_every_choice_and_turn_with_the_categories_temperatures(ben
         assert len(server.log) == answered
 
 
+def test_answers_of_another_program_are_not_overwritten(bench):
+    file = bench / "out" / "model_answer" / "m.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}\n")
+    with (
+        FakeServer() as server,
+        pytest.raises(SystemExit, match=r"m.jsonl: exists, and another program wrote it; choose another"),
+    ):
+        call("answer", bench, server, "--model", "m")
+    assert file.read_text() == "{}\n"
+
+
 def test_a_folder_answers_without_an_endpoint(bench, tiny_model):
     out = str(bench / "out")
     common = ["--questions", f"{bench}/questions.jsonl", "--out", out, "--device", "cpu"]
