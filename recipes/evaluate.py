@@ -182,17 +182,25 @@ def _write(settings: EvaluateSettings, suite: Suite, found: dict[str, Any], lm: 
 
 def _rows(suite: Suite, found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
     """Every metric of every group and task; a group's tasks come after it."""
+    import numpy as np
     from lm_eval.api.registry import get_aggregation
 
     from recipes.evaluation.benchmarks import clusters_of
     from recipes.evaluation.comparison import Row, interval_of, items_of
+    from recipes.evaluation.statistics import bootstrap_weighted_means
 
     def add(name: str, tasks: Sequence[str], metric: str, filter: str, score: float, aggregate: Any) -> None:
         own = {task: samples[task] for task in tasks}
         items = items_of(own, metric, filter, lambda task, chosen: clusters_of(suite, task, chosen))
         if not items.values or (aggregate is None and not items.numeric):
             return
-        interval, method = interval_of(items, aggregate)
+        if len(tasks) > 1 and abs(float(np.mean(items.values)) - score) > 1e-9:
+            # A mean of the tasks' means, which every task moves alike.
+            strata = [[sample[metric] for sample in samples[task] if sample["filter"] == filter] for task in tasks]
+            interval = bootstrap_weighted_means(strata, [1 / len(tasks)] * len(tasks))
+            method = "bootstrap in each task"
+        else:
+            interval, method = interval_of(items, aggregate)
         rows.append(
             Row(
                 name=name,

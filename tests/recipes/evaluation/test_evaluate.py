@@ -17,12 +17,15 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the extra eval")
 pytest.importorskip("rapidfuzz", reason="rapidfuzz comes with the extra eval")
 
+from lm_eval.api.group import Group
+
 from engine.inference.scoring import Request, score
 from model.mistral import initialize
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model, save_model
 from recipes.evaluate import EvaluateSettings, run
+from recipes.evaluation.benchmarks import LEADERBOARD, load_suite
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ("results.json", "report.md", "report.svg", "samples_choice.jsonl", "samples_letters.jsonl", "samples_answer.jsonl")
@@ -158,6 +161,44 @@ def test_a_chat_model_is_asked_through_its_template(tiny_model, small_tasks, tmp
     one, two = (samples_of(folder, "choice")[0]["resps"] for folder in (chat, plain))
     assert one != two
     assert "asked through the chat template" in (chat / "report.md").read_text(encoding="utf-8")
+
+
+class Manager:
+    """In place of the harness's: the leaderboard's names, each a small task; MMLU a group of two."""
+
+    all_tasks = list(LEADERBOARD)  # noqa: RUF012
+    folder: Path
+
+    def load(self, names: list[str]) -> dict:
+        (name,) = names
+        subjects = [f"{name}_one", f"{name}_two"] if name == "mmlu" else [name]
+        tasks = {}
+        for subject in subjects:
+            (tasks[subject],) = load_suite([str(self.folder / "choice.yaml")], self.folder).loaded["tasks"].values()
+            tasks[subject].config.task = subject
+        if name != "mmlu":
+            return {"tasks": tasks, "groups": {}, "group_map": {}}
+        metrics = [{"metric": "acc", "weight_by_size": True}]
+        group = Group.from_config({"group": name, "task": subjects, "aggregate_metric_list": metrics})
+        for task in tasks.values():
+            group.add(task)
+        return {"tasks": tasks, "groups": {name: group}, "group_map": {name: subjects}}
+
+
+def test_the_leaderboard_has_the_model_cards_shots_and_metrics(tiny_model, small_tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.evaluation.benchmarks.TaskManager", Manager)
+    monkeypatch.setattr(Manager, "folder", small_tasks, raising=False)
+    settings = settings_of(tiny_model, small_tasks, tmp_path / "board", tasks=("leaderboard",), limit=2)
+    out = run(settings)
+    results, report = results_of(out), (out / "report.md").read_text(encoding="utf-8")
+    shots = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
+    assert {name: results["n-shot"][name] for name in shots} == shots
+    assert "| **arc_challenge** | 25 | acc_norm |" in report
+    assert "| **hellaswag** | 10 | acc_norm |" in report
+    assert "| **mmlu** | 5 | acc |" in report
+    pooled = [sample["acc"] for task in ("mmlu_one", "mmlu_two") for sample in samples_of(out, task)]
+    assert results["groups"]["mmlu"]["acc,none"] == pytest.approx(sum(pooled) / 4)
+    assert results["intervals"]["mmlu"]["acc,none"]["method"].endswith("by cluster")
 
 
 @pytest.mark.parametrize(
