@@ -100,16 +100,19 @@ def test_no_tile_of_keys_comes_before_an_earlier_tile_that_its_queries_see(row):
 def test_tiles_of_keys_with_much_work_come_first():
     """The longer document's tiles, from its start; then the shorter document's, which fewer queries see."""
     assert [tile for tile, _ in listed(Row((20, 40), None, 16))[1]] == [(20, 36), (36, 52), (0, 16), (52, 60), (16, 20)]
+    # A prompt's tile has its own queries and the answers'.
+    shared = Row((16, 3, 3, 20), None, 16, prefixes=(-1, 0, 0, -1))
+    assert [tile for tile, _ in listed(shared)[1]] == [(0, 16), (22, 38), (38, 42), (16, 19), (19, 22)]
 
 
 def test_a_range_of_queries_says_where_its_text_begins():
-    """A prefix of 20 places ends at 20; its second follower, at 33 to 50, counts the prefix's places right before its own."""
-    work = ROWS["shared prompt"].work()
+    """A prefix of 20 places ends at 24; its second follower, at 37 to 54, counts the prefix's places right before its own."""
+    work = Row((4, 20, 13, 17), 64, 16, prefixes=(-1, -1, 1, 1)).work()
     table = work.work.tolist()
     ranges = table[work.query_tiles + work.key_tiles :]
     tiles = table[work.query_tiles : work.query_tiles + work.key_tiles]
     texts = {start: {text for *_, text in ranges[first:last]} for start, _, first, last in tiles}
-    assert texts == {0: {0}, 16: {0}, 20: {0}, 33: {13}, 49: {13}}
+    assert texts == {0: {0}, 4: {4}, 20: {4}, 24: {4}, 37: {17}, 53: {17}}
 
 
 def test_lists_of_different_batches_have_few_shapes():
