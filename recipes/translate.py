@@ -112,7 +112,7 @@ def run(settings: TranslateSettings) -> None:
         return texts
 
     total, skipped = usable_records(settings.paths, read, settings.limit)
-    print("\n".join([f"{total:,} records to translate", *skipped.lines("skipped")]))
+    print("\n".join([f"records to translate: {total:,}", *skipped.lines("skipped")]))
     items = read_records(settings.paths, read, Tally(), settings.limit)
     if settings.dry_run:
         _preview(settings, items)
@@ -131,6 +131,8 @@ def run(settings: TranslateSettings) -> None:
         print(asker.summary())
     for line in _lines(settings, count):
         print(line)
+    if not count.kept:
+        raise ValueError(f"{settings.out}: no record passed; the .dropped file beside it holds all, each with its reasons")
 
 
 def _translator(settings: TranslateSettings, asker: Asker) -> Translator:
@@ -186,7 +188,7 @@ def _lines(settings: TranslateSettings, count: _Count) -> list[str]:
         lines.append(f"attempt {number} ({attempt.model}, {attempt.unit}): {count.passed[number]:,} messages passed")
         lines += [f"  {line}" for line in tried.lines("failed")]
     if dropped := count.records - count.kept:
-        lines.append(f"{dropped:,} records dropped, each with its reasons in the .dropped file beside it")
+        lines.append(f"dropped {dropped:,}, each with its reasons in the .dropped file beside it")
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,13 @@ from typing import Any
 
 from engine.data.records import Unusable
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
-from engine.inference.asking import Asker, Responder
+from engine.inference.asking import Answer, Asker, Responder
 from engine.inference.endpoint import EndpointSettings, open_responder
 from engine.settings.toml import PathName, to_table
 from recipes.data_making.rows import beside, check_name, row_writer
 
+CUT = "cut off"
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 # Settings that change what a run costs or how fast it is, and no byte of its result.
 _NO_EFFECT = frozenset(
     {
@@ -82,6 +85,18 @@ class MakingSettings:
         for name, model in models.items():
             if self.max_cost is not None and model.url and model.price_in is None:
                 raise ValueError(f"max_cost needs the prices of a million tokens: give {name}.price_in and {name}.price_out")
+
+
+def end_fault(answer: Answer) -> str:
+    """What the end of an answer says against it; empty where it ended by itself."""
+    if answer.finish_reason == "stop":
+        return ""
+    return CUT if answer.finish_reason == "length" else f"ended by {answer.finish_reason}"
+
+
+def without_thoughts(answer: str) -> str:
+    """An answer without the reasoning that some models write in front of it."""
+    return _THOUGHTS.sub("", answer)
 
 
 class Responders:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.inference.asking import Answer, Asker, ChatRequest, Responder, Unanswered
+from engine.inference.asking import Asker, ChatRequest, Responder, Unanswered
 from model.vocabulary.chat import Message
-from recipes.data_making.making import ModelSettings
+from recipes.data_making.making import ModelSettings, end_fault, without_thoughts
 from recipes.data_making.protected import Marked, SpansLost, protect
 from recipes.data_making.record_texts import Text
 
@@ -27,7 +27,6 @@ _NAMES = (
 )
 # ISO 639-1 -> the name that prompts use.
 LANGUAGES = {name[:2]: name[3:] for name in _NAMES.split(", ")}
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _WRAPPER = re.compile(r"\A\s*<(source|translation)(?: [^<>\n]*)?>(.*)</\1>\s*\Z", re.DOTALL)
 _MESSAGE = re.compile(r"<message (?:number=)?\"?(\d+)\"?(?: [^<>\n]*)?>\n?(.*?)\n?</message>", re.DOTALL)
 _RULES = """\
@@ -192,7 +191,7 @@ class Translator:
             answer = await self.asker.ask(attempt.responder, ChatRequest(messages, attempt.settings.parameters()))
         except Unanswered as refused:
             return None, (f"not answered: {refused}",)
-        return _THOUGHTS.sub("", answer.text), end_faults(answer)
+        return without_thoughts(answer.text), (fault,) if (fault := end_fault(answer)) else ()
 
 
 def prompt(source: str, target: str, style: str, task: str, content: str) -> tuple[Message, ...]:
@@ -221,13 +220,6 @@ def _fault(before: Outcome, message: int) -> str:
     """What was wrong with a message's last translation."""
     reasons = [verdict.reasons for verdict in before.verdicts if verdict.message == message and verdict.reasons]
     return "; ".join(reasons[-1]) if reasons else ""
-
-
-def end_faults(answer: Answer) -> tuple[str, ...]:
-    """What the end of an answer says against it."""
-    if answer.finish_reason == "stop":
-        return ()
-    return ("cut off",) if answer.finish_reason == "length" else (f"ended by {answer.finish_reason}",)
 
 
 def unwrapped(answer: str) -> str:

@@ -150,7 +150,7 @@ def test_a_conversation_with_a_message_that_never_passes_is_dropped_or_kept_as_t
     assert [row["record"] for row in dropped] == [RECORDS[0], RECORDS[2]]
     assert dropped[0]["reasons"] == ["message 1: placeholder dropped: <k1/>, '`x`'"]
     assert dropped[0]["place"].endswith("en.jsonl:1")
-    assert "2 records dropped" in capsys.readouterr().out
+    assert "dropped 2, each with its reasons" in capsys.readouterr().out
     for row in dropped:
         with pytest.raises(Exception, match="no conversation"):
             read_conversation(row)
@@ -207,7 +207,8 @@ def test_cut_and_refused_answers_are_failed_attempts(tmp_path):
         return (400, "too long") if "three" in body["messages"][1]["content"] else None
 
     with FakeServer(fails=fails) as server:
-        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"\nmax_tokens = 3')
+        with pytest.raises(SystemExit, match=r"ja\.jsonl: no record passed; the \.dropped file beside it holds all"):
+            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"\nmax_tokens = 3')
     [row] = read(tmp_path / "ja.dropped.jsonl")
     assert row["reasons"][0] == "message 1: cut off"
     assert "not answered" in row["reasons"][1]
@@ -219,7 +220,7 @@ def test_unusable_records_are_skipped_and_named_and_broken_files_end_the_run_bef
     with FakeServer(answer=translating) as server:
         call(tmp_path, server.url)
         said = capsys.readouterr().out
-        assert "3 records to translate" in said
+        assert "records to translate: 3" in said
         assert "skipped 1: no assistant turn; first: " in said
         assert "en.jsonl:4" in said
         assert "skipped 1: field 'translation' is taken" in said
