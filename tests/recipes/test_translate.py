@@ -206,9 +206,9 @@ def test_cut_and_refused_answers_are_failed_attempts(tmp_path):
     def fails(body):
         return (400, "too long") if "three" in body["messages"][1]["content"] else None
 
-    with FakeServer(fails=fails) as server:
-        with pytest.raises(SystemExit, match=r"ja\.jsonl: no record passed; the \.dropped file beside it holds all"):
-            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"\nmax_tokens = 3')
+    nothing = r"ja\.jsonl: no record passed; the \.dropped file beside it holds all"
+    with FakeServer(fails=fails) as server, pytest.raises(SystemExit, match=nothing):
+        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"\nmax_tokens = 3')
     [row] = read(tmp_path / "ja.dropped.jsonl")
     assert row["reasons"][0] == "message 1: cut off"
     assert "not answered" in row["reasons"][1]
