@@ -36,6 +36,7 @@ from recipes.evaluation.mt_bench import (
     Judgment,
     ModelAnswer,
     Question,
+    compares_models,
     read_answers,
     read_judgments,
     read_questions,
@@ -234,7 +235,7 @@ def judge(settings: JudgeSettings) -> None:
     judge_name = Path(settings.model).resolve().name
     file = Path(settings.out) / "model_judgment" / f"{judge_name}_single.jsonl"
     tasks = _tasks(settings)
-    kept = read_judgments([str(file)]) if file.is_file() else []
+    kept = read_judgments(read_rows([str(file)])) if file.is_file() else []
     todo, stale = _missing(tasks, kept, judge_name)
     with _asker(settings, f"judge-{judge_name}") as asker:
         responder = open_responder(settings)
@@ -338,7 +339,10 @@ def show(settings: ShowSettings) -> None:
     """Print the scores and, on request, write them as JSON Lines."""
     from recipes.evaluation.judge_scores import compare_models, of_legacy, pairs_of, score_models  # here, as they need scipy
 
-    judgments = read_judgments(settings.judgments)
+    rows = read_rows(settings.judgments)
+    judgments = read_judgments([(place, row) for place, row in rows if not compares_models(row)])
+    if len(judgments) < len(rows):
+        print(f"{len(rows) - len(judgments)} comparisons of two models are left out")
     if settings.legacy:
         judgments = of_legacy(judgments)
     categories = {} if settings.questions is None else {each.id: each.category for each in read_questions(settings.questions)}

@@ -261,11 +261,11 @@ class Endpoint:
             remedy = (
                 f"; see the variable {self.settings.key_variable or 'named by key_variable'}" if status in (401, 403) else ""
             )
-            remedy = f"; it is asked for {self.model!r}: {self._safe(error.message)}" if status == 404 else remedy
+            remedy = f"; it is asked for {self.model!r}: {self._said(error)}" if status == 404 else remedy
             return RunStopped(ValueError(f"{url}: {_FATAL[status]} (status {status}){remedy}"))
         if status in (408, 409, 429) or status >= 500:
             return _Fault(str(status), billed=False, wait=retry_after(headers))
-        return Unanswered(f"{url}: refuses the request (status {status}): {self._safe(error.message)}")
+        return Unanswered(f"{url}: refuses the request (status {status}): {self._said(error)}")
 
     def _read(self, body: Any, worst: float, ticket: int) -> Answer:
         """The answer in a response. Raises: _Fault where it is none."""
@@ -288,7 +288,10 @@ class Endpoint:
             choices=len(body["choices"]),
         )
 
-    def _safe(self, text: str) -> str:
+    def _said(self, error: Any) -> str:
+        """What the endpoint says of a status, in one line without the key."""
+        body = error.body if isinstance(error.body, dict) else {}
+        text = str(body.get("message") or body.get("detail") or error.response.text)
         return self._without_key(" ".join(text.split()))[:300]
 
     def _without_key(self, text: str) -> str:

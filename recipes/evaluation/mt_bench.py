@@ -131,14 +131,20 @@ class Judgment:
         return self.question, self.model, self.judge, self.turn, self.choice
 
 
-def read_judgments(paths: Sequence[str]) -> list[Judgment]:
-    """Judgments of single answers, in the files' order. A row without `choice` judges the first one.
+def compares_models(row: JsonObject) -> bool:
+    """Whether a row of a judgment file is a comparison of two models (FastChat's ..._pair.jsonl)."""
+    return "model_1" in row or "g1_winner" in row
 
-    Raises: as `read_rows`; ValueError naming the line of a row that is none, such as a comparison of two models.
+
+def read_judgments(rows: Sequence[tuple[str, JsonObject]]) -> list[Judgment]:
+    """Judgments of single answers, in the rows' order. A row without `choice` judges the first one.
+
+    Args: rows: of `read_rows`.
+    Raises: ValueError naming the line of a row that is none, such as a comparison of two models.
     """
     found = []
-    for place, row in read_rows(paths):
-        if "model_1" in row or "g1_winner" in row:
+    for place, row in rows:
+        if compares_models(row):
             raise ValueError(f"{place}: compares two models; name files of single answers (..._single.jsonl)")
         model, judge, score = row.get("model"), row.get("judge"), row.get("score")
         names = [judge, ""] if isinstance(judge, str) else judge

@@ -247,6 +247,9 @@ def test_scores_are_shown_with_their_spread_and_paired_differences(answered, cap
         assert row["components"]["variances"]["judge"] == pytest.approx(0)
     assert rows[2]["mean"] == pytest.approx(abs(rows[0]["score"] - rows[1]["score"]))
     assert "p = " in shown
+    (answered / "out" / "model_judgment" / "judge_pair.jsonl").write_text('{"question_id": 1, "g1_winner": "tie"}\n')
+    mtbench.main(["show", *options])
+    assert capsys.readouterr().out == "1 comparisons of two models are left out\n" + shown
     with pytest.raises(SystemExit, match=r"error: baseline 'c': has no score; these have: a, b"):
         mtbench.main(["show", *options, "--baseline", "c"])
 

@@ -57,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def error(self, status: int, message: str, headers: dict | None = None, code: str | None = None) -> None:
-        self.reply(status, json.dumps({"error": {"message": message, "code": code}}).encode(), headers)
+        # FastAPI's servers have "detail".
+        content = {"detail": message} if status in (422, 404) else {"error": {"message": message, "code": code}}
+        self.reply(status, json.dumps(content).encode(), headers)
 
 
 class FakeServer(_Server):

@@ -29,7 +29,7 @@ def published(shared_data):
 
 def test_the_published_judgments_give_the_published_scores(published):
     """The card's and the wiki's figures, and every other mean of the data's own list."""
-    scores = {each.model: each for each in score_models(read_judgments([str(published / "model_judgment")]), {})}
+    scores = {each.model: each for each in score_models(read_judgments(read_rows([str(published / "model_judgment")])), {})}
     expected = {
         "gpt-4": 9.40,
         "gpt-4-1106-preview": 9.17,
@@ -56,7 +56,7 @@ def test_the_published_judgments_give_the_published_scores(published):
 
 
 def test_every_published_judgment_is_parsed_to_its_score(published):
-    for each in read_judgments([str(published / "model_judgment")]):
+    for each in read_judgments(read_rows([str(published / "model_judgment")])):
         assert read_score(each.row["judgment"]) == each.score
 
 
@@ -156,7 +156,7 @@ JUDGMENT = {"question_id": 1, "model": "m", "judge": ["gpt-4", "single-v1"], "ju
 def test_a_wrong_row_is_named_by_its_line(tmp_path, read, row, message):
     path = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(ValueError, match=rf"rows.jsonl:1: {re.escape(message)}"):
-        read(path if read is read_questions else [path])
+        read(path if read is read_questions else read_rows([path]) if read is read_judgments else [path])
 
 
 def test_scores_that_are_none_are_left_out_and_a_judge_may_be_a_name_alone(tmp_path):
@@ -166,7 +166,7 @@ def test_scores_that_are_none_are_left_out_and_a_judge_may_be_a_name_alone(tmp_p
         {**JUDGMENT, "score": None, "judge": "gpt-4"},
         {**JUDGMENT, "score": 6.5, "turn": 2},
     ]
-    [score] = score_models(read_judgments([write(tmp_path / "j.jsonl", rows)]), {1: "math"})
+    [score] = score_models(read_judgments(read_rows([write(tmp_path / "j.jsonl", rows)])), {1: "math"})
     assert (score.score, score.turns, score.judged, score.excluded) == (5.75, {1: 5.0, 2: 6.5}, 2, 2)
     assert score.categories == {"math": 5.75}
 
