@@ -3,6 +3,7 @@
     python -m recipes.chat --model runs/dpo
     python -m recipes.chat --model exports/shisa-7b --system "You are a helpful assistant." --prompt "日本の首都は？"
     python -m recipes.chat --model mistralai/Mistral-7B-v0.1 --completion --prompt "Once upon a time"
+    python -m recipes.chat --model runs/dpo --prompt "Name a colour." --choices 8
 
 Answers stream to standard output, remarks go to standard error. In a conversation each line is a question. Ctrl-D (end of
 input) ends the conversation; Ctrl-C ends an answer or, at the question, the conversation.
@@ -43,6 +44,8 @@ class ChatSettings:
     """System message, in front of the first question."""
     prompt: str | None = None
     """Answer this one question, then end."""
+    choices: int = 1
+    """Answer the prompt this many times, generated side by side, each with the next seed."""
     completion: bool = False
     """Continue plain text, without the chat template: for base models."""
     show_speed: bool = False
@@ -57,6 +60,12 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.completion and self.system is not None:
             raise ValueError("system has no effect with completion, which continues plain text; leave one of them out")
+        if self.choices < 1:
+            raise ValueError(f"choices = {self.choices}: must be at least 1")
+        if self.choices > 1 and self.prompt is None:
+            raise ValueError(f"choices = {self.choices} answers one prompt several times: add --prompt, or leave it out")
+        if self.choices > 1 and self.sampling.temperature == 0:
+            raise ValueError(f"choices = {self.choices} would all be the same at sampling.temperature = 0: raise it")
 
 
 class Speaker:
@@ -101,6 +110,33 @@ class Speaker:
         for token in prompt_ids:
             decoder.push(token)
         self._say(prompt_ids, decoder, [text], lambda pieces: pieces)
+
+    def choose(self, question: str, system: str | None, choices: int, *, completion: bool) -> None:
+        """Print several answers to a question, or continuations of a text, numbered, each when those before it are printed.
+
+        Raises: ValueError for a question that is too long for the model, or empty.
+        """
+        from engine.inference.generation import Prompt, answers
+
+        if completion:
+            prompt_ids = [self.tokenizer.bos_id, *self.tokenizer.encode(question)]
+        else:
+            head = [] if system is None else [Message(role="system", content=system)]
+            asked = [*head, Message(role="user", content=question)]
+            prompt_ids, _ = fit_conversation(self.tokenizer, asked, self.longest_prompt)
+        seeds = [(self.sampling.seed + number) % 2**63 for number in range(choices)]
+        prompts = [Prompt(prompt_ids, replace(self.sampling, seed=seed), frozenset(self._ends)) for seed in seeds]
+        waiting: dict[int, str] = {}
+        start, tokens, printed = time.perf_counter(), 0, 0
+        for answer in answers(self.model, prompts):
+            tokens += len(answer.ids)
+            said = self.tokenizer.decode([*prompt_ids, *answer.ids] if completion else answer.ids)
+            waiting[answer.number] = said if completion else said.strip(" ")
+            while printed in waiting:
+                print(f"[{printed + 1}] {waiting.pop(printed)}", flush=True)
+                printed += 1
+        if self.show_speed:
+            remark(f"{choices} answers, {tokens} tokens: {tokens / (time.perf_counter() - start):.1f} tokens/s")
 
     def _say(
         self,
@@ -208,6 +244,9 @@ def run(settings: ChatSettings) -> None:
     if tokenizer.template is not None and not settings.completion:
         remark(f"the chat template is the folder's own, of {folder}")
     speaker = Speaker(model, tokenizer, settings.sampling, show_speed=settings.show_speed)
+    if settings.choices > 1 and settings.prompt is not None:
+        speaker.choose(settings.prompt, settings.system, settings.choices, completion=settings.completion)
+        return
     history = [] if settings.system is None else [Message(role="system", content=settings.system)]
     speak = speaker.complete if settings.completion else functools.partial(speaker.converse, history)
     if settings.prompt is not None:

@@ -275,6 +275,18 @@ def test_a_seed_repeats_a_conversation_and_each_answer_draws_anew(folder, monkey
     assert first != second
 
 
+@pytest.mark.parametrize("completion", [False, True])
+def test_choices_are_the_answers_of_as_many_seeds(folder, tokenizer, capsys, completion):
+    arguments = ["--model", str(folder), "--prompt", "Once upon", "--device", "cpu", "--sampling.max_new_tokens", "9"]
+    arguments += ["--completion"] if completion else ["--system", "Be brief."]
+    alone = []
+    for seed in range(3, 8):
+        chat.main([*arguments, "--sampling.seed", str(seed)])
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    chat.main([*arguments, "--sampling.seed", "3", "--choices", "5"])
+    assert capsys.readouterr().out == "".join(f"[{number}] {text}\n" for number, text in enumerate(alone, 1))
+
+
 def test_a_run_folder_means_its_newest_checkpoint(folder, tmp_path, capsys):
     (tmp_path / "step-00000020").symlink_to(folder)
     (tmp_path / "step-00000010").mkdir()
@@ -323,6 +335,8 @@ def test_a_wrong_folder_gives_one_clear_line(arguments, message, monkeypatch, tm
         (["--completion", "--system", "Be brief."], "system has no effect with completion"),
         (["--sampling.temperature", "0", "--sampling.top-p", "0.9"], "top_p = 0.9 has no effect with temperature = 0"),
         (["--sampling.top-p", "2"], "top_p = 2.0: must lie in"),
+        (["--choices", "3"], "choices = 3 answers one prompt several times: add --prompt"),
+        (["--choices", "3", "--prompt", "a", "--sampling.temperature", "0"], "choices = 3 would all be the same"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(arguments, message, capsys):
