@@ -29,7 +29,7 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 # Settings that change what a run costs or how fast it is, and no byte of its result.
 _NO_EFFECT = frozenset(
     {
-        *("max_cost", "max_requests", "price_in", "price_out", "concurrency", "timeout", "key_variable", "device"),
+        *("url", "max_cost", "max_requests", "price_in", "price_out", "concurrency", "timeout", "key_variable", "device"),
         *("overwrite", "dry_run"),
     }
 )
