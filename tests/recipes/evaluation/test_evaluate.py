@@ -18,6 +18,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the extr
 pytest.importorskip("rapidfuzz", reason="rapidfuzz comes with the extra eval")
 
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 
 from engine.inference.scoring import Request, score
 from model.mistral import initialize
@@ -26,6 +27,8 @@ from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model, save_model
 from recipes.evaluate import EvaluateSettings, run
 from recipes.evaluation.benchmarks import LEADERBOARD, load_suite
+from recipes.evaluation.harness import KomainuLM
+from recipes.evaluation.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = ("results.json", "report.md", "report.svg", "samples_choice.jsonl", "samples_letters.jsonl", "samples_answer.jsonl")
@@ -241,6 +244,28 @@ def test_a_broken_record_and_a_broken_task_file_are_named(tiny_model, small_task
         file.write("{broken\n")
     with pytest.raises(ValueError, match=r"choice\.jsonl:41"):
         run(settings)
+
+
+def test_a_long_text_is_scored_in_windows_and_each_token_once(tiny_model, tmp_path):
+    """The harness's definition: the last window predicts what is left, after as many tokens as the model has positions for."""
+    tokenizer = Tokenizer.load(tiny_model)
+    model = load_model(tiny_model, dtype=torch.float32, device=torch.device("cpu"), config=fitted_config(tiny_model, tokenizer))
+    texts = ["the cat sees a red dog", "it runs and the dog sees " * 70]
+    with Ledger(tmp_path / "journal.jsonl", {}) as ledger:
+        lm = KomainuLM(model, tokenizer, ledger, pack_tokens=200, rows=1)
+        instances = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
+        found = lm.loglikelihood_rolling(instances)
+    short, long = (tokenizer.encode(text) for text in texts)
+    assert len(long) > 3 * 128
+    windows = [Request([tokenizer.bos_id], long[:128])]
+    for start in range(128, len(long), 128):
+        own = long[start : start + 128]
+        before = long[start + len(own) - 129 : start]
+        windows.append(Request(before, own))
+    expected = [[Request([tokenizer.bos_id], short)], windows]
+    for ours, requests in zip(found, expected, strict=True):
+        alone = sum(result.log_likelihood for _, result in score(model, requests, pack_tokens=1))
+        assert ours == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.mark.slow
