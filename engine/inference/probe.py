@@ -14,7 +14,12 @@ from model.vocabulary.chat import Message
 PARAMETERS = ("max_tokens", "temperature", "seed", "n", "stop", "min_p")
 FOLLOWED, IGNORED, REFUSED, UNCLEAR = "followed", "ignored", "refused", "unclear"
 
-_QUESTION = [Message(role="user", content="Write a sentence of ten words that nobody has written before.")]
+# The first question that has an answer is asked on: a small model may have none to some.
+_QUESTIONS = (
+    "Write a sentence of ten words that nobody has written before.",
+    "What is the capital of France?",
+    "日本の首都は？",
+)
 _TOKENS = 16
 # Endpoints that allow no 2 allow 1.
 _HOT = (2.0, 1.0)
@@ -45,7 +50,7 @@ def describe(found: dict[str, str]) -> str:
 
 class _Probe:
     def __init__(self, asker: Asker, endpoint: Endpoint) -> None:
-        self._asker, self._endpoint = asker, endpoint
+        self._asker, self._endpoint, self._question = asker, endpoint, _QUESTIONS[0]
 
     async def _text(self, draw: int = 0, **parameters: Any) -> str | None:
         """An answer's text; None where the parameters are refused."""
@@ -54,12 +59,19 @@ class _Probe:
 
     async def _answer(self, draw: int = 0, **parameters: Any) -> Answer | None:
         try:
-            return await self._asker.ask(self._endpoint, ChatRequest(_QUESTION, {"max_tokens": _TOKENS, **parameters}, draw))
+            return await self._ask(draw, **parameters)
         except Unanswered:
             return None
 
+    async def _ask(self, draw: int = 0, **parameters: Any) -> Answer:
+        messages = [Message(role="user", content=self._question)]
+        return await self._asker.ask(self._endpoint, ChatRequest(messages, {"max_tokens": _TOKENS, **parameters}, draw))
+
     async def find(self) -> dict[str, str]:
-        plain = await self._asker.ask(self._endpoint, ChatRequest(_QUESTION, {"max_tokens": _TOKENS}))
+        for self._question in _QUESTIONS:
+            plain = await self._ask()
+            if len(plain.text) > 3:
+                break
         cold = [await self._text(draw, temperature=0) for draw in range(2)]
         hot: dict[str, Any] = {}
         for temperature in _HOT:

@@ -331,6 +331,14 @@ def test_the_longest_answer_has_the_name_that_the_endpoint_knows(tmp_path):
         assert "max_tokens" not in server.log[0][0]
 
 
+def test_a_probe_asks_on_where_a_model_has_no_answer(tmp_path):
+    def answer(body) -> str:
+        return "" if "sentence" in body["messages"][0]["content"] else "Paris is it".split(body.get("stop", ["?"])[0])[0]
+
+    with FakeServer(answer=answer) as server, Asker(tmp_path / "journal") as asker:
+        assert probe(asker, Endpoint(settings(server)))["stop"] == "followed"
+
+
 @pytest.mark.parametrize(
     ("ignores", "refuses", "verdict"),
     [

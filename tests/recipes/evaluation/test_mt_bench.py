@@ -171,6 +171,12 @@ def test_scores_that_are_none_are_left_out_and_a_judge_may_be_a_name_alone(tmp_p
     assert score.categories == {"math": 5.75}
 
 
+def test_scores_by_other_prompts_are_another_scale(tmp_path):
+    rows = [JUDGMENT, {**JUDGMENT, "judge": ["gpt-4", "komainu-single-v1"], "score": 9}]
+    scores = score_models(read_judgments(read_rows([write(tmp_path / "j.jsonl", rows)])), {})
+    assert [(each.judge, each.score) for each in scores] == [("gpt-4 with our prompts", 9), ("gpt-4", 5)]
+
+
 def judged(random: np.random.Generator, model: str, questions, deviations, *, choices=2, turns=2, repeats=2) -> list[Judgment]:
     """Judgments of a model whose true mean is 5, with a deviation of each level."""
     rows = []
