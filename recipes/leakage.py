@@ -6,11 +6,13 @@ python -m recipes.leakage detect answers.jsonl --json found.jsonl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from engine.settings.toml import PathName
 from model.folder import write_file
+from model.sampling import Sampling
 from recipes.command import commands, with_name
 
 
@@ -54,11 +56,136 @@ def detect(settings: DetectSettings) -> None:
         print(f"{' '.join(key)}: {group.leaks:,} of {group.answers:,} answers leak, {group.share:.1%} [{low:.1%}, {high:.1%}]")
 
 
-PARTS = {"detect": (DetectSettings, detect)}
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """The samplers to compare: every combination."""
+
+    temperature: tuple[float, ...] = (0.5, 0.7, 1.0)
+    """Temperatures; 0 is greedy."""
+    min_p: tuple[float, ...] = (0.0, 0.05)
+    """min-p; 0 keeps all."""
+    top_p: tuple[float, ...] = (1.0, 0.95)
+    """top-p; 1 keeps all."""
+    repetition_penalty: tuple[float, ...] = (1.0, 1.15)
+    """Repetition penalties; 1 changes nothing."""
+
+    def samplers(self, max_new_tokens: int) -> list[Sampling]:
+        from recipes.evaluation.leakage.samplers import grid
+
+        return grid(self.temperature, self.min_p, self.top_p, self.repetition_penalty, max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HazardSettings:
+    """The probability that each sampler gives to foreign script along reference answers, from one pass over them."""
+
+    model: PathName
+    """Run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name. May be given without the option's
+    name."""
+    references: PathName
+    """Answers without leaks: records with messages and response. Those that leak are left out, and counted."""
+    json: PathName
+    """Write the table here."""
+    limit: int = 0
+    """Use the first so many references; 0: all."""
+    samplers: SamplerSettings = field(default_factory=SamplerSettings)
+    """The samplers to compare."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """Generate answers under each sampler, and measure how many leak beside what the sampler costs."""
+
+    model: PathName
+    """Run folder (its newest checkpoint), Hugging Face folder, or hub repository owner/name. May be given without the option's
+    name."""
+    prompts: PathName
+    """Records with messages. Where they have a response too, clean ones are the references for the share of tokens kept."""
+    out: PathName
+    """Folder for answers.jsonl (from which a stopped sweep goes on), sweep.json and sweep.svg."""
+    samples: int = 1
+    """Answers to each prompt under each sampler."""
+    max_new_tokens: int = 256
+    """Maximal length of an answer."""
+    limit: int = 0
+    """Use the first so many prompts; 0: all."""
+    rows: int = 32
+    """Answers generated side by side."""
+    seed: int = 0
+    """Seed of the random draws."""
+    samplers: SamplerSettings = field(default_factory=SamplerSettings)
+    """The samplers to compare."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if there is a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsSettings:
+    """Make preference pairs of the answers to one prompt: a leaked one rejected, a clean one chosen."""
+
+    answers: PathName
+    """Records with `messages` and `response`, several for a prompt, or a folder of such files. May be given without the
+    option's name."""
+    out: PathName
+    """Write the pairs here (.jsonl), as recipes.prepare --kind preferences reads them."""
+    most: int = 4
+    """Pairs of a prompt, at most."""
+
+
+def hazard(settings: HazardSettings) -> None:
+    from recipes.evaluation.leakage.sweeping import hazard as foresee_all
+
+    foresee_all(
+        settings.model, settings.references, settings.json, settings.samplers.samplers(1), settings.limit, settings.device
+    )
+
+
+def sweep(settings: SweepSettings) -> None:
+    from recipes.evaluation.leakage.sweeping import Plan
+    from recipes.evaluation.leakage.sweeping import sweep as sweep_all
+
+    samplers = settings.samplers.samplers(settings.max_new_tokens)
+    plan = Plan(samplers, settings.samples, settings.limit, settings.rows, settings.seed)
+    sweep_all(settings.model, settings.prompts, settings.out, plan, settings.device)
+
+
+def pairs(settings: PairsSettings) -> None:
+    from recipes.evaluation.leakage.pairing import Found
+    from recipes.evaluation.leakage.pairing import pairs as pairs_of
+    from recipes.evaluation.leakage.records import read_answers
+
+    found = Found()
+    made = list(pairs_of(read_answers(settings.answers), settings.most, found))
+    print(
+        f"{len(made):,} pairs of {found.prompts:,} prompts; {found.leaked:,} answers leak; {found.without_clean:,} prompts "
+        "have leaked answers and no clean one"
+    )
+    if not made:
+        raise ValueError(
+            f"{settings.answers}: no prompt has a leaked and a clean answer: sample several answers to each prompt"
+        )
+    write_file(settings.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in made))
+
+
+PARTS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "detect": (DetectSettings, detect),
+    "hazard": (HazardSettings, hazard),
+    "sweep": (SweepSettings, sweep),
+    "pairs": (PairsSettings, pairs),
+}
+# The option whose name may be left out.
+_FIRST = {"detect": "answers", "hazard": "model", "sweep": "model", "pairs": "answers"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    commands(PARTS, with_name(argv, {"detect": "answers"}), "python -m recipes.leakage", __doc__ or "")
+    commands(PARTS, with_name(argv, _FIRST), "python -m recipes.leakage", __doc__ or "")
 
 
 if __name__ == "__main__":

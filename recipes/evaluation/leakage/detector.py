@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from model.vocabulary.chat import Message
-from model.vocabulary.scripts import letters
 from recipes.evaluation.leakage import reasons
 from recipes.evaluation.leakage.languages import (
     LATIN,
@@ -20,6 +18,7 @@ from recipes.evaluation.leakage.languages import (
     Asked,
     asked_language,
     chinese_words,
+    foreign_letters,
     language_of,
     latin_language,
     simplified,
@@ -120,7 +119,7 @@ def _is_prose(text: str, language: str) -> bool:
 
 def _foreign_runs(text: str, prompt: str, own: set[str]) -> list[Span]:
     """Runs of letters of other scripts than the answer's, without those that have a reason. Latin is `foreign_latin`'s."""
-    pattern = _foreign_letters(tuple(sorted(own)))
+    pattern = foreign_letters(tuple(sorted(own)))
     quotes = _kept_quotes(text, pattern)
     excused = [*reasons.addresses(text), *_glosses(text, pattern), *_names(text, pattern, own)]
     excused += [match.span() for match in _KAOMOJI.finditer(text)] + reasons.labelled(text)
@@ -134,14 +133,6 @@ def _foreign_runs(text: str, prompt: str, own: set[str]) -> list[Span]:
         if (_PARTICLES.fullmatch(match[0]) or not inside) and reasons.folded(match[0]) not in known:
             found.append((start, end))
     return [span for span in _joined(text, found) if not _is_sign(text, *span)]
-
-
-@lru_cache
-def _foreign_letters(own: tuple[str, ...]) -> re.Pattern[str]:
-    foreign = {script for scripts in SCRIPTS.values() for script in scripts} - {LATIN, *own}
-    if {"hira", "kata"} & set(own):
-        foreign -= {"han"}
-    return re.compile(f"[{letters(sorted(foreign))}]+")
 
 
 def _is_sign(text: str, start: int, end: int) -> bool:

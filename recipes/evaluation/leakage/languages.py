@@ -92,6 +92,15 @@ def _script_patterns() -> dict[str, re.Pattern[str]]:
     return {name: re.compile(f"[{letters((name,))}]+") for name in names} | {LATIN: re.compile(f"[{latin_letters()}]+")}
 
 
+@lru_cache
+def foreign_letters(own: tuple[str, ...]) -> re.Pattern[str]:
+    """Runs of letters of other scripts than some. Latin is none of them, and Han none where kana is its own."""
+    foreign = {script for scripts in SCRIPTS.values() for script in scripts} - {LATIN, *own}
+    if {"hira", "kata"} & set(own):
+        foreign -= {"han"}
+    return re.compile(f"[{letters(sorted(foreign))}]+")
+
+
 def latin_letters() -> str:
     """Latin letters with their marks, as the inside of a regular expression's class."""
     return "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0300-\u036f\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a"

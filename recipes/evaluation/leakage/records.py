@@ -28,10 +28,10 @@ class Answered:
         return "\n".join(message["content"] for message in self.messages)
 
 
-def read_answers(path: str) -> list[Answered]:
+def read_answers(path: str, *, prompts: bool = False) -> list[Answered]:
     """The answers of a file, or of a folder's files. In a folder, files whose first record holds no answer are passed over.
 
-    An answer is `response`, or else the last message, of the assistant.
+    An answer is `response`, or else the last message, of the assistant. prompts: the answer may be absent, and is "" then.
     Raises: FileNotFoundError; ValueError naming file and line of a record that is no answer, or a folder without one.
     """
     folder = Path(path).is_dir()
@@ -41,7 +41,7 @@ def read_answers(path: str) -> list[Answered]:
         if folder and not _holds_answers(source):
             continue
         for record in source.records("line"):
-            answers.append(_read(record.value, len(answers) + 1, record.place))
+            answers.append(_read(record.value, len(answers) + 1, record.place, prompts))
     if not answers:
         raise ValueError(f"{path}: no file of records with 'messages' and 'response' in this folder: name such a file")
     return answers
@@ -55,7 +55,7 @@ def _holds_answers(source: SourceFile) -> bool:
         return False
 
 
-def _read(value: Any, number: int, place: str) -> Answered:
+def _read(value: Any, number: int, place: str, prompts: bool = False) -> Answered:
     messages = value.get("messages") if isinstance(value, Mapping) else None
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ValueError(
@@ -65,6 +65,8 @@ def _read(value: Any, number: int, place: str) -> Answered:
     if response is None and messages and messages[-1]["role"] == "assistant":
         *messages, last = messages
         response = last["content"]
+    if response is None and prompts:
+        response = ""
     if not isinstance(response, str):
         raise ValueError(f"{place}: 'response' must be a text, is {type(response).__name__}")
     return Answered(number, place, messages, response, value)
