@@ -1,4 +1,4 @@
-"""The model shapes that benchmarks know: the engine's presets, and a small one that a CPU computes in seconds."""
+"""The model shapes that benchmarks know, and dtypes by name."""
 
 import dataclasses
 
@@ -6,20 +6,10 @@ import torch
 
 from model.config import MistralConfig, preset
 
-SMALL = MistralConfig(
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=4096,
-)
-
 
 def shape(name: str, layers: int = 0) -> MistralConfig:
-    """The configuration of a preset or of "small". layers: instead of its own; 0 keeps them."""
-    config = SMALL if name == "small" else preset(name)
+    """The configuration of a preset. layers: instead of its own; 0 keeps them."""
+    config = preset(name)
     return dataclasses.replace(config, num_hidden_layers=layers) if layers else config
 
 

@@ -58,7 +58,7 @@ class TrainBenchSettings:
     """A point, or with `sweep` a grid of points, each measured beside the same peers."""
 
     preset: str = "tiny"
-    """Shape of the model: small, or a preset of the engine."""
+    """Shape of the model: a preset of the engine."""
     layers: int = 0
     """Layers; 0: the preset's."""
     objective: Literal["next-token", "sft", "dpo"] = "next-token"

@@ -140,6 +140,16 @@ PRESETS: dict[str, MistralConfig] = {
         sliding_window=128,
         max_position_embeddings=2048,
     ),
+    # A CPU computes a step in seconds.
+    "small": MistralConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+    ),
 }
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from benchmarks import checkpoint as benchmark
-from benchmarks import shapes
-from model.config import MistralConfig
+from model.config import PRESETS, MistralConfig
 
 CONFIG = MistralConfig(
     vocab_size=64,
@@ -27,7 +26,7 @@ SETTINGS = benchmark.CheckpointSettings(device="cpu", dtype="bfloat16", rounds=2
 @pytest.fixture
 def small(monkeypatch, tiny_tokenizer):
     """A model of a few thousand parameters, and the tests' tokenizer."""
-    monkeypatch.setattr(shapes, "SMALL", CONFIG)
+    monkeypatch.setitem(PRESETS, "small", CONFIG)
     monkeypatch.setattr(benchmark, "mistral_tokenizer_path", lambda: tiny_tokenizer)
 
 

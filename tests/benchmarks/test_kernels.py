@@ -8,10 +8,10 @@ import torch
 
 import kernels.rms_norm
 from benchmarks import kernels as benchmark
-from benchmarks import measure, shapes
+from benchmarks import measure
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Provider, Sizes
-from model.config import MistralConfig
+from model.config import PRESETS, MistralConfig
 
 CPU = torch.device("cpu")
 # 6 tokens in documents of 4 and 2, width 8, 4 query heads and 2 key/value heads of 2, feed-forward 5, 16 pieces, window 3.
@@ -193,7 +193,7 @@ def test_slow_providers_get_fewer_calls(monkeypatch):
 
 
 def test_a_run_measures_each_operator_and_writes_its_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shapes, "SMALL", CONFIG)
+    monkeypatch.setitem(PRESETS, "small", CONFIG)
     monkeypatch.setattr(measure, "ceilings", lambda device, dtype: TIMING.ceilings)
     out = tmp_path / "kernels.json"
     chosen = {"operators": ("swiglu", "gradient_norm"), "providers": ("komainu", "eager", "Liger-Kernel"), "tokens": (1, 6)}

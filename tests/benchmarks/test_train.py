@@ -281,7 +281,8 @@ def test_time_is_told_apart_by_the_calling_operator_in_both_directions(tmp_path)
 
 def test_every_part_of_the_ladder_has_its_references():
     parts = {part for _, references, _ in train.LADDER for part in references}
-    assert parts == set(OPERATORS)
+    # FP8 is a setting of a run, not a part that every step has.
+    assert parts | {"fp8 products"} == set(OPERATORS)
     for _, reference in own.references(parts):
         assert "_reference" in reference.__name__
     original = kernels.linear_log_prob.linear_log_prob

@@ -1,0 +1,60 @@
+"""Held-out losses in three precisions: real runs of two steps, the differences, and the drawing."""
+
+import json
+
+import pytest
+
+from engine.settings.toml import to_toml
+from recipes.precision_comparison import PRECISIONS, differences, draw, lines_of, main
+
+LOSSES = {"base": {"float32": [2.0, 4.0], "bfloat16": [2.002, 4.0], "fp8": [2.01, 3.984]}}
+
+
+@pytest.fixture
+def config(tiny_settings, tmp_path):
+    """Writes a configuration with the changes; returns its path."""
+
+    def write(**changes):
+        path = tmp_path / "base.toml"
+        path.write_text(to_toml(tiny_settings("pretrain", tmp_path / "unused", steps=2, **changes)))
+        return str(path)
+
+    return write
+
+
+def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path, capsys):
+    main([config(), "--fp8.bf16-first", "0", "--out", str(tmp_path / "out"), "--seeds", "3"])
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    losses = result["losses"]["base"]
+    assert result["seeds"] == [3]
+    assert list(losses) == list(PRECISIONS)
+    assert len({tuple(values) for values in losses.values()}) == 3
+    for values in losses.values():
+        assert values == pytest.approx(losses["float32"], rel=0.01)
+    for precision, dtype, products in (("bfloat16", "bfloat16", "dtype"), ("fp8", "bfloat16", "fp8")):
+        text = (tmp_path / "out" / f"base-{precision}-3" / "config.toml").read_text()
+        assert f'dtype = "{dtype}"' in text
+        assert f'precision = "{products}"' in text
+    assert (tmp_path / "out" / "comparison.svg").is_file()
+    assert "fp8" in capsys.readouterr().out
+
+
+def test_differences_are_relative_to_float32_with_the_same_seed():
+    found = differences(LOSSES)["base"]
+    assert found["bfloat16"] == pytest.approx([0.001, 0.0])
+    assert found["fp8"] == pytest.approx([0.005, -0.004])
+    line = lines_of(LOSSES)[-1].split()
+    assert line == ["base", "fp8", "2.9970", "+0.050%", "+0.500%"]
+
+
+def test_the_drawing_has_a_point_for_each_run_and_the_target(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(LOSSES, tmp_path / "comparison.svg")
+    text = (tmp_path / "comparison.svg").read_text()
+    assert "held-out loss, difference to float32, %" in text
+    assert "fp8" in text
+
+
+def test_a_run_without_a_held_out_set_is_refused(config, tmp_path):
+    with pytest.raises(SystemExit, match="heldout is empty: name prepared folders to compare losses on"):
+        main([config(heldout=[]), "--out", str(tmp_path / "out"), "--seeds", "0"])
