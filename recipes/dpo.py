@@ -1,9 +1,11 @@
-"""Preference tuning on pairs of answers: DPO, its conservative form, IPO and the hinge loss.
+"""Preference tuning on pairs of answers: DPO and its conservative, robust and length-normalised forms, IPO, the hinge loss, APO
+and SimPO, each with or without an SFT term.
 
     python -m recipes.dpo recipes/shisa/dpo.toml --out runs/dpo
 
 The reference model is the model that the run starts from. Its log-probabilities of all pairs are computed once, before the
 first step, and cached in a file named by a hash of configuration, weights and data. While training, one model is in memory.
+SimPO has no reference model.
 """
 
 from collections.abc import Sequence
@@ -45,19 +47,22 @@ def run(settings: DpoSettings) -> Path | None:
     from recipes.training import announce, fitting_batches, heldout_batches
 
     cache = Path(settings.reference_cache) if settings.reference_cache else Path(settings.out) / "reference"
-    if not settings.replay:
+    if not settings.replay and settings.preference.has_reference:
         check_writable(cache, "reference_cache")
     opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)
     heldout = {name: heldout_batches(opened, dataset) for name, dataset in opened.heldout.items()}
     if not announce(opened):
         return None
-    sets = {f"source {index}": (dataset, fitting_batches(opened, dataset)) for index, dataset in enumerate(opened.datasets)}
-    sources = list(sets)
-    sets |= {f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()}
-    tables, model = reference_tables(opened, sets, cache)
+    if settings.preference.has_reference:
+        sets = {f"source {index}": (dataset, fitting_batches(opened, dataset)) for index, dataset in enumerate(opened.datasets)}
+        sources = list(sets)
+        sets |= {f"heldout {name}": (opened.heldout[name], batches) for name, batches in heldout.items()}
+        tables, model = reference_tables(opened, sets, cache)
+    else:
+        sources, tables, model = [], {}, opened.load_model()
 
     def objective(*names: str) -> Preference:
-        reference = [tables[name] for name in names]
+        reference = [tables[name] for name in names if name in tables]
         return Preference(settings.preference, reference, neftune_alpha=settings.neftune_alpha, seed=settings.seed)
 
     if settings.replay:

@@ -2,10 +2,18 @@
 
 sigmoid: DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7); with label smoothing, conservative DPO
     (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf, equation 3).
+sigmoid-mean: the same on means per answer token (length-normalised DPO; Meng et al. 2024, table 3).
+robust: DPO whose expectation over flipped labels is the loss of the true labels (Chowdhury et al. 2024,
+    https://arxiv.org/abs/2403.00409, equation 12).
 ipo: Azar et al. 2023, https://arxiv.org/abs/2310.12036, equation 17; sums of log-probabilities, as in the paper.
 ipo-mean: the same on means per answer token, as its authors later advised and other trainers compute under the name of ipo.
 hinge: SLiC-HF's rank loss on DPO's margin (Zhao et al. 2023, https://arxiv.org/abs/2305.10425; Liu et al. 2023,
     https://arxiv.org/abs/2309.06657, table 1).
+apo-zero, apo-down: anchored preference optimization (D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266). zero raises
+    the chosen answer and lowers the rejected one; down lowers both, the rejected one more.
+simpo: Meng et al. 2024, https://arxiv.org/abs/2405.14734, equation 6; means per answer token, no reference model.
+
+The SFT term, for each of them: Pang et al. 2024, https://arxiv.org/abs/2404.19733, equation 1, per answer token.
 
 Shapes: T tokens, P pairs, B = 2P documents: the chosen sides at even indices, the rejected sides at odd indices.
 """
@@ -23,18 +31,27 @@ from engine.settings.sections import PreferenceSettings
 from model.mistral import Mistral
 
 
-def preference_loss(margin_P: Tensor, settings: PreferenceSettings) -> Tensor:
-    """Loss of each pair: [P].
-
-    Args: margin_P: the chosen answer's log-ratio of policy to reference, minus the rejected answer's.
-    """
-    beta, smoothing = settings.beta, settings.label_smoothing
-    if settings.loss == "sigmoid":
-        agree, differ = F.logsigmoid(beta * margin_P), F.logsigmoid(-beta * margin_P)
-        return -(1 - smoothing) * agree - smoothing * differ
-    if settings.loss == "hinge":
-        return torch.relu(1 - beta * margin_P)
-    return (margin_P - 1 / (2 * beta)).square()
+def preference_loss(
+    chosen_P: Tensor,  # log-ratio of policy to reference; without a reference, the policy's log-probability
+    rejected_P: Tensor,
+    settings: PreferenceSettings,
+) -> Tensor:
+    """Loss of each pair without the SFT term: [P]. Where `settings.averages`, the arguments are means per answer token."""
+    beta, smoothing, margin_P = settings.beta, settings.label_smoothing, chosen_P - rejected_P
+    match settings.loss:
+        case "ipo" | "ipo-mean":
+            return (margin_P - 1 / (2 * beta)).square()
+        case "hinge":
+            return torch.relu(1 - beta * margin_P)
+        case "apo-zero":
+            return 1 - torch.sigmoid(beta * chosen_P) + torch.sigmoid(beta * rejected_P)
+        case "apo-down":
+            return torch.sigmoid(beta * chosen_P) + 1 - torch.sigmoid(beta * margin_P)
+    lead_P = beta * margin_P - settings.target_margin
+    agree_P, differ_P = F.logsigmoid(lead_P), F.logsigmoid(-lead_P)
+    if settings.loss == "robust":
+        return (smoothing * differ_P - (1 - smoothing) * agree_P) / (1 - 2 * smoothing)
+    return -(1 - smoothing) * agree_P - smoothing * differ_P
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +59,11 @@ class Preference:
     """Mean preference loss over the pairs of a global step.
 
     reference: for each source of the run, [pairs, 2] float32 log-probabilities of (chosen, rejected) of all its pairs under the
-    frozen reference model, computed once before training (`engine.objectives.reference`).
+    frozen reference model, computed once before training (`engine.objectives.reference`). Losses without a reference ignore it.
     """
 
     settings: PreferenceSettings
-    reference: Sequence[Tensor]
+    reference: Sequence[Tensor] = ()
     neftune_alpha: float = 0.0
     seed: int = 0
     _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -54,19 +71,20 @@ class Preference:
     def __call__(self, model: Mistral, batch: Batch, step: Step) -> dict[str, Tensor]:
         """This micro-batch's part of the step's values; parts add up over micro-batches and ranks.
 
-        "loss", and TRL's metrics: rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, means over pairs.
+        "loss", and TRL's metrics: rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected}, means over pairs; with
+        an SFT term also "nll", its part before the weight.
         """
         assert batch.pair_B is not None
-        loss_P, policy_B, ratio_B = self._scored(model, batch, step)
+        loss_P, nll_P, policy_B, reward_B = self._scored(model, batch, step)
         # A rank without work runs a filler pair, which must not count.
-        real_P = (batch.pair_B[0::2] >= 0).to(ratio_B.dtype)
+        real_P = (batch.pair_B[0::2] >= 0).to(reward_B.dtype)
 
         def mean(values_P: Tensor) -> Tensor:
             return (values_P * real_P).sum() / step.pairs
 
-        reward_B = self.settings.beta * ratio_B.detach()
         chosen_P, rejected_P = reward_B[0::2], reward_B[1::2]
-        return {
+        nll = {"nll": mean(nll_P.detach())} if self.settings.sft_weight else {}
+        return nll | {
             "loss": mean(loss_P),
             "rewards/chosen": mean(chosen_P),
             "rewards/rejected": mean(rejected_P),
@@ -80,14 +98,22 @@ class Preference:
         """Loss of each pair: [P]."""
         return self._scored(model, batch, step)[0]
 
-    def _scored(self, model: Mistral, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss of each pair [P], the policy's log-probability of each document [B], its difference to the reference's [B])."""
+    def _scored(self, model: Mistral, batch: Batch, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss of each pair [P], NLL a token of its chosen answer [P], the policy's log-probability of each document [B], the
+        document's reward without a gradient [B])."""
         alpha = self.neftune_alpha if model.training else 0.0
         noise = embedding_noise(batch, alpha=alpha, seed=self.seed, step=step.index)
         policy_B = document_log_probs(token_log_probs(model, batch, noise), batch)
-        ratio_B = policy_B - self._reference_of(batch)
-        scored_B = ratio_B / answer_lengths(batch) if self.settings.loss == "ipo-mean" else ratio_B
-        return preference_loss(scored_B[0::2] - scored_B[1::2], self.settings), policy_B, ratio_B
+        lengths_B = answer_lengths(batch)
+        ratio_B = policy_B - self._reference_of(batch) if self.settings.has_reference else policy_B
+        scored_B = ratio_B / lengths_B if self.settings.averages else ratio_B
+        loss_P = preference_loss(scored_B[0::2], scored_B[1::2], self.settings)
+        nll_P = -policy_B[0::2] / lengths_B[0::2]
+        if self.settings.sft_weight:
+            loss_P = loss_P + self.settings.sft_weight * nll_P
+        # TRL's rewards are of sums; those of SimPO are of means.
+        reward_B = scored_B if not self.settings.has_reference else ratio_B
+        return loss_P, nll_P, policy_B, self.settings.beta * reward_B.detach()
 
     def _reference_of(self, batch: Batch) -> Tensor:
         """The reference's log-probability of each document, 0 for a filler: [B]."""

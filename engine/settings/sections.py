@@ -166,20 +166,42 @@ class ScheduleSettings:
 class PreferenceSettings:
     """Loss of preference tuning."""
 
-    loss: Literal["sigmoid", "ipo", "ipo-mean", "hinge"] = "sigmoid"
-    """sigmoid: DPO; ipo: IPO on summed log-probabilities, as in the paper; ipo-mean: IPO on means per answer token, as TRL
-    computes it; hinge: SLiC's rank loss."""
+    loss: Literal["sigmoid", "sigmoid-mean", "robust", "ipo", "ipo-mean", "hinge", "apo-zero", "apo-down", "simpo"] = "sigmoid"
+    """sigmoid: DPO; sigmoid-mean: DPO on log-probabilities averaged over the answer's tokens (length-normalised; beta is then
+    some 20 times larger); robust: DPO corrected for a known share of flipped labels; ipo: IPO on summed log-probabilities, as
+    in the paper; ipo-mean: IPO on averages, as TRL computes it; hinge: SLiC's rank loss; apo-zero, apo-down: anchored losses,
+    for chosen answers that are better or worse than the model's own; simpo: SimPO on averages, without a reference model."""
     beta: float = 0.1
-    """Strength of the pull to the reference model."""
+    """Strength of the pull to the reference model; with simpo the scale of the reward (2 to 10 there)."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped labels, below 0.5 (conservative DPO; sigmoid only)."""
+    """Assumed share of flipped labels, below 0.5: conservative DPO with sigmoid, unbiased DPO with robust."""
+    target_margin: float = 0.0
+    """simpo only: by how much the chosen answer's reward should lead (gamma)."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's mean negative log-probability a token, added to each pair's loss (RPO)."""
 
     def __post_init__(self) -> None:
         check_finite("preference.beta", self.beta, above=True)
+        check_finite("preference.target_margin", self.target_margin)
+        check_finite("preference.sft_weight", self.sft_weight, remedy="; 0 leaves the term out")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"preference.label_smoothing = {self.label_smoothing}: must lie in 0 .. 0.5, 0.5 excluded")
-        if self.label_smoothing and self.loss != "sigmoid":
+        if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid-mean", "robust"):
             raise ValueError(f"preference.label_smoothing has no effect with the {self.loss} loss; leave it out")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("preference.loss = 'robust': needs preference.label_smoothing, the share of flipped labels")
+        if self.target_margin and self.loss != "simpo":
+            raise ValueError(f"preference.target_margin has no effect with the {self.loss} loss; leave it out")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a frozen reference model."""
+        return self.loss != "simpo"
+
+    @property
+    def averages(self) -> bool:
+        """Whether the loss takes log-probabilities averaged over an answer's tokens, not their sums."""
+        return self.loss.endswith("-mean") or self.loss == "simpo"
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,15 @@ def test_objectives_check_their_settings(toml, capsys, stage, option):
     assert f"{option.removeprefix('--').replace('-', '_')} = -1.0" in capsys.readouterr().err
 
 
+def test_simpo_needs_no_reference(tiny_settings, tmp_path):
+    preference = {"loss": "simpo", "beta": 2.0, "target_margin": 0.5, "sft_weight": 0.1}
+    dpo.run(tiny_settings("dpo", tmp_path / "run", preference=preference))
+    assert not [path for path in (tmp_path / "run").iterdir() if "reference" in path.name]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
 def test_torchrun_with_one_process_trains_the_same(toml, tiny_settings, tmp_path):
     expected = pretrain.run(tiny_settings("pretrain", tmp_path / "here"))
     command = [

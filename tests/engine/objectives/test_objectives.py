@@ -140,22 +140,48 @@ def sigmoid(x):
 MARGINS = [-30.0, -3.0, -0.2, 0.0, 0.7, 5.0, 12.0]
 
 
-@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
-@pytest.mark.parametrize("margin", MARGINS)
-def test_losses_are_the_papers_formulas(margin, beta):
-    """margin: the chosen answer's log(policy / reference), minus the rejected answer's."""
+def loss_of(chosen, rejected, **changes):
+    pair = [torch.tensor([value], dtype=torch.float64) for value in (chosen, rejected)]
+    return float(preference_loss(*pair, PreferenceSettings(**changes)))
 
-    def loss(kind, smoothing=0.0):
-        settings = PreferenceSettings(loss=kind, beta=beta, label_smoothing=smoothing)
-        return float(preference_loss(torch.tensor([margin], dtype=torch.float64), settings))
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("chosen", [-4.0, 0.0, 2.5])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_losses_are_the_papers_formulas(margin, chosen, beta):
+    """chosen: its log(policy / reference). margin: chosen minus the rejected answer's."""
+    rejected = chosen - margin
+
+    def loss(kind, **changes):
+        return loss_of(chosen, rejected, loss=kind, beta=beta, **changes)
 
     dpo = -math.log(sigmoid(beta * margin))  # Rafailov et al. 2023, equation 7
     flipped = -math.log(sigmoid(-beta * margin))
     assert loss("sigmoid") == pytest.approx(dpo, rel=1e-12)
-    for epsilon in (0.1, 0.4):  # Mitchell 2023, equation 3
-        assert loss("sigmoid", epsilon) == pytest.approx((1 - epsilon) * dpo + epsilon * flipped, rel=1e-12)
+    assert loss("sigmoid-mean") == pytest.approx(dpo, rel=1e-12)
+    for epsilon in (0.1, 0.4):
+        # Mitchell 2023, equation 3; Chowdhury et al. 2024, equation 12
+        assert loss("sigmoid", label_smoothing=epsilon) == pytest.approx((1 - epsilon) * dpo + epsilon * flipped, rel=1e-12)
+        robust = ((1 - epsilon) * dpo - epsilon * flipped) / (1 - 2 * epsilon)
+        assert loss("robust", label_smoothing=epsilon) == pytest.approx(robust, rel=1e-9, abs=1e-12)
     assert loss("ipo") == pytest.approx((margin - 1 / (2 * beta)) ** 2, rel=1e-12)  # Azar et al. 2023, equation 17
     assert loss("hinge") == pytest.approx(max(0.0, 1 - beta * margin), rel=1e-12)  # Zhao et al. 2023
+    # D'Oosterlinck et al. 2024: raise the chosen answer and lower the rejected one; lower both, the rejected one more.
+    zero = 1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)
+    down = sigmoid(beta * chosen) + 1 - sigmoid(beta * margin)
+    assert loss("apo-zero") == pytest.approx(zero, rel=1e-12)
+    assert loss("apo-down") == pytest.approx(down, rel=1e-12)
+    # Meng et al. 2024, equation 6
+    assert loss("simpo", target_margin=0.8) == pytest.approx(-math.log(sigmoid(beta * margin - 0.8)), rel=1e-12)
+
+
+@given(st.floats(-20, 20), st.floats(0.05, 1), st.floats(0.01, 0.45))
+@settings(max_examples=50, deadline=None)
+def test_robust_dpo_over_flipped_labels_is_dpo_over_true_labels(margin, beta, flipped):
+    """In expectation; the property that its paper asks for."""
+    changes = {"loss": "robust", "beta": beta, "label_smoothing": flipped}
+    expected = (1 - flipped) * loss_of(margin, 0.0, **changes) + flipped * loss_of(-margin, 0.0, **changes)
+    assert expected == pytest.approx(loss_of(margin, 0.0, beta=beta), rel=1e-9, abs=1e-9)
 
 
 @given(st.floats(-50, 50), st.floats(0.01, 2), st.floats(0, 0.49))
@@ -164,34 +190,55 @@ def test_conservative_dpo_has_its_minimum_where_the_policys_belief_is_the_share_
     """The minimum lies at sigmoid(beta * margin) = 1 - smoothing (Mitchell 2023). DPO has its minimum at infinity."""
     chosen = PreferenceSettings(beta=beta, label_smoothing=smoothing)
     value = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
-    preference_loss(value, chosen).sum().backward()
+    preference_loss(value, torch.zeros_like(value), chosen).sum().backward()
     assert float(value.grad) == pytest.approx(beta * (sigmoid(beta * margin) - (1 - smoothing)), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo-mean", "hinge"])
-def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
+@pytest.mark.parametrize(
+    ("kind", "sft_weight"),
+    [
+        ("sigmoid", 0.0),
+        ("sigmoid-mean", 0.0),
+        ("ipo", 0.0),
+        ("ipo-mean", 0.5),
+        ("hinge", 0.0),
+        ("apo-zero", 0.0),
+        ("simpo", 0.0),
+        ("simpo", 0.25),
+    ],
+)
+def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind, sft_weight):
     """Against plain arithmetic on the log-probabilities of `transformers` and a reference table."""
     beta = 0.2
     scores = their_answer_log_probs(theirs, tiny_data.preferences).double()
     reference = (scores + 8 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) - 4).float()
     lengths = [int((labels[:, 1:] != -100).sum()) for _, labels in documents(tiny_data.preferences)]
-    objective = Preference(PreferenceSettings(loss=kind, beta=beta), [reference])
+    chosen_settings = PreferenceSettings(loss=kind, beta=beta, sft_weight=sft_weight)
+    objective = Preference(chosen_settings, [] if kind == "simpo" else [reference])
     found = evaluate(model, [Evaluation("p", objective, batches_of(tiny_data.preferences, 100).as_step())])
 
-    losses, chosen, rejected = [], [], []
+    losses, chosen, rejected, nll = [], [], [], []
     for i in range(32):
-        ratios = [float(scores[i, side] - reference[i, side]) for side in (0, 1)]
-        chosen.append(beta * ratios[0])
-        rejected.append(beta * ratios[1])
-        if kind == "sigmoid":
-            losses.append(-math.log(sigmoid(beta * (ratios[0] - ratios[1]))))
-        elif kind == "hinge":
-            losses.append(max(0.0, 1 - beta * (ratios[0] - ratios[1])))
-        else:
-            counts = lengths[2 * i : 2 * i + 2] if kind == "ipo-mean" else (1, 1)
-            losses.append((ratios[0] / counts[0] - ratios[1] / counts[1] - 1 / (2 * beta)) ** 2)
+        counts = lengths[2 * i : 2 * i + 2]
+        ratios = [float(scores[i, side] - (0 if kind == "simpo" else reference[i, side])) for side in (0, 1)]
+        means = [ratio / count for ratio, count in zip(ratios, counts, strict=True)]
+        rewards = means if kind == "simpo" else ratios
+        chosen.append(beta * rewards[0])
+        rejected.append(beta * rewards[1])
+        scored = means if kind in ("sigmoid-mean", "ipo-mean", "simpo") else ratios
+        margin = scored[0] - scored[1]
+        losses.append(
+            max(0.0, 1 - beta * margin)
+            if kind == "hinge"
+            else (margin - 1 / (2 * beta)) ** 2
+            if kind.startswith("ipo")
+            else 1 - sigmoid(beta * scored[0]) + sigmoid(beta * scored[1])
+            if kind == "apo-zero"
+            else -math.log(sigmoid(beta * margin))
+        )
+        nll.append(-float(scores[i, 0]) / counts[0])
     expected = {
-        "loss": sum(losses) / 32,
+        "loss": sum(losses) / 32 + sft_weight * sum(nll) / 32,
         "rewards/chosen": sum(chosen) / 32,
         "rewards/rejected": sum(rejected) / 32,
         "rewards/margins": sum(c - r for c, r in zip(chosen, rejected, strict=True)) / 32,
@@ -199,6 +246,8 @@ def test_losses_and_metrics_of_a_step(model, theirs, tiny_data, kind):
         "logps/chosen": float(scores[:, 0].mean()),
         "logps/rejected": float(scores[:, 1].mean()),
     }
+    if sft_weight:
+        expected["nll"] = sum(nll) / 32
     assert 0 < expected["rewards/accuracies"] < 1
     assert found == {f"eval/p/{name}": pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in expected.items()}
 
@@ -238,6 +287,9 @@ def test_each_source_reads_its_own_reference(model, tiny_data):
         ({"beta": 0.0}, "preference.beta = 0.0"),
         ({"label_smoothing": 0.5}, "preference.label_smoothing = 0.5"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing has no effect with the ipo loss"),
+        ({"loss": "robust"}, "'robust': needs preference.label_smoothing"),
+        ({"target_margin": 0.5}, "target_margin has no effect with the sigmoid loss"),
+        ({"sft_weight": -1.0}, "preference.sft_weight = -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
