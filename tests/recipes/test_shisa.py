@@ -59,6 +59,7 @@ UNSTATED = {
     "reference_cache",
     "offload",
     "parallel",
+    "fp8",
     "guard",
     "profile",
     "replay",
