@@ -40,7 +40,10 @@ class Task:
 
 
 TASKS: dict[str, Task] = {
-    "whole": Task(120, "train", "TrainBenchSettings", _SHISA | _LEAN | {"sweep": ("offload=none,moments",)}),
+    "whole": Task(
+        240, "train", "TrainBenchSettings", _SHISA | _LEAN | {"sweep": ("precision=dtype,fp8", "offload=none,moments")}
+    ),
+    "fp8": Task(120, "fp8_products", "Fp8ProductSettings"),
     "peers": Task(150, "train", "TrainBenchSettings", _SHISA | {"layers": 8, "peers": _PEERS}),
     "trl": Task(200, "train", "TrainBenchSettings", _SHISA | {"layers": 4, "peers": _TRL} | _BOTH),
     "kernels": Task(240, "kernels", "KernelSettings", {"rounds": 2}),

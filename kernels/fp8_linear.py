@@ -149,7 +149,7 @@ def _multiplied(
     dtype: torch.dtype,
 ) -> Tensor:
     """(left * its scale) @ (right * its scale)^T: [M, N], rounded once to `dtype`."""
-    if left_MK.is_cuda:
+    if left_MK.is_cuda and len(left_MK):
         return torch._scaled_mm(
             left_MK,
             right_NK.T,
