@@ -18,7 +18,6 @@ from typing import IO, Any, Literal
 from engine.data.records import Unusable
 from engine.data.sources import Record
 from engine.inference.asking import Asker, ChatRequest, Responder, Unanswered
-from engine.settings.toml import PathName
 from model.vocabulary.chat import Message
 from recipes.command import command
 from recipes.data_making.making import (
@@ -27,12 +26,12 @@ from recipes.data_making.making import (
     ModelSettings,
     Responders,
     Result,
+    SampleSettings,
     Tally,
     end_fault,
+    find_records,
     opened_asker,
     opened_result,
-    read_records,
-    usable_records,
     without_thoughts,
 )
 from recipes.data_making.pairing import (
@@ -60,12 +59,10 @@ class AnswererSettings(ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsSettings(MakingSettings):
-    """Preference pairs."""
+class PairsSettings(MakingSettings, SampleSettings):
+    """Preference pairs. The prompts are those of conversations (all before the last answer), of pairs, or of records without an
+    answer."""
 
-    paths: tuple[PathName, ...]
-    """Prompts: conversations (all before the last answer), pairs, or records without an answer; files (.jsonl, .json, each also
-    .gz; .parquet), folders, patterns, or a hub data set."""
     chosen: AnswererSettings = field(default_factory=AnswererSettings)
     """The better answer."""
     rejected: AnswererSettings = field(default_factory=AnswererSettings)
@@ -76,8 +73,6 @@ class PairsSettings(MakingSettings):
     """Drop pairs whose lengths' ratio is so many robust standard deviations off the median; 0: keep all."""
     cut: Literal["drop", "keep"] = "drop"
     """Pairs with an answer that max_tokens has cut off."""
-    limit: int | None = None
-    """Read so many prompts only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,8 +80,7 @@ class PairsSettings(MakingSettings):
             raise ValueError(f"most_similar = {self.most_similar}: must be above 0 and at most 1")
         if not self.length_deviations >= 0:
             raise ValueError(f"length_deviations = {self.length_deviations}: must be at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}: must be at least 1")
+        SampleSettings.__post_init__(self)
         for name in SIDES:
             side = getattr(self, name)
             if side.url and not side.model:
@@ -142,8 +136,8 @@ def run(settings: PairsSettings) -> None:
                 raise Unusable(f"no {name} answer in the record", f"name a model in {name}.model")
         return prompt
 
-    total, skipped = usable_records(settings.paths, read, settings.limit)
-    print("\n".join([f"prompts: {total:,}", *skipped.lines("skipped")]))
+    records = find_records(settings.paths, read, sample=settings.sample, seed=settings.seed)
+    print("\n".join([f"prompts: {records.total:,}", *records.skipped.lines("skipped")]))
     with opened_asker(settings) as asker:
         responders = Responders()
         models = {name: responders.of(side) for name in SIDES if (side := getattr(settings, name)).model}
@@ -165,15 +159,14 @@ def run(settings: PairsSettings) -> None:
                 reasons = [*objections(prompt.messages, row["chosen"], row["rejected"], most_similar=settings.most_similar)]
             return {**row, "made": made}, reasons
 
-        items = read_records(settings.paths, read, Tally(), settings.limit)
         with tempfile.TemporaryFile("w+", encoding="utf-8") as spool, opened_result(settings) as result:
             sieve = _Sieve(settings, result, spool)
-            for _, pair in asker.run(job, items, total=total, unit="pairs", ordered=True):
+            for _, pair in asker.run(job, records, total=records.total, unit="pairs", ordered=True):
                 assert not isinstance(pair, Unanswered), "unanswered requests are reasons"
                 sieve.add(*pair)
             kept = sieve.finish()
         print(asker.summary())
-    print("\n".join([f"{settings.out}: {len(kept):,} pairs of {total:,} prompts", *sieve.dropped.lines("dropped")]))
+    print("\n".join([f"{settings.out}: {len(kept):,} pairs of {records.total:,} prompts", *sieve.dropped.lines("dropped")]))
     if not kept:
         raise ValueError(f"{settings.out}: no pair is left; the .dropped file beside it holds all, each with its reasons")
     print(describe_lengths(kept))

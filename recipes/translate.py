@@ -17,17 +17,16 @@ from typing import Any, Literal
 from engine.data.records import Unusable
 from engine.data.sources import Record
 from engine.inference.asking import Asker, Unanswered
-from engine.settings.toml import PathName
 from recipes.command import command
 from recipes.data_making.making import (
     MakingSettings,
     Responders,
     Result,
+    SampleSettings,
     Tally,
+    find_records,
     opened_asker,
     opened_result,
-    read_records,
-    usable_records,
 )
 from recipes.data_making.protected import find_spans, protect
 from recipes.data_making.record_texts import Kind, Text, read_texts, with_texts
@@ -47,13 +46,11 @@ from recipes.data_making.translation import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranslateSettings(MakingSettings):
+class TranslateSettings(MakingSettings, SampleSettings):
     """Translation of records."""
 
     kind: Kind
     """conversations: ShareGPT, messages, Alpaca, or prompt and completion; preferences: prompt, chosen, rejected."""
-    paths: tuple[PathName, ...]
-    """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, or a hub data set (recipes/README.md)."""
     source: str
     """Language of the records, as two letters (ISO 639-1)."""
     target: str
@@ -66,8 +63,6 @@ class TranslateSettings(MakingSettings):
     """A record with a message that passes in no attempt: drop (leave it out), or keep (with the last translation)."""
     field: str = "translation"
     """Field of a record that is given the languages and all verdicts."""
-    limit: int | None = None
-    """Translate so many records only."""
     dry_run: bool = False
     """Count records, messages and characters, print the first request of each attempt, and ask nothing."""
 
@@ -80,8 +75,7 @@ class TranslateSettings(MakingSettings):
             raise ValueError(f"source and target are both {self.source!r}: there is nothing to translate")
         if not self.attempts:
             raise ValueError("attempts: name at least one model ([[attempts]] model = ...)")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}: must be at least 1")
+        SampleSettings.__post_init__(self)
         self.check_prices({f"attempts.{number}": attempt for number, attempt in enumerate(self.attempts)})
 
 
@@ -111,11 +105,10 @@ def run(settings: TranslateSettings) -> None:
             raise Unusable(f"field '{settings.field}' is taken", "name another one in the setting 'field'")
         return texts
 
-    total, skipped = usable_records(settings.paths, read, settings.limit)
-    print("\n".join([f"records to translate: {total:,}", *skipped.lines("skipped")]))
-    items = read_records(settings.paths, read, Tally(), settings.limit)
+    records = find_records(settings.paths, read, sample=settings.sample, seed=settings.seed)
+    print("\n".join([f"records to translate: {records.total:,}", *records.skipped.lines("skipped")]))
     if settings.dry_run:
-        _preview(settings, items)
+        _preview(settings, records)
         return
     count = _Count()
     with opened_asker(settings) as asker:
@@ -125,7 +118,7 @@ def run(settings: TranslateSettings) -> None:
             return *item, await translator.translate(item[1])
 
         with opened_result(settings) as result:
-            for _, done in asker.run(job, items, total=total, unit="records", ordered=True):
+            for _, done in asker.run(job, records, total=records.total, unit="records", ordered=True):
                 assert not isinstance(done, Unanswered), "the translator takes unanswered requests for failed attempts"
                 _write(settings, result, count, *done)
         print(asker.summary())

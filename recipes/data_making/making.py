@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,6 +60,22 @@ class ModelSettings(EndpointSettings):
         """As a request sends them."""
         named = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
         return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Which records are read."""
+
+    paths: tuple[PathName, ...]
+    """Files (.jsonl, .json, each also .gz; .parquet), folders, patterns, or a hub data set (recipes/README.md)."""
+    sample: int | None = None
+    """So many of the usable records, drawn at random; default: all."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample = {self.sample}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,41 +198,50 @@ def fingerprint(settings: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def usable_records(
+@dataclass(frozen=True)
+class Records:
+    """The records of some sources that a command can use."""
+
+    paths: Sequence[str]
+    read: Callable[[Any], Any]
+    """What a record holds; raises Unusable."""
+    places: frozenset[int] | None
+    """Numbers of the chosen ones among the usable ones, from 0; None: all."""
+    total: int
+    """How many are chosen."""
+    skipped: Tally
+
+    def __iter__(self) -> Iterator[tuple[Record, Any]]:
+        """The chosen records, in order, each with what `read` made of it."""
+        for number, found in enumerate(_usable(self.paths, self.read, Tally())):
+            if self.places is None or number in self.places:
+                yield found
+
+
+def find_records(
     paths: Sequence[str],
     read: Callable[[Any], Any],  # raises Unusable
-    limit: int | None = None,
-) -> tuple[int, Tally]:
-    """How many records can be used, and why the others cannot. All files are read once, before anything is paid for.
+    *,
+    sample: int | None,
+    seed: int,
+) -> Records:
+    """Read all sources once, before anything is paid for, and draw a sample of the usable records if one is asked for.
 
     Raises: ValueError, FileNotFoundError naming file and line of what cannot be read, or where no record can be used.
     """
-    skipped, count = Tally(), 0
-    for _ in read_records(paths, read, skipped, limit):
-        count += 1
+    skipped = Tally()
+    count = sum(1 for _ in _usable(paths, read, skipped))
     if not count:
-        reasons = "; ".join(skipped.lines("skipped")) or "there is none"
-        raise ValueError(f"{', '.join(paths)}: no record can be used: {reasons}")
-    return count, skipped
+        raise ValueError(f"{', '.join(paths)}: no record can be used: {'; '.join(skipped.lines('skipped'))}")
+    drawn = sample is not None and sample < count
+    places = frozenset(random.Random(seed).sample(range(count), sample or 0)) if drawn else None
+    return Records(paths, read, places, len(places) if places is not None else count, skipped)
 
 
-def read_records(
-    paths: Sequence[str],
-    read: Callable[[Any], Any],  # raises Unusable
-    skipped: Tally,
-    limit: int | None = None,
-) -> Iterator[tuple[Record, Any]]:
-    """The records that can be used, each with what `read` made of it; at most `limit`."""
-    left = limit
+def _usable(paths: Sequence[str], read: Callable[[Any], Any], skipped: Tally) -> Iterator[tuple[Record, Any]]:
     for source in find_sources(paths, RECORD_SUFFIXES):
         for record in source.records("blank"):
-            if left == 0:
-                return
             try:
-                found = read(record.value)
+                yield record, read(record.value)
             except Unusable as unusable:
                 skipped.add(unusable.reason, f"{record.place}: {unusable.detail}")
-                continue
-            if left is not None:
-                left -= 1
-            yield record, found

@@ -257,6 +257,18 @@ def test_a_budget_that_is_reached_leaves_no_file_and_more_of_it_goes_on(tmp_path
     assert len(read(tmp_path / "ja.jsonl")) == 3
 
 
+def test_a_sample_is_drawn_by_its_seed_and_keeps_the_order(tmp_path):
+    write(tmp_path / "en.jsonl", [{"id": i, "prompt": f"word {i}", "completion": "it"} for i in range(100)])
+    found = []
+    with FakeServer(answer=translating) as server:
+        for seed in (0, 0, 1):
+            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--sample", "20", "--seed", str(seed), "--overwrite")
+            found.append([row["id"] for row in read(tmp_path / "ja.jsonl")])
+    assert found[0] == found[1] == sorted(found[0])
+    assert len(set(found[0])) == 20
+    assert found[0] != found[2]
+
+
 def test_a_dry_run_shows_the_requests_and_sends_none(tmp_path, capsys):
     write(tmp_path / "en.jsonl")
     call(tmp_path, "http://127.0.0.1:1/v1", '[[attempts]]\nmodel = "m"\nunit = "conversation"', "--dry-run")
@@ -283,7 +295,7 @@ def test_through_faults_the_bytes_are_the_same(tmp_path):
         ('source = "ja"', r"source and target are both 'ja'"),
         ("attempts = []", r"missing key 'attempts'|attempts: name at least one model"),
         ("max_cost = 3.0", r"max_cost needs the prices .* attempts\.0\.price_in"),
-        ("limit = 0", r"limit = 0: must be at least 1"),
+        ("sample = 0", r"sample = 0: must be at least 1"),
         ('paths = ["nowhere.jsonl"]', r"nowhere\.jsonl: no such file"),
         ('out = "ja.csv"', r"ja\.csv: unknown type of file"),
         ('[[attempts]]\nmodel = "m"\ncontext = 2\nunit = "conversation"', r"context has no effect"),

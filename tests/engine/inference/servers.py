@@ -1,4 +1,5 @@
-"""A small server of chat completions and a proxy that makes faults, in threads of the test's process; clients to kill."""
+"""Servers of chat completions: a small one and a proxy that makes faults, in threads of the test's process, and the one of
+`transformers`; clients to kill."""
 
 import hashlib
 import http.client
@@ -8,9 +9,15 @@ import random
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
 
 KINDS = ("429", "500", "hang", "reset", "late reset", "cut", "short")
 WORDS = ["the", "cat", "sees", "a", "red", "dog", "and", "it", "runs", "ねこ", "は", "赤い", "いぬ", "を", "見る", "です"]
@@ -213,3 +220,35 @@ def wait_until(condition, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+@contextmanager
+def served(folder: Path, log: Path):
+    """`transformers serve` on a free port. Yields: its address."""
+    program = Path(sys.executable).with_name("transformers")
+    if not program.is_file():
+        pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or answers(port), seconds=300)
+            if process.poll() is not None and b"pip install" in log.read_bytes():
+                pytest.skip("transformers serve lacks packages: pip install 'transformers[serving]'")
+            assert process.poll() is None, log.read_text()
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+def answers(port: int) -> bool:
+    try:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        time.sleep(0.5)
+        return False

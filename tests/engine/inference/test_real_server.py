@@ -1,16 +1,11 @@
 """The client before `transformers serve`, with faults between them and kills of the client."""
 
-import http.client
 import json
 import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +13,7 @@ import pytest
 from engine.inference.asking import Answer, Asker, ChatRequest
 from engine.inference.endpoint import Endpoint, EndpointSettings
 from engine.inference.probe import describe, probe
-from tests.engine.inference.servers import FaultProxy, in_a_child, wait_until
+from tests.engine.inference.servers import FaultProxy, in_a_child, served, wait_until
 
 KEY = "sk-very-secret-0123456789"
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,38 +28,6 @@ def export(tiny_model) -> Path:
     """The quickstart's export, where `make quickstart` has made one; else an untrained model."""
     made = ROOT / "runs" / "quickstart" / "export"
     return made if made.is_dir() else tiny_model
-
-
-@contextmanager
-def served(folder: Path, log: Path):
-    """`transformers serve` on a free port. Yields: its address."""
-    program = Path(sys.executable).with_name("transformers")
-    if not program.is_file():
-        pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
-        try:
-            wait_until(lambda: process.poll() is not None or answers(port), seconds=300)
-            if process.poll() is not None and b"pip install" in log.read_bytes():
-                pytest.skip("transformers serve lacks packages: pip install 'transformers[serving]'")
-            assert process.poll() is None, log.read_text()
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
-
-
-def answers(port: int) -> bool:
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        time.sleep(0.5)
-        return False
 
 
 def requests(count: int) -> list[ChatRequest]:
