@@ -21,15 +21,22 @@ from model.weights import load_model
 from recipes import dpo, export, prepare, pretrain, sft
 from recipes.dpo import DpoSettings
 from recipes.export import ExportSettings
+from recipes.generate import GenerateSettings
+from recipes.pairs import PairsSettings
 from recipes.prepare import PrepareSettings
 from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
 from recipes.shisa import split_languages
 from recipes.shisa.split_languages import SplitSettings
+from recipes.translate import TranslateSettings
 from recipes.vocabulary import VocabularySettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "shisa"
 STAGES = {
+    "translate_slimorca": TranslateSettings,
+    "translate_airoboros": TranslateSettings,
+    "generate": GenerateSettings,
+    "pairs": PairsSettings,
     "split_pretrain": SplitSettings,
     "split_sft": SplitSettings,
     "vocabulary": VocabularySettings,
@@ -63,6 +70,7 @@ UNSTATED = {
     "guard",
     "profile",
     "replay",
+    "fp8",
 }
 
 
