@@ -70,7 +70,6 @@ UNSTATED = {
     "guard",
     "profile",
     "replay",
-    "fp8",
 }
 
 
