@@ -30,9 +30,10 @@ class Interval:
     high: float
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: float, trials: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
+    Trials that belong together count as fewer, which need not be a whole number.
     Raises: ValueError without trials, or for successes outside 0 .. trials.
     """
     if trials < 1 or not 0 <= successes <= trials:

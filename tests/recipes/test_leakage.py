@@ -8,7 +8,7 @@ from recipes.leakage import main
 
 
 def record(response, **more):
-    return {"messages": [{"role": "user", "content": "Tell me about summer."}], "response": response, **more}
+    return {"messages": [{"role": "user", "content": "Tell me about summer."}], "response": response} | more
 
 
 def write(path, records):
@@ -42,6 +42,18 @@ def test_detect_reads_the_answers_of_a_folder_and_passes_over_other_files(tmp_pa
     out = tmp_path.parent / "folder.jsonl"
     main(["detect", str(tmp_path), "--json", str(out)])
     assert [row["leak"] for row in rows(out)] == [True]
+
+
+def test_conversations_in_other_forms_are_read(tmp_path):
+    rows_in = [
+        {"conversations": [{"from": "human", "value": "Summer?"}, {"from": "gpt", "value": "It is 湿気 hot."}]},
+        {"instruction": "Tell me about summer.", "output": "It is hot."},
+        {"prompt": "Tell me about summer.", "response": "It is 湿気 hot."},
+        record("It is hot.", messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]),
+    ]
+    out = tmp_path / "found.jsonl"
+    main(["detect", write(tmp_path / "a.jsonl", rows_in), "--json", str(out)])
+    assert [row["leak"] for row in rows(out)] == [True, False, True, False]
 
 
 def test_rates_are_printed_by_field(tmp_path, capsys):

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from engine.data.records import Unusable, read_conversation
 from engine.data.sources import RECORD_SUFFIXES, SourceFile, find_sources
 from model.vocabulary.chat import Message
-from recipes.evaluation.statistics import Interval, bootstrap_mean, wilson
+from recipes.evaluation.statistics import Interval, wilson
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Answered:
 def read_answers(path: str, *, prompts: bool = False) -> list[Answered]:
     """The answers of a file, or of a folder's files. In a folder, files whose first record holds no answer are passed over.
 
-    An answer is `response`, or else the last message, of the assistant. prompts: the answer may be absent, and is "" then.
+    An answer is `response`, or else the last message where that is the assistant's. prompts: it may be absent, and is "" then.
     Raises: FileNotFoundError; ValueError naming file and line of a record that is no answer, or a folder without one.
     """
     folder = Path(path).is_dir()
@@ -56,12 +59,16 @@ def _holds_answers(source: SourceFile) -> bool:
 
 
 def _read(value: Any, number: int, place: str, prompts: bool = False) -> Answered:
-    messages = value.get("messages") if isinstance(value, Mapping) else None
+    messages, response = (value.get("messages"), value.get("response")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise ValueError(
-            f"{place}: not an answer: must be an object with 'messages' (a list of {{role, content}}) and 'response'"
-        )
-    response = value.get("response")
+        try:
+            messages = [Message(role=turn["role"], content=turn["content"]) for turn in read_conversation(value)]
+        except Unusable as reason:
+            raise ValueError(
+                f"{place}: not an answer: needs 'messages' (a list of {{role, content}}) and 'response', or a conversation as "
+                f"recipes.prepare reads it ({reason})"
+            ) from None
+        response = None
     if response is None and messages and messages[-1]["role"] == "assistant":
         *messages, last = messages
         response = last["content"]
@@ -78,7 +85,7 @@ def _is_message(message: Any) -> bool:
 
 @dataclass(frozen=True)
 class Rate:
-    """How many answers leak. Where prompts have several answers, the interval is of clusters by prompt; else Wilson's."""
+    """How many answers leak, with a 95 % interval."""
 
     leaks: int
     answers: int
@@ -90,10 +97,21 @@ class Rate:
 
 
 def rate(leaks: Sequence[bool], prompts: Sequence[str]) -> Rate:
-    """The rate of leaks, with a 95 % interval. Raises: ValueError without answers."""
-    together = len(set(prompts)) < len(prompts)
-    interval = bootstrap_mean([float(leak) for leak in leaks], prompts) if together else wilson(sum(leaks), len(leaks))
-    return Rate(sum(leaks), len(leaks), interval)
+    """The rate of leaks. Answers to one prompt belong together.
+
+    Wilson's interval, which has a width for 0 leaks too, of as many answers as would vary so much if they were independent
+    (Kish's effective size); without leaks, of as many as there are prompts.
+    Raises: ValueError without answers.
+    """
+    leak_N = np.asarray(leaks, dtype=float)
+    _, group_N = np.unique(np.asarray(prompts), return_inverse=True)
+    groups = int(group_N.max()) + 1 if len(group_N) else 0
+    share = float(leak_N.mean()) if len(leak_N) else 0.0
+    residual_G = np.bincount(group_N, leak_N - share, groups)
+    variance = groups / max(1, groups - 1) * float(residual_G @ residual_G) / max(1, len(leak_N)) ** 2
+    effective = share * (1 - share) / variance if variance > 0 else groups
+    effective = min(len(leak_N), max(1.0, effective))
+    return Rate(sum(leaks), len(leaks), wilson(share * effective, effective))
 
 
 def rates_by(

@@ -135,14 +135,8 @@ def sweep(name: str, path: str, out: str, plan: Plan, device: str) -> None:
     }
     done: dict[tuple[int, int, int], dict[str, Any]] = {}
     with Journal(folder / "answers.jsonl") as journal:
-        entries = [entry for _, entry in journal.entries()]
-        if entries and entries[0] != {"sweep": header}:
-            raise ValueError(
-                f"{journal.path}: holds another sweep: name another folder, or the same model, prompts and samplers"
-            )
-        if not entries:
-            journal.append({"sweep": header})
-        done = {(entry["sampler"], entry["prompt"], entry["sample"]): entry for entry in entries[1:]}
+        _check_same(folder / "settings.json", header, journal)
+        done = {(entry["sampler"], entry["prompt"], entry["sample"]): entry for _, entry in journal.entries()}
         missing = [which for which in wanted if which not in done]
         conversations = [answer.messages for answer in prompts]
         answers = generated(model, tokenizer, conversations, plan.samplers, missing, seed=plan.seed, rows=plan.rows)
@@ -158,7 +152,7 @@ def sweep(name: str, path: str, out: str, plan: Plan, device: str) -> None:
             }
             journal.append(entry, synced=False)
             done[which] = entry
-    references = _references([answer for answer in prompts if answer.fields.get("response")])
+    references = _references([answer for answer in prompts if answer.response])
     foreseen = _foreseen(model, tokenizer, references, plan.samplers) if references else []
     table = []
     for number, sampler in enumerate(plan.samplers):
@@ -185,6 +179,16 @@ def sweep(name: str, path: str, out: str, plan: Plan, device: str) -> None:
         kept = "-" if row["kept"] is None else f"{row['kept']:.1%}"
         between = f"[{row['low']:.1%}, {row['high']:.1%}]"
         print(f"{_cells(row)}{row['rate']:>9.1%}  {between:<16}{kept:>8}{row['distinct_2']:>12.3f}")
+
+
+def _check_same(path: Path, header: dict[str, Any], journal: Journal) -> None:
+    """Write what a sweep is, or compare it with what the folder holds. Raises: ValueError for another sweep's folder."""
+    text = json.dumps(header, ensure_ascii=False, indent=1) + "\n"
+    held = path.read_text(encoding="utf-8") if path.exists() else None
+    if held is None and next(journal.entries(), None) is None:
+        write_file(path, text)
+    elif held != text:
+        raise ValueError(f"{path.parent}: holds another sweep: name another folder, or the same model, prompts and samplers")
 
 
 def _prompts(path: str, limit: int) -> list[Answered]:

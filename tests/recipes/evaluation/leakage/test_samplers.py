@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from model.vocabulary.chat import encode_chat, encode_prompt
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
+from recipes.evaluation.leakage.records import rate
 from recipes.evaluation.leakage.samplers import Reference, distinct, foreign_pieces, foresee, generated, grid
 from recipes.leakage import main
 
@@ -176,8 +178,9 @@ def test_a_stopped_sweep_goes_on_to_the_same_bytes(tiny_model, tmp_path):
 
     sweep(whole)
     lines = (whole / "answers.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(lines) == 1 + 2 * 2 * 2
+    assert len(lines) == 2 * 2 * 2
     stopped.mkdir()
+    (stopped / "settings.json").write_bytes((whole / "settings.json").read_bytes())
     (stopped / "answers.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])
     sweep(stopped)
     assert sorted((stopped / "answers.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
@@ -192,6 +195,23 @@ def test_a_stopped_sweep_goes_on_to_the_same_bytes(tiny_model, tmp_path):
     with pytest.raises(SystemExit):
         sweep(tmp_path / "none", "--rows", "0")
     assert not (tmp_path / "none").exists()
+
+
+def test_intervals_of_rates_cover_as_prompts_differ():
+    """A repeated sweep: prompts drawn anew, each with its own chance of a leak, several answers to a prompt."""
+    random = np.random.default_rng(0)
+    for a, b in ((0.3, 9.7), (1.0, 4.0)):
+        covered = []
+        for _ in range(400):
+            chances = np.repeat(random.beta(a, b, size=60), 4)
+            found = rate((random.random(240) < chances).tolist(), [str(number // 4) for number in range(240)])
+            covered.append(found.interval.low <= a / (a + b) <= found.interval.high)
+        assert 0.92 <= np.mean(covered) <= 0.985
+
+
+def test_a_rate_of_none_has_a_width():
+    assert rate([False] * 40, ["a", "b"] * 20).interval.high > 0.5
+    assert 0.05 < rate([False] * 40, [str(number) for number in range(40)]).interval.high < 0.1
 
 
 def test_pairs_join_a_leaked_answer_with_the_clean_one_of_nearest_length(tmp_path, capsys):
