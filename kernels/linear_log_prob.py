@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import accumulation_dtype
-from kernels.launch import runs_triton
+from kernels.launch import operator, runs_triton
 from kernels.linear import add_product_, wide_product
 from kernels.logit_budget import Mode, default_budget, plan, sum_of_parts
 from kernels.row_log_prob import gather_rows, row_gradients, row_statistics, scale_in_place, scatter_rows
@@ -154,7 +154,7 @@ def _sizes(
     return vocab if vocab_size is None else vocab_size, keep, chunk
 
 
-@torch.library.custom_op("komainu::linear_log_prob", mutates_args=())
+@operator("komainu::linear_log_prob")
 def _log_prob(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -184,7 +184,7 @@ def _log_prob(
     return log_prob_T, log_sum_exp_T, entropy_T, kept_NV
 
 
-@torch.library.custom_op("komainu::linear_log_prob_backward", mutates_args=())
+@operator("komainu::linear_log_prob_backward")
 def _log_prob_backward(
     grad_T: Tensor,
     hidden_TD: Tensor,
@@ -228,7 +228,7 @@ def _log_prob_backward(
     )
 
 
-@torch.library.custom_op("komainu::linear_nll", mutates_args=())
+@operator("komainu::linear_nll")
 def _nll(
     hidden_TD: Tensor,
     weight_VD: Tensor,

@@ -359,14 +359,14 @@ def _check_operators(dtype, device):
     given = (hidden, weight, target % 40, chosen)
     plain = [tensor.detach() for tensor in given]
     for keep in (True, False):
-        torch.library.opcheck(module._log_prob, (*given, 40, keep, 2, False))
+        torch.library.opcheck(module._log_prob.registered, (*given, 40, keep, 2, False))
         # The backward pass scales _nll's gradients in place, which opcheck forbids; test_compiles_in_one_piece covers it.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(module._nll, (*given, grad, 40, keep, 2, True, True), test_utils=checks)
+        torch.library.opcheck(module._nll.registered, (*given, grad, 40, keep, 2, True, True), test_utils=checks)
         _, log_sum_exp, _, kept = module._log_prob(*plain, 40, keep, 2, False)
-        torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, keep, 2, True, True))
-    torch.library.opcheck(module._log_prob, (*plain, 40, False, 2, True))
-    torch.library.opcheck(module._log_prob_backward, (grad, *plain, log_sum_exp, kept, 40, False, 2, False, True))
+        torch.library.opcheck(module._log_prob_backward.registered, (grad, *plain, log_sum_exp, kept, 40, keep, 2, True, True))
+    torch.library.opcheck(module._log_prob.registered, (*plain, 40, False, 2, True))
+    torch.library.opcheck(module._log_prob_backward.registered, (grad, *plain, log_sum_exp, kept, 40, False, 2, False, True))
 
 
 @pytest.mark.parametrize("way", ["chunks", "known"])
