@@ -4,10 +4,8 @@
     python -m benchmarks.kernels --operators rms_norm swiglu --tokens 1 2048 8192 --out results.json
 
 "backward" is the backward pass alone (its memory covers both passes), "both" is timed in one piece. Data is random and
-copied anew for each call, caches are flushed, providers take turns, and on CUDA calls are queued behind a busy device. The
-floor is the larger of bytes / measured copy bandwidth and operations / measured matrix-product rate. The error is the largest
-difference to float64 over the largest exact value; beyond twice the error of plain torch in the same dtype plus a rounding, a
-result is "wrong" and no peer to beat.
+copied anew for each call, caches are flushed, providers take turns, and on CUDA calls are queued behind a busy device.
+`benchmarks/README.md` defines floor, error and wrong.
 """
 
 import dataclasses

@@ -24,45 +24,15 @@ class Table:
     columns: Mapping[str, str]  # heading -> field of a flat row; "field %" shows a share in per cent, "field ms" milliseconds
     where: Mapping[str, Any] = field(default_factory=dict)  # values that the shown rows have
     bars: str = ""  # heading that is drawn
-    first: str = ""  # a field: only the first row of each of its values is shown
 
 
-_SHARES = ("products", "attention", "our operators", "optimizer", "waiting")
 TABLES: dict[str, Table] = {
-    "steps": Table(
-        "train-nvidia-h200",
-        {"": "name", "tokens/s": "tokens_per_second", "MFU %": "mfu %", "of ceiling %": "of_ceiling %"}
-        | {"allocated GiB": "memory allocated_gib", "reserved GiB": "memory reserved_gib", "W": "watts", "MHz": "clock_mhz"}
-        | {"first loss - ours": "loss_first_difference"},
-        {"task": "next-token"},
-        bars="tokens/s",
-    ),
-    "shares": Table(
-        "train-nvidia-h200",
-        {"": "name", **{f"{name} %": f"breakdown {name} %" for name in _SHARES}},
-        {"task": "next-token", "name": "komainu"},
-    ),
     "head": Table(
         "kernels-nvidia-h200",
         {"forward and backward": "provider", "ms": "seconds ms", "of the floor %": "floor_fraction %", "peak MiB": "peak_mib"}
         | {"error / allowed": "error", "remark": "wrong"},
         {"direction": "both"},
         bars="of the floor %",
-    ),
-    "attention": Table(
-        "tune-nvidia-h200", {"kernel": "kernel", "fastest launch": "candidate", "ms": "seconds ms"}, first="kernel"
-    ),
-    "rows": Table(
-        "resize-amd-epyc",
-        {"": "method", "TFLOP": "tflop", "bits a character, Japanese": "bits_per_character_ja"}
-        | {"bits a character, English": "bits_per_character_en"},
-        {"after": "80 steps"},
-        bars="bits a character, Japanese",
-    ),
-    "streaming": Table(
-        "streaming-amd-epyc",
-        {"": "operation", "GB read": "gb_read", "GB written": "gb_written", "s": "seconds", "GB/s": "gb_per_second"}
-        | {"peak resident GiB": "peak_resident_gib"},
     ),
 }
 
@@ -72,8 +42,7 @@ def rows_of(table: Table) -> list[dict[str, Any]]:
     rows = [flat(row) for row in read_result(RESULTS / f"{table.result}.json")["rows"]]
     shown = [row for row in rows if all(row.get(name) == value for name, value in table.where.items())]
     fields = [name.removesuffix(" %").removesuffix(" ms") for name in list(table.columns.values())[1:]]
-    shown = [row for row in shown if any(row.get(name) is not None for name in fields) and not row.get("missing")]
-    return list({row[table.first]: row for row in reversed(shown)}.values())[::-1] if table.first else shown
+    return [row for row in shown if any(row.get(name) is not None for name in fields) and not row.get("missing")]
 
 
 def cell(row: Mapping[str, Any], name: str) -> str:

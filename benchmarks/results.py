@@ -37,8 +37,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "kernels": ("operator", "direction", "shape", "dtype", "provider"),
     "checkpoint": ("provider", "operation"),
     "tune": ("kernel", "direction", "candidate"),
-    "resize": ("after", "method"),
-    "streaming": ("operation",),
 }
 
 

@@ -5,7 +5,8 @@
     python -m benchmarks.train --sweep sequence=512,1024 micro_batch=1,4
     python -m benchmarks.train --ladder
 
-Each candidate trains in a process of its own, on the same tokens, from the same weights. `benchmarks.work` defines the figures.
+Each candidate trains in a process of its own, on the same tokens, from the same weights. With --out FILE.json, FILE.svg draws
+the parts of a step beside their floors. `benchmarks/README.md` defines the figures.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from benchmarks.candidates import Candidate, Outcome, Schedule, take_turns
 from benchmarks.command import benchmark, check_least, check_names
 from benchmarks.measure import spread
 from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
+from benchmarks.parts import draw, least, parts_of
 from benchmarks.peers import catalogue
 from benchmarks.results import TRAIN_AXES, Result, flat, table
 from benchmarks.shapes import dtype_of, name_of, shape
@@ -98,7 +100,7 @@ class TrainBenchSettings:
     side_by_side: Literal["auto", "yes", "no"] = "auto"
     """Whether all candidates stay in memory and alternate; auto: on a CPU."""
     breakdown: bool = True
-    """Profile two extra steps to say where the time goes."""
+    """Profile two extra steps to say where the time goes, and how far each part is from the device's limit."""
     warmup: int = 2
     """Steps before the first measured one."""
     rounds: int = 5
@@ -178,7 +180,16 @@ def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> 
                 result.add({"name": NAME, **identity(point), "missing": missing})
             else:
                 measure_point(point, device, Path(folder) / str(number), result)
-    return result.finish()
+    content = result.finish()
+    drawn = [row for row in content["rows"] if "products" in row.get("parts", {})]
+    if settings.out and drawn:
+        draw(drawn, varying(drawn), content["machine"]["device"], Path(settings.out).with_suffix(".svg"))
+    return content
+
+
+def varying(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings in which rows differ."""
+    return [name for name in TRAIN_AXES if len({str(row.get(name)) for row in rows}) > 1]
 
 
 def identity(point: TrainBenchSettings) -> dict[str, Any]:
@@ -192,7 +203,9 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
     job = make_job(point, device, folder)
     steps, dtype = steps_of(open_job(job), point.needed_steps), getattr(torch, point.dtype)
     fp8 = len(open_job(job).fp8_layers)
-    works = [work_of(point.config, step, point.recompute, device=device, dtype=dtype, fp8_layers=fp8) for step in steps]
+    works = [work_of(point.config, step, fp8) for step in steps]
+    moments = 0 if point.offload == "moments" else 2 * getattr(torch, point.moments).itemsize
+    costs = [least(point.config, step, dtype, moments, fp8) for step in steps[-_BREAKDOWN_STEPS:]]
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps_of(open_job(job, share_prompts=False), point.needed_steps), Path(job["steps_file"]))
@@ -208,6 +221,7 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
         else:
             base = outcomes[candidates[0].name]
             row |= row_of(outcome, point, works, base, device)
+            row["parts"] = parts_of(outcome.answers, costs, point.ranks)
         rows.append(row)
         rows[0].update(over_best_peer(rows))
         result.add(row)
@@ -241,8 +255,6 @@ def row_of(
         "ceiling_tflops": None if ceiling is None else ceiling / 1e12,
         "memory": outcome.rounds[-1]["memory"],
         "plan_gib": outcome.facts.get("plan_gib", {"missing": "only ours has a plan"}),
-        "breakdown": outcome.answers.get("breakdown")
-        or {"missing": "only ours is profiled" if point.breakdown else "not asked for"},
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "loss_first_difference": losses[0] - base.losses[0] if base.missing is None else None,
@@ -353,17 +365,17 @@ def ladder(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[Candida
 
 COLUMNS = ["name", "tokens_per_second", "tokens_per_cpu_second", "mfu", "of_ceiling", "memory allocated_gib"]
 COLUMNS += ["memory reserved_gib", "memory resident_gib", "plan_gib", "loss_largest_difference", "missing"]
+PART_COLUMNS = ["part", "share", "ms", "floor_ms", "percent_of_limit"]
 
 
 def show(result: dict[str, Any]) -> str:
     """The rows as text."""
     rows = [flat(row) for row in result["rows"]]
-    varying = [name for name in TRAIN_AXES if len({str(row.get(name)) for row in rows}) > 1]
-    lines = [table(rows, [*COLUMNS[:1], *varying, *COLUMNS[1:]])]
+    lines = [table(rows, [*COLUMNS[:1], *varying(rows), *COLUMNS[1:]])]
     for row in result["rows"]:
-        shares, over = row.get("breakdown", {}), row.get("over_best_peer", {})
-        if shares and "missing" not in shares:
-            lines.append(f"{row['name']}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+        parts, over = row.get("parts", {}), row.get("over_best_peer", {})
+        if "products" in parts:
+            lines.append(table([{"part": name, **part} for name, part in parts.items()], PART_COLUMNS))
         for name in (name for name in over if not name.endswith("_of")):
             lines.append(f"{row['name']} / {over[f'{name}_of']}: {name} {over[name]:.2f}")
     return "\n".join(lines)

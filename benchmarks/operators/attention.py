@@ -177,17 +177,9 @@ def _flash(package: str) -> Callable[[Case], Call]:
         window = (-1 if case.sizes.window is None else case.sizes.window - 1, 0)
 
         def run(given: Tensors) -> Tensors:
-            out = function(
-                given["query"],
-                given["key"],
-                given["value"],
-                cu_seqlens_q=cu_docs,
-                cu_seqlens_k=cu_docs,
-                max_seqlen_q=longest,
-                max_seqlen_k=longest,
-                causal=True,
-                window_size=window,
-            )
+            tensors = (given["query"], given["key"], given["value"])
+            bounds = {"cu_seqlens_q": cu_docs, "cu_seqlens_k": cu_docs, "max_seqlen_q": longest, "max_seqlen_k": longest}
+            out = function(*tensors, **bounds, causal=True, window_size=window)
             return {"out": out[0] if isinstance(out, tuple) else out}
 
         return Call(run)

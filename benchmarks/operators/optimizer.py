@@ -129,19 +129,6 @@ def _torch_fused(case: Case) -> Call:
     return Call(run_masters, _masters_apart, results=lambda given, outputs, gradients: _updated(_named("master", given), given))
 
 
-def _torch_narrow(case: Case) -> Call:
-    """No masters, and moments in the parameters' dtype, as torch.optim.AdamW treats a bfloat16 model."""
-
-    def arrange(inputs: Tensors) -> Tensors:
-        return {name: tensor.to(case.dtype) for name, tensor in inputs.items() if not name.startswith("remainder")}
-
-    def run(given: Tensors) -> Tensors:
-        _fused_step(_named("parameter", given), _named("gradient", given), given, case)
-        return {}
-
-    return Call(run, arrange, results=lambda given, outputs, gradients: _updated(_named("parameter", given), given))
-
-
 ADAMW = Operator(
     name="adamw",
     function="kernels.adamw:adamw_",
@@ -154,10 +141,7 @@ ADAMW = Operator(
     directions=("update",),
     compiled=False,
     per_tokens=False,
-    peers=(
-        Provider("torch fused", _torch_fused),
-        Provider("torch fused, bfloat16 state", _torch_narrow, dtypes=(torch.bfloat16,)),
-    ),
+    peers=(Provider("torch fused", _torch_fused),),
 )
 
 
@@ -195,9 +179,5 @@ GRADIENT_NORM = Operator(
     peers=(
         Provider("torch.compile", lambda case: _norm_call(compiled(_torch_norm), case)),
         Provider("torch vector_norm", lambda case: _norm_call(_torch_norm, case)),
-        Provider(
-            "torch get_total_norm",
-            lambda case: _norm_call(lambda gradients, _device: torch.nn.utils.get_total_norm(gradients), case),
-        ),
     ),
 )

@@ -254,11 +254,6 @@ def _embedding_cost(case: Case, way: str) -> Cost:
     return case.moved("out") + Cost(tokens.nbytes + len(tokens.unique()) * case.sizes.width * case.dtype.itemsize)
 
 
-def _liger_embedding(case: Case) -> Call:
-    apply = peer("liger_kernel.ops.experimental.embedding", "LigerEmbeddingFunction").apply
-    return _embedding_call(lambda tokens, weight: apply(weight, tokens), case)
-
-
 EMBEDDING = Operator(
     name="embedding",
     function="kernels.embedding:embedding",
@@ -267,8 +262,5 @@ EMBEDDING = Operator(
     call=_embedding_call,
     cost=_embedding_cost,
     yardstick="torch F.embedding",
-    peers=(
-        Provider("torch F.embedding", lambda case: _embedding_call(F.embedding, case)),
-        Provider("Liger-Kernel", _liger_embedding, package="liger_kernel", cuda=True),
-    ),
+    peers=(Provider("torch F.embedding", lambda case: _embedding_call(F.embedding, case)),),
 )

@@ -14,7 +14,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,12 +25,11 @@ import torch
 class Worker:
     """Takes orders and answers them. `job` is the content of the job's file."""
 
-    def __init__(self, argv: list[str] | None = None, answers: Mapping[str, Callable[[], Any]] | None = None) -> None:
-        """answers: functions for further orders, by their name."""
+    def __init__(self, argv: list[str] | None = None) -> None:
         self.job: dict[str, Any] = json.loads(Path((sys.argv if argv is None else argv)[1]).read_text(encoding="utf-8"))
         self.device = torch.device(self.job["device"])
         self.dtype: torch.dtype = getattr(torch, self.job["dtype"])
-        self.answers = dict(answers or {})
+        self.answers: dict[str, Callable[[], Any]] = {}  # functions for further orders, by their name
         self.versions: dict[str, str | None] = {"torch": torch.__version__}
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)

@@ -112,7 +112,7 @@ def profiled(device: torch.device, folder: Path) -> Iterator[dict[str, float]]:
 
 
 def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> dict[str, float]:
-    """Shares of the wall time of `steps` calls by category, as `shares_of` returns them.
+    """Seconds of a step by category, as `seconds_of` returns them: means over `steps` calls.
 
     The step runs its optimizer inside `record_function(OPTIMIZER)`.
     """
@@ -121,22 +121,28 @@ def breakdown(step: Callable[[], Any], device: torch.device, steps: int = 2) -> 
         for _ in range(steps):
             step()
         seconds = _synchronized(device) - start
-    return shares_of(profiler.events() or [], device, seconds)
+    return {name: spent / steps for name, spent in seconds_of(profiler.events() or [], device, seconds).items()}
 
 
 def shares_of(events: Any, device: torch.device, seconds: float) -> dict[str, float]:
-    """Shares of `seconds` by category, from a profiler's events. They add up to 1.
+    """Shares of `seconds_of` by category. They add up to 1."""
+    spent = seconds_of(events, device, seconds)
+    total = sum(spent.values())
+    return {name: value / total for name, value in spent.items()}
 
-    "rest" is time in other operations. "waiting" is time in none: the host's own work on a CPU, an idle device on a GPU.
-    "communication" counts even where computation hides it.
+
+def seconds_of(events: Any, device: torch.device, seconds: float) -> dict[str, float]:
+    """Seconds by category out of `seconds` of wall time, from a profiler's events.
+
+    "rest" is time in other operations. "waiting" is time in none: the host's own work on a CPU, an idle device on a GPU; the
+    profiler itself adds to it. "communication" counts even where computation hides it.
     """
     spent = dict.fromkeys(CATEGORIES, 0.0)
     for event, category in classified(events):
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         spent[category] += own / 1e6
     spent["waiting"] = max(0.0, seconds - sum(spent.values()))
-    total = sum(spent.values())
-    return {name: value / total for name, value in spent.items()}
+    return spent
 
 
 @contextmanager

@@ -17,14 +17,14 @@ def test_a_table_names_the_machine_and_the_commit_of_its_result(name):
 
 
 def test_regions_are_filled_and_everything_else_stays():
-    page = "before\n<!-- table steps -->\nold\n<!-- end -->\nafter\n"
+    page = "before\n<!-- table head -->\nold\n<!-- end -->\nafter\n"
     once = filled(page)
-    assert once.startswith("before\n<!-- table steps -->\n|  | tokens/s |")
+    assert once.startswith("before\n<!-- table head -->\n| forward and backward | ms |")
     assert once.endswith("<!-- end -->\nafter\n")
     assert "old" not in once
     assert filled(once) == once
-    with pytest.raises(ValueError, match="no such table; choose from steps"):
-        filled(page.replace("steps", "nothing"))
+    with pytest.raises(ValueError, match="no such table; choose from head"):
+        filled(page.replace("head", "nothing"))
 
 
 def test_cells_have_units():
@@ -34,18 +34,18 @@ def test_cells_have_units():
 
 def test_bars_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    draw("steps", TABLES["steps"], tmp_path)
-    assert "<svg" in (tmp_path / "steps.svg").read_text()
+    draw("head", TABLES["head"], tmp_path)
+    assert "<svg" in (tmp_path / "head.svg").read_text()
 
 
 def test_a_page_that_differs_from_the_results_is_reported(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     monkeypatch.setattr(report, "PAGE", page)
-    page.write_text("<!-- table steps -->\n<!-- end -->\n")
+    page.write_text("<!-- table head -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="differs from the results"):
         report.main(["--check"])
     page.write_text(filled(page.read_text()))
     with pytest.raises(SystemExit) as ended:
         report.main(["--check"])
     assert ended.value.code is None
-    assert isinstance(TABLES["steps"], Table)
+    assert isinstance(TABLES["head"], Table)

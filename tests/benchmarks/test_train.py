@@ -5,7 +5,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,14 +23,13 @@ from benchmarks.results import RESULTS, read_result
 from benchmarks.synthetic import export_steps, write_synthetic
 from benchmarks.train import TrainBenchSettings, over_best_peer, points, trains_our_steps
 from benchmarks.tune import TuneSettings
-from benchmarks.work import Work, head_again, speed, with_reference, work_of
+from benchmarks.work import Work, speed, with_reference, work_of
 from engine.data.dataset import TokenDataset
 from engine.loop import train_step
 from engine.observe.profile import CATEGORIES, OPERATORS, OPTIMIZER, classified, ranges, replaced
 from engine.optim.adamw import AdamW
 from engine.run import Run
 from engine.settings.toml import parse
-from kernels.linear_log_prob import linear_log_prob, linear_nll
 from model.config import preset
 
 CPU = torch.device("cpu")
@@ -105,7 +103,7 @@ def test_a_peers_process_has_nothing_of_the_checkout(answering, tmp_path, monkey
 
 
 def test_rounds_give_tokens_and_operations_a_second():
-    works = [Work(places=100 * i, documents=i, trained=10, flops=1000 * i, again=500 * i) for i in range(1, 6)]
+    works = [Work(places=100 * i, documents=i, flops=1000 * i) for i in range(1, 6)]
     rounds = [
         {"seconds": [1.0, 3.0], "cpu_seconds": 5.0, "counts": [{}, {}]},
         {"seconds": [2.0, 2.0], "cpu_seconds": 9.0, "counts": [{}, {}]},
@@ -116,7 +114,6 @@ def test_rounds_give_tokens_and_operations_a_second():
     assert (found["tokens_per_second"]["low"], found["tokens_per_second"]["high"]) == (500 / 4, 900 / 4)
     assert (found["tokens_per_cpu_second"]["high"], found["tokens_per_cpu_second"]["low"]) == (100, 100)
     assert found["mfu"]["low"] == 5000 / 4 / 1000
-    assert found["hfu"]["low"] == 7500 / 4 / 1000
     assert found["of_ceiling"]["high"] == 9000 / 4 / 500
     assert found["step_seconds"] == {"median": 2.0, "low": 2.0, "high": 2.0, "samples": 4}
     assert speed(works, rounds, first=1, steps=2)["mfu"] is None
@@ -129,7 +126,7 @@ def test_rounds_give_tokens_and_operations_a_second():
 
 def test_a_reference_that_is_computed_beforehand_is_charged_to_every_token(spread):
     figures = {"tokens_per_second": spread(50.0, 50.0, 100.0), "tokens_per_cpu_second": spread(50.0, 50.0, 50.0)}
-    found = with_reference(figures, {"seconds": 5.0, "cpu_seconds": 10.0}, [Work(100, 2, 50, 1, 0)] * 5)
+    found = with_reference(figures, {"seconds": 5.0, "cpu_seconds": 10.0}, [Work(100, 2, 1)] * 5)
     # 5 steps of 100 tokens cost 5 s beforehand: 0.01 s a token, beside 0.02 s.
     assert found["tokens_per_second_with_reference"]["median"] == pytest.approx(1 / 0.03)
     assert found["tokens_per_second_with_reference"]["high"] == pytest.approx(1 / 0.02)
@@ -138,7 +135,7 @@ def test_a_reference_that_is_computed_beforehand_is_charged_to_every_token(sprea
 
 
 def test_losses_are_compared_only_where_the_steps_hold_the_same_tokens():
-    works = [Work(places=98, documents=2, trained=50, flops=1, again=0)] * 3
+    works = [Work(places=98, documents=2, flops=1)] * 3
 
     def outcome(*counts):
         return Outcome(warmup={"counts": counts[:1]}, rounds=[{"counts": counts[1:]}])
@@ -165,39 +162,6 @@ def test_each_measure_is_compared_with_the_peer_that_is_best_in_it(spread):
     }
     assert over_best_peer([ours, missing]) == {}
     assert over_best_peer([{"name": "komainu", "missing": "out of memory"}, row("a", 1, 1, 1.0)]) == {}
-
-
-@pytest.mark.parametrize("rows", [4, 7])
-def test_recomputed_logits_are_counted_twice(rows, monkeypatch):
-    """The products that the head asks torch for: three within the budget, four beyond it."""
-    counted = []
-    product, added = torch.mm, torch.addmm
-
-    def count(left, right):
-        counted.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
-
-    def counting_product(left, right, **settings):
-        count(left, right)
-        return product(left, right, **settings)
-
-    def counting_sum(total, left, right, **settings):
-        count(left, right)
-        return added(total, left, right, **settings)
-
-    monkeypatch.setattr(torch, "mm", counting_product)
-    monkeypatch.setattr(torch, "addmm", counting_sum)
-    config = dataclasses.replace(preset("tiny"), vocab_size=40, unpadded_vocab_size=33, hidden_size=8)
-    budget = 5 * (4 + 4) * 40
-    hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
-    targets, chosen = torch.zeros(9, dtype=torch.int64), torch.arange(rows)
-    linear_log_prob(hidden, head, targets, chosen, vocab_size=33, budget_bytes=budget).sum().backward()
-    again = head_again(config, SimpleNamespace(rows_N=chosen, pair_B=torch.arange(2)), 4, budget)
-    assert (again > 0) == (rows == 7)
-    assert sum(counted) == 3 * 2 * rows * 8 * 40 + again
-    counted.clear()
-    linear_nll(hidden, head, targets, chosen, torch.ones(9), vocab_size=33, budget_bytes=budget)[0].backward()
-    assert sum(counted) == 3 * 2 * rows * 8 * 40
-    assert head_again(config, SimpleNamespace(rows_N=chosen, pair_B=None), 4, budget) == 0
 
 
 def test_synthetic_data_have_the_asked_size_lengths_and_shared_prompts(tmp_path):
@@ -252,7 +216,6 @@ def test_peers_read_the_documents_of_a_step_and_padding_counts_nowhere(tmp_path,
     assert work.documents == len(numbers) > 1
     assert work.places == sum(int(data.lengths[number]) - 1 for number in numbers)
     assert work.places % (3 * 48) != 0
-    assert work.trained == sum(int(data.trained(number, 1).sum()) for number in numbers)
 
 
 def test_time_is_told_apart_by_the_calling_operator_in_both_directions(tmp_path):
@@ -368,8 +331,11 @@ def test_ours_and_a_peer_train_alike_and_a_missing_peer_is_reported(tmp_path):
     assert eager["tokens"] == ours["tokens"] > 0
     assert eager["differs"]
     assert ours["over_best_peer"]["memory"] > 0
-    assert sum(ours["breakdown"].values()) == pytest.approx(1.0)
-    assert set(ours["breakdown"]) == set(CATEGORIES)
+    assert sum(part["share"] for part in ours["parts"].values()) == pytest.approx(1.0)
+    assert set(ours["parts"]) == set(CATEGORIES)
+    assert [name for name, part in ours["parts"].items() if part["floor_ms"]] == [*CATEGORIES[:4]]
+    assert ours["parts"]["products"]["percent_of_limit"] > 0
+    assert "missing" in eager["parts"]
     assert ours["of_ceiling"]["median"] > 0
     assert ours["mfu"] is None  # no published peak of this processor
     assert ours["memory"]["resident_gib"] > 0.1
@@ -377,7 +343,9 @@ def test_ours_and_a_peer_train_alike_and_a_missing_peer_is_reported(tmp_path):
     assert "missing" in ours["watts"]
     text = train.show(result)
     assert "transformers eager" in text
-    assert "products" in text
+    assert "percent_of_limit" in text
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "<svg" in out.with_suffix(".svg").read_text()
 
 
 @pytest.mark.slow
@@ -387,7 +355,8 @@ def test_several_ranks_train_the_whole_step():
     # Twice the micro-batches of the same weights; the sum over ranks is the loss of the whole step.
     assert two["tokens"] == 2 * one["tokens"]
     assert two["loss_first"] == pytest.approx(one["loss_first"], rel=0.05)
-    assert two["breakdown"]["communication"] > one["breakdown"]["communication"] == 0
+    assert two["parts"]["communication"]["ms"] > one["parts"]["communication"]["ms"] == 0
+    assert two["parts"]["communication"]["floor_ms"] == 0
 
 
 @pytest.mark.slow

@@ -384,3 +384,32 @@ def test_compiles_in_one_piece(way, device):
         value = function(hidden, weight, target, chosen, grad.float())
         results.append((value, *torch.autograd.grad(value, (hidden, weight))))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_logits_beyond_the_budget_cost_a_fourth_product(rows, monkeypatch):
+    """The products that the head asks torch for: three within the budget, four beyond it."""
+    counted = []
+    product, added = torch.mm, torch.addmm
+
+    def count(left, right):
+        counted.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
+
+    def counting_product(left, right, **settings):
+        count(left, right)
+        return product(left, right, **settings)
+
+    def counting_sum(total, left, right, **settings):
+        count(left, right)
+        return added(total, left, right, **settings)
+
+    monkeypatch.setattr(torch, "mm", counting_product)
+    monkeypatch.setattr(torch, "addmm", counting_sum)
+    budget = 5 * (4 + 4) * 40
+    hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    targets, chosen = torch.zeros(9, dtype=torch.int64), torch.arange(rows)
+    linear_log_prob(hidden, head, targets, chosen, vocab_size=33, budget_bytes=budget).sum().backward()
+    assert sum(counted) == (3 if rows == 4 else 4) * 2 * rows * 8 * 40
+    counted.clear()
+    linear_nll(hidden, head, targets, chosen, torch.ones(9), vocab_size=33, budget_bytes=budget)[0].backward()
+    assert sum(counted) == 3 * 2 * rows * 8 * 40
