@@ -199,7 +199,7 @@ def begun(tiny_settings, tmp_path_factory):
     [
         ({"seed": 5}, "seed = 0, the settings now say 5"),
         ({"steps": 7}, "steps = 6, the settings now say 7"),
-        ({"neftune_alpha": 1.0}, "neftune_alpha = 5.0, the settings now say 1.0"),
+        ({"neftune_alpha": 1.0}, "neftune_alpha = 0.0, the settings now say 1.0"),
         ({"epochs": 50}, "epochs = None, the settings now say 50.0"),
         ({"schedule": {"peak": 1e-3, "warmup_steps": 2}}, "schedule.peak = 0.003, the settings now say 0.001"),
         ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2 = 0.95, the settings now say 0.99"),
