@@ -20,6 +20,9 @@ from engine.settings.toml import parse
 
 Settings = TypeVar("Settings")
 
+# Packages of the extra `eval`, without which some commands cannot run.
+_OF_EVAL = frozenset(("choix", "lm_eval", "openai", "rapidfuzz", "scipy"))
+
 # Seconds that the other ranks leave to rank 0, which mostly has the same to say; torchrun ends them when rank 0 has ended.
 PATIENCE = 5.0
 
@@ -47,6 +50,12 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
             raise
         rank = os.environ.get("RANK", "0")
         _end(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", 1)
+    except ModuleNotFoundError as error:
+        # A missing module of our own is a defect.
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_EVAL:
+            raise
+        _end(f"error: {package} is not installed: this command needs the extra eval, pip install 'komainu[eval]'", 1)
     except SystemExit:
         # A stop by SIGTERM reaches all ranks at the same step, so they leave the process group together.
         leave()

@@ -1,6 +1,10 @@
 """recipes.leakage: the command's files in and out."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,3 +84,14 @@ def test_what_is_no_answer_is_refused_by_one_line(tmp_path, records, options, sa
         main(["detect", write(tmp_path / "a.jsonl", records), *options, "--json", str(tmp_path / "out.jsonl")])
     assert said in str(ended.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_missing_package_is_named_in_one_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", [record("It is hot.")])
+    code = f"import sys; sys.modules['scipy'] = None; from recipes.leakage import main; main(['detect', {path!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == (
+        "error: scipy is not installed: this command needs the extra eval, pip install 'komainu[eval]'"
+    )
