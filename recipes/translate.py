@@ -18,6 +18,7 @@ from engine.data.records import Unusable
 from engine.data.sources import Record
 from engine.inference.asking import Asker, Unanswered
 from recipes.command import command
+from recipes.data_making import rules
 from recipes.data_making.making import (
     MakingSettings,
     Responders,
@@ -30,6 +31,7 @@ from recipes.data_making.making import (
 )
 from recipes.data_making.protected import find_spans, protect
 from recipes.data_making.record_texts import Kind, Text, read_texts, with_texts
+from recipes.data_making.rules import Finding
 from recipes.data_making.translation import (
     ALL,
     LANGUAGES,
@@ -59,6 +61,8 @@ class TranslateSettings(MakingSettings, SampleSettings):
     """What is tried in turn, until every message of a record passes."""
     style: str = ""
     """Instruction on style, such as "Polite form (です・ます)"."""
+    validate: bool = True
+    """Check translations by the rules of recipes.validate, beside marks and the ends of answers."""
     failed: Literal["drop", "keep"] = "drop"
     """A record with a message that passes in no attempt: drop (leave it out), or keep (with the last translation)."""
     field: str = "translation"
@@ -83,14 +87,20 @@ class _Count:
     """What a run has done."""
 
     def __init__(self) -> None:
-        self.records = self.kept = self.messages = 0
+        self.records = self.kept = self.messages = self.passed_messages = 0
         self.passed: Counter[int] = Counter()  # by attempt
         self.failures: dict[int, Tally] = {}
+        self.doubts = Tally()
 
-    def add(self, place: str, verdicts: Sequence[Verdict]) -> None:
-        for verdict in verdicts:
+    def add(self, place: str, outcome: Outcome) -> None:
+        self.records += 1
+        self.messages += len({verdict.message for verdict in outcome.verdicts})
+        self.passed_messages += len(outcome.texts)
+        for verdict in outcome.verdicts:
             if not verdict.reasons:
                 self.passed[verdict.attempt] += 1
+            for doubt in verdict.doubts if not verdict.reasons else ():
+                self.doubts.add(doubt.partition(":")[0], f"{place}, message {verdict.message}: {doubt}")
             for reason in verdict.reasons:
                 example = f"{place}, message {verdict.message}: {reason}"
                 self.failures.setdefault(verdict.attempt, Tally()).add(reason.partition(":")[0], example)
@@ -134,16 +144,18 @@ def _translator(settings: TranslateSettings, asker: Asker) -> Translator:
         Attempt(attempt, responders.of(attempt), attempt.style or settings.style)  # all opened before the first request
         for attempt in settings.attempts
     ]
-    return Translator(asker, attempts, LANGUAGES[settings.source], LANGUAGES[settings.target], lambda text, translated: ())
+
+    def check(text: str, translated: str) -> list[Finding]:
+        return rules.check(text, translated, languages=(settings.source, settings.target)) if settings.validate else []
+
+    return Translator(asker, attempts, LANGUAGES[settings.source], LANGUAGES[settings.target], check)
 
 
 def _write(
     settings: TranslateSettings, result: Result, count: _Count, record: Record, texts: Sequence[Text], outcome: Outcome
 ) -> None:
     """Add a record to what is kept, or to what is dropped."""
-    count.records += 1
-    count.add(record.place, outcome.verdicts)
-    count.messages += len({verdict.message for verdict in outcome.verdicts})
+    count.add(record.place, outcome)
     noted = {
         "from": settings.source,
         "to": settings.target,
@@ -168,18 +180,20 @@ def _write(
 
 
 def _as_json(verdict: Verdict) -> dict[str, Any]:
-    ok = not verdict.reasons
-    found: dict[str, Any] = {"message": verdict.message, "attempt": verdict.attempt, "model": verdict.model, "ok": ok}
-    return found if ok else {**found, "reasons": list(verdict.reasons), "text": verdict.text}
+    found = {"message": verdict.message, "attempt": verdict.attempt, "model": verdict.model, "ok": not verdict.reasons}
+    failed = {"reasons": list(verdict.reasons), "text": verdict.text} if verdict.reasons else {}
+    return {**found, **failed, **({"doubts": list(verdict.doubts)} if verdict.doubts else {})}
 
 
 def _lines(settings: TranslateSettings, count: _Count) -> list[str]:
     """What is printed at the end."""
-    lines = [f"{settings.out}: {count.kept:,} of {count.records:,} records, {count.messages:,} messages translated"]
+    passed = f"{count.passed_messages:,} of {count.messages:,} messages passed"
+    lines = [f"{settings.out}: {count.kept:,} of {count.records:,} records; {passed}"]
     for number, attempt in enumerate(settings.attempts, 1):
         tried = count.failures.get(number, Tally())
         lines.append(f"attempt {number} ({attempt.model}, {attempt.unit}): {count.passed[number]:,} messages passed")
         lines += [f"  {line}" for line in tried.lines("failed")]
+    lines += count.doubts.lines("for a person to look at")
     if dropped := count.records - count.kept:
         lines.append(f"dropped {dropped:,}, each with its reasons in the .dropped file beside it")
     return lines

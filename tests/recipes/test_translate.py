@@ -3,12 +3,14 @@
 import gzip
 import json
 import re
+from itertools import islice
 
 import pytest
 
 from engine.data.records import read_conversation, read_pair
 from engine.inference import endpoint
 from recipes import translate
+from recipes.data_making.protected import protect
 from tests.engine.inference.servers import FakeServer, FaultProxy
 
 pytest.importorskip("openai", reason="openai comes with the extra eval")
@@ -24,6 +26,7 @@ RECORDS = [
         "conversations": [{"from": "human", "value": "See https://a.org/b please"}, {"from": "gpt", "value": "I see it"}],
     },
 ]
+ATTEMPT = '[[attempts]]\nmodel = "m"'
 _WORD = re.compile(r"<k\d+/>|[A-Za-z]+")
 
 
@@ -59,13 +62,14 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in data.splitlines()]
 
 
-def call(tmp_path, url: str, attempts: str = '[[attempts]]\nmodel = "m"', *options: str, out: str = "ja.jsonl") -> None:
+def call(tmp_path, url: str, attempts: str = ATTEMPT, *options: str, out: str = "ja.jsonl", validate: bool = False) -> None:
     config = f"""
 kind = "conversations"
 paths = ["{tmp_path}/en.jsonl"]
 out = "{tmp_path}/{out}"
 source = "en"
 target = "ja"
+validate = {str(validate).lower()}
 {attempts}
 """
     config = re.sub(r"(?m)^\[\[attempts\]\]$", f'[[attempts]]\nurl = "{url}"\ntimeout = 5', config)
@@ -104,7 +108,7 @@ def test_records_come_out_in_their_form_with_spans_and_fields_as_they_were(tmp_p
     }
     # A number alone is not asked for.
     assert len(server.log) == (6 if unit == "message" else 3)
-    assert "3 of 3 records, 6 messages translated" in capsys.readouterr().out
+    assert "3 of 3 records; 6 of 6 messages passed" in capsys.readouterr().out
 
 
 def test_a_model_that_drops_or_changes_a_mark_is_caught_and_the_next_attempt_mends_it(tmp_path, capsys):
@@ -140,7 +144,7 @@ def test_a_model_that_drops_or_changes_a_mark_is_caught_and_the_next_attempt_men
 def test_a_conversation_with_a_message_that_never_passes_is_dropped_or_kept_as_told(tmp_path, capsys, failed):
     write(tmp_path / "en.jsonl")
     with FakeServer(answer=lambda body: re.sub(r"<k\d+/>", "", translating(body))) as server:
-        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--failed", failed)
+        call(tmp_path, server.url, ATTEMPT, "--failed", failed)
     rows, dropped = read(tmp_path / "ja.jsonl"), read(tmp_path / "ja.dropped.jsonl")
     assert len(rows) + len(dropped) == 3
     if failed == "keep":
@@ -176,6 +180,48 @@ def test_a_whole_conversation_that_passes_replaces_single_messages_and_else_fill
         assert reply == ("語語語語語語 語語語 *語語語語*." if lacking else "文文文文文文 文文文 *文文文文*.")
 
 
+def test_translations_that_went_wrong_are_found_and_mended_by_the_next_attempt(tmp_path, shared_data, capsys):
+    """Real pairs of texts; the first model spoils four of five of them."""
+    with gzip.open(shared_data / "eval" / "parallel_docs.jsonl.gz", "rt", encoding="utf-8") as file:
+        pairs = [(row["en"], row["ja"]) for row in map(json.loads, islice(file, 600))]
+    translated, records = {}, []
+    for source, target in pairs:
+        marked = protect(source)
+        for number, span in enumerate(marked.spans, 1):
+            target = target.replace(span, f"<k{number}/>", 1)
+        if len(source) > 80 and len(translated) < 100 and len(re.findall(r"<k\d+/>", target)) == len(marked.spans):
+            records.append({"id": len(translated), "prompt": source, "completion": "42"})
+            translated[marked.text] = target
+    texts = [*translated]
+    write(tmp_path / "en.jsonl", records)
+
+    def answer(body):
+        [text] = asked(body)
+        right = translated[text]
+        wrong = {
+            0: text,
+            1: "申し訳ありませんが、この文章を翻訳することはできません。",
+            2: right + "\n" + right * 3,
+            3: "以下は翻訳です：\n" + right,
+        }
+        return right if body["model"] == "strong" else wrong.get(texts.index(text) % 5, right)
+
+    attempts = '[[attempts]]\nmodel = "weak"\n[[attempts]]\nmodel = "strong"'
+    with FakeServer(answer=answer) as server:
+        call(tmp_path, server.url, attempts, validate=True)
+    rows = read(tmp_path / "ja.jsonl")
+    assert len(texts) == 100
+    assert len(rows) >= 95
+    spoilt, right = [], []
+    for row in rows:
+        (right if row["id"] % 5 == 4 else spoilt).append(row["translation"]["verdicts"][0])
+    assert sum(not verdict["ok"] for verdict in spoilt) >= 0.95 * len(spoilt)
+    assert sum(verdict["ok"] for verdict in right) >= 0.9 * len(right)
+    reasons = {reason.partition(":")[0] for verdict in spoilt for reason in verdict.get("reasons", ())}
+    assert {"not translated", "refusal", "preamble", "repeated"} <= reasons
+    assert "attempt 2 (strong, message)" in capsys.readouterr().out
+
+
 def test_context_and_style_are_in_the_request(tmp_path):
     write(tmp_path / "en.jsonl", RECORDS[:1])
     with FakeServer(answer=translating) as server:
@@ -193,7 +239,7 @@ def test_pairs_are_translated_once_a_text_and_read_as_pairs(tmp_path):
     sides = {side: [*turns, {"role": "assistant", "content": side}] for side in ("here", "there")}
     write(tmp_path / "en.jsonl", [{"prompt": "Where is it?", "chosen": sides["here"], "rejected": sides["there"]}])
     with FakeServer(answer=translating) as server:
-        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--kind", "preferences")
+        call(tmp_path, server.url, ATTEMPT, "--kind", "preferences")
     [row] = read(tmp_path / "ja.jsonl")
     assert len(server.log) == 3
     pair = read_pair(row)
@@ -213,6 +259,41 @@ def test_cut_and_refused_answers_are_failed_attempts(tmp_path):
     assert row["reasons"][0] == "message 1: cut off"
     assert "not answered" in row["reasons"][1]
     assert "too long" in row["reasons"][1]
+
+
+def test_messages_before_the_cut_of_a_whole_conversation_pass(tmp_path):
+    write(tmp_path / "en.jsonl", RECORDS[:1])
+    attempts = '[[attempts]]\nmodel = "all"\nunit = "conversation"\n[[attempts]]\nmodel = "one"'
+    server = FakeServer(answer=translating)
+    reply = server.text
+
+    def text(body):
+        said, tokens, reason = reply(body)
+        return (said[:-15], tokens, "length") if body["model"] == "all" else (said, tokens, reason)
+
+    server.text = text
+    with server:
+        call(tmp_path, server.url, attempts)
+    [row] = read(tmp_path / "ja.jsonl")
+    verdicts = [(each["message"], each["model"], each["ok"], each.get("reasons")) for each in row["translation"]["verdicts"]]
+    assert verdicts == [
+        (1, "all", True, None),
+        (2, "all", False, ["cut off", "message missing in the answer"]),
+        (2, "one", True, None),
+    ]
+
+
+def test_a_folder_translates_in_the_place_of_an_endpoint(tmp_path, tiny_model, capsys):
+    """The tiny model has room for 128 tokens, and our prompt takes more: a failed attempt, and no end of the run."""
+    write(tmp_path / "en.jsonl")
+    attempts = f'attempts = [{{model = "{tiny_model}", device = "cpu", max_tokens = 8}}]'
+    call(tmp_path, "", attempts, "--failed", "keep")
+    rows = read(tmp_path / "ja.jsonl")
+    assert [row["id"] for row in rows] == [1, 2, 3]
+    assert rows[0]["messages"] == RECORDS[0]["messages"]
+    reasons = {reason for row in rows for verdict in row["translation"]["verdicts"] for reason in verdict["reasons"]}
+    assert all(re.match(r"not answered: prompt of \d+ tokens", reason) for reason in reasons)
+    assert "failed 6: not answered" in capsys.readouterr().out
 
 
 def test_unusable_records_are_skipped_and_named_and_broken_files_end_the_run_before_a_request(tmp_path, capsys):
@@ -236,12 +317,15 @@ def test_the_same_command_again_asks_nothing_and_other_settings_are_refused(tmp_
     with FakeServer(answer=translating) as server:
         call(tmp_path, server.url)
         before, asked = (tmp_path / "ja.jsonl").read_bytes(), len(server.log)
+        # As a kill leaves it.
+        (tmp_path / ".ja.jsonl.0123456789abcdef.partial").write_text("half")
         call(tmp_path, server.url)
         assert (tmp_path / "ja.jsonl").read_bytes() == before
         assert len(server.log) == asked
+        assert not [*tmp_path.glob("*.partial")]
         with pytest.raises(SystemExit, match=r"ja\.jsonl: exists already, made with other settings; .* --overwrite"):
-            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--style", "Brief.")
-        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--style", "Brief.", "--overwrite")
+            call(tmp_path, server.url, ATTEMPT, "--style", "Brief.")
+        call(tmp_path, server.url, ATTEMPT, "--style", "Brief.", "--overwrite")
         assert len(server.log) == 2 * asked
 
 
@@ -249,10 +333,10 @@ def test_a_budget_that_is_reached_leaves_no_file_and_more_of_it_goes_on(tmp_path
     write(tmp_path / "en.jsonl")
     with FakeServer(answer=translating) as server:
         with pytest.raises(SystemExit, match=r"the budget of 4 requests is used up"):
-            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--max-requests", "4")
+            call(tmp_path, server.url, ATTEMPT, "--max-requests", "4")
         assert len(server.log) == 4
         assert sorted(path.name for path in tmp_path.iterdir()) == ["en.jsonl", "ja.jsonl.journal", "translate.toml"]
-        call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--max-requests", "6")
+        call(tmp_path, server.url, ATTEMPT, "--max-requests", "6")
         assert len(server.log) == 6
     assert len(read(tmp_path / "ja.jsonl")) == 3
 
@@ -262,7 +346,7 @@ def test_a_sample_is_drawn_by_its_seed_and_keeps_the_order(tmp_path):
     found = []
     with FakeServer(answer=translating) as server:
         for seed in (0, 0, 1):
-            call(tmp_path, server.url, '[[attempts]]\nmodel = "m"', "--sample", "20", "--seed", str(seed), "--overwrite")
+            call(tmp_path, server.url, ATTEMPT, "--sample", "20", "--seed", str(seed), "--overwrite")
             found.append([row["id"] for row in read(tmp_path / "ja.jsonl")])
     assert found[0] == found[1] == sorted(found[0])
     assert len(set(found[0])) == 20
