@@ -8,7 +8,7 @@ import pytest
 
 from engine.checkpoint.state import checkpoints
 from engine.data.dataset import TokenDataset
-from recipes import dpo, pairs, prepare, sft, translate
+from recipes import dpo, pairs, prepare, sft, translate, validate
 from tests.engine.inference.servers import FaultProxy, served
 
 pytest.importorskip("openai", reason="openai comes with the extra eval")
@@ -75,6 +75,11 @@ def test_translated_conversations_are_validated_prepared_and_trained_on(export, 
     rows = read(tmp_path / "ja.jsonl")
     assert [row["id"] for row in rows] == [row["id"] for row in records]
     assert all(row["translation"]["verdicts"] for row in rows)
+    validate.main([f"{tmp_path}/en.jsonl", f"--after={tmp_path}/ja.jsonl", f"--json={tmp_path}/checked.jsonl"])
+    checked = read(tmp_path / "checked.jsonl")
+    assert len(checked) == len(records)
+    # So small a model translates nothing.
+    assert not any(line["ok"] for line in checked)
     prepare.main(["--kind=conversations", f"--paths={tmp_path}/ja.jsonl", f"--tokenizer={export}", f"--out={tmp_path}/data"])
     assert len(TokenDataset.open(tmp_path / "data")) == len(records)
     train(sft, "sft2.toml", tmp_path, export, "--epochs", "100")
