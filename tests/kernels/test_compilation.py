@@ -25,13 +25,16 @@ pytestmark = pytest.mark.skipif(kernels.launch.INTERPRETED, reason="the interpre
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that a program may have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes of spilled registers that a kernel may have on a chip. None on sm_90.
+# Bytes of spilled registers that a kernel may have on a chip. None on sm_90 by Triton 3.9.
 SPILLS = {
     (80, "key_kernel"): 72,
     # Outside of the loops over blocks.
     (100, "query_kernel"): 56,
     (100, "key_kernel"): 32,
 }
+# The assemblers of older Tritons spill more, nearly all outside of the loops over blocks (seen with 3.6 and 3.8).
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    SPILLS |= {(80, "query_kernel"): 32, (90, "query_kernel"): 72, (90, "key_kernel"): 24}
 # Launches that are made for one chip (`kernels.configurations` says why).
 ONLY = {"attention, gradients in one pass": 90}
 # The instructions of warpgroups' matrix products that a kernel with products must have on these chips: wgmma and tcgen05.

@@ -145,3 +145,24 @@ def test_a_document_of_nans_changes_no_bit_of_the_others(passes, descriptors, tr
     for given in (inputs, spoilt):
         found.append([gradient[others] for gradient in backward(NEIGHBOURS, *given)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("row", [Row((), 4, 16), Row((), 4, 16, (2, 1), padding=17), Row((0, 0), 4, 16)], ids=str)
+def test_rows_without_documents_give_zeros_in_one_pass(row, triton_device):
+    """Rows with tiles of padding alone, and rows without any tile."""
+    inputs = row.inputs(torch.float32, triton_device)
+    for gradient, tensor in zip(backward(row, *inputs), inputs, strict=False):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+def test_places_behind_a_prompt_weigh_nothing_where_all_scores_are_very_negative(triton_device):
+    """Their score is 0: beside scores of -500 their weight would be infinite, and the answer's gradient NaN."""
+    row = Row((5, 4), None, 16, (1, 1), (-1, 0))
+    inputs = row.inputs(torch.float16, triton_device)
+    inputs[0], inputs[1] = inputs[0] / 64 + 12, inputs[1] / 64 - 12
+    seen = row.visible()
+    exact = plain_gradients(*(tensor.double() for tensor in inputs[:3]), seen, inputs[3].double())
+    usual = plain_gradients(*inputs[:3], seen, inputs[3])
+    for given, *results in zip(NAMES, backward(row, *inputs), exact, usual, strict=True):
+        check(given, *results, sums=2)

@@ -30,6 +30,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_query_kernel: if section != 1: -> if True: (number 2)": _QUICKER,
         "_delta_kernel: g.to(tl.float32) -> g": _PROMOTED,
         "_delta_kernel: o.to(tl.float32) -> o": _PROMOTED,
+        "_delta_kernel: head.to(tl.int64) -> head": _VAST,
+        "_query_kernel: head.to(tl.int64) -> head": _VAST,
+        "_key_kernel: head.to(tl.int64) -> head": _VAST,
+        "_key_kernel: tl.cast(tokens, tl.int64) -> tokens": _VAST,
         "_key_kernel: tl.load(log_sum_exp + base + row, mask=inside, other=float('inf')) -> "
         "tl.load(log_sum_exp + base + row, mask=inside, other=0)": _ZEROS,
     },
