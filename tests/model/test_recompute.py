@@ -29,6 +29,7 @@ MODES = get_args(Recompute)
 # The interpreter rounds bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16]
 TOKENS = 9
+SLOW_INTERPRETED = [pytest.mark.slow] if INTERPRETED else []
 
 
 def made(config, dtype, device):
@@ -68,7 +69,8 @@ def test_loss_and_gradients_are_bit_identical_in_all_modes(dtype, device):
         assert all(torch.equal(one, other) for one, other in zip(runs["none"], runs[mode], strict=True)), mode
 
 
-@pytest.mark.parametrize("gradients", ["parameter", "float32"])
+# The sums are made by torch's products, not by our kernels: in the interpreter the test is slow and finds little.
+@pytest.mark.parametrize("gradients", [pytest.param(name, marks=SLOW_INTERPRETED) for name in ("parameter", "float32")])
 def test_sums_over_micro_batches_are_bit_identical_in_all_modes(gradients, device):
     sums = {}
     for mode in MODES:
@@ -76,7 +78,7 @@ def test_sums_over_micro_batches_are_bit_identical_in_all_modes(gradients, devic
         model.recompute = mode
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32 if gradients == "float32" else parameter.dtype
-        for _ in range(3):
+        for _ in range(2):
             loss_of(model, device).backward()
         sums[mode] = [parameter.grad for parameter in model.parameters()]
     for mode in MODES[1:]:
