@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from benchmarks import fp8_products
 from benchmarks.fp8_products import Fp8ProductSettings
 
 
+@pytest.mark.slow
 def test_each_product_of_each_weight_is_measured_in_five_ways(tmp_path, capsys):
     out = tmp_path / "products.json"
     fp8_products.main(["--preset", "tiny", "--tokens", "16", "--repeats", "1", "--device", "cpu", "--out", str(out)])

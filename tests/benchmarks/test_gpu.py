@@ -60,6 +60,7 @@ def test_a_file_is_whole_when_it_says_so(tmp_path):
     assert len(TASKS) < 9  # files that one visit may bring back
 
 
+@pytest.mark.slow
 def test_only_files_with_gpu_tests_are_collected(tmp_path):
     mark = "pytest.mark." + "gpu"  # written in two parts, so that this file does not count as a file with gpu tests
     (tmp_path / "conftest.py").write_text("def pytest_configure(config):\n    config.addinivalue_line('markers', 'gpu: x')\n")

@@ -75,6 +75,7 @@ def test_candidates_that_do_not_fit_together_run_one_after_another(answering, tm
     assert max(answer["at"] for answer in outcomes["a"].rounds) < outcomes["b"].warmup["at"]
 
 
+@pytest.mark.slow
 def test_a_crashed_or_hanging_peer_is_reported_and_the_rest_still_run(answering, tmp_path):
     outcomes = in_turns([answering("a", sleeps=2), answering("b", fails=1), answering("c")], tmp_path, limit=5.0)
     assert outcomes["a"].missing == "cut off after 5 s"

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 CASES = [(torch.float64, CONFIG, MODES), (torch.float32, replace(CONFIG, num_hidden_layers=1), ("light",))]
 
 
+@pytest.mark.slow
 def test_a_sharded_model_has_the_gradients_of_the_whole_model():
     done = subprocess.run(
         [sys.executable, "-m", "tests.model.test_sharding"],

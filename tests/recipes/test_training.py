@@ -188,6 +188,7 @@ def test_simpo_needs_no_reference(tiny_settings, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_torchrun_with_one_process_trains_the_same(toml, tiny_settings, tmp_path):
     expected = pretrain.run(tiny_settings("pretrain", tmp_path / "here"))
     command = [

@@ -140,6 +140,7 @@ def test_weights_mix_sources_and_repeated_documents_count_once(text, tmp_path):
     assert 1200 <= mixed["characters"] < 1200 + 2 * max(lengths)
 
 
+@pytest.mark.slow
 def test_a_comparison_agrees_with_our_own_count(text, english, tmp_path, capsys):
     """Two sizes, another folder, and the tokenizers of mistral-common."""
     other = tmp_path / "other"

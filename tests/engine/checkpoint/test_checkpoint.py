@@ -233,6 +233,7 @@ def test_copies_hold_the_values_before_the_update(device):
     staging.close()
 
 
+@pytest.mark.slow
 def test_saving_takes_the_copies_and_one_file_of_memory(tiny_tokenizer, tmp_path):
     """The state fills more than 16 files."""
     done = subprocess.run(

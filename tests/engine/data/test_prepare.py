@@ -365,6 +365,7 @@ def test_small_shards_and_batches_give_the_same_documents(make, tmp_path, monkey
     assert [tokenizer.decode(dataset.tokens(i).tolist()) for i in range(50)] == numbered(50).split("\n\n")
 
 
+@pytest.mark.slow
 def test_real_files_of_every_kind_are_prepared(shared_data, tmp_path, tokenizer):
     text = prepare([str(shared_data / "text/heldout/ja_pydocs.txt.gz")], tmp_path / "text", tokenizer=tokenizer, kind="text")
     assert (text["documents"], text["skipped"]) == (23, {})

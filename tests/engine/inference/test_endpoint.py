@@ -103,6 +103,7 @@ def test_an_exhausted_account_is_no_passing_429(tmp_path):
         ask(server, tmp_path / "journal", 1)
 
 
+@pytest.mark.slow
 def test_a_request_is_sent_8_times_and_a_server_that_always_fails_ends_the_run(tmp_path):
     asked = []
     with FakeServer(fails=lambda body: asked.append(body["messages"][0]["content"]) or (500, "broken")) as server:

@@ -94,6 +94,7 @@ def test_all_mutants_of_a_module_differ(module):
         compile(mutant.source, str(module.path), "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
 def test_the_tests_detect_a_few_mutants():
     arguments = ["gradient_norm", "--kinds", "sum,store,mask", "--jobs", "1", "--afresh"]
