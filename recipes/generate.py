@@ -95,7 +95,7 @@ def run(settings: GenerateSettings) -> None:
         if cell.missing:
             print(f"missing {cell.missing:,} of {cell.category.count:,}: {cell.category.name} in {cell.language[1]}")
     if not kept:
-        raise ValueError(f"{settings.out}: no conversation passed; the .dropped file beside it holds the reasons")
+        raise ValueError(f"{settings.out}: no conversation passed; the dropped file beside it holds the reasons")
 
 
 def _missing(cells: Iterable[Cell]) -> int:

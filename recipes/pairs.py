@@ -168,7 +168,7 @@ def run(settings: PairsSettings) -> None:
         print(asker.summary())
     print("\n".join([f"{settings.out}: {len(kept):,} pairs of {records.total:,} prompts", *sieve.dropped.lines("dropped")]))
     if not kept:
-        raise ValueError(f"{settings.out}: no pair is left; the .dropped file beside it holds all, each with its reasons")
+        raise ValueError(f"{settings.out}: no pair is left; the dropped file beside it holds all, each with its reasons")
     print(describe_lengths(kept))
 
 

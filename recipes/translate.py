@@ -1,7 +1,7 @@
 """Translate conversations or preference pairs with language models: the same records out, in the same form.
 
-    python -m recipes.translate recipes/shisa/translate_sft.toml --attempts.0.url http://127.0.0.1:8000/v1 --max-cost 20
-    python -m recipes.translate recipes/shisa/translate_sft.toml --dry-run
+    python -m recipes.translate recipes/shisa/translate_airoboros.toml --attempts.0.url http://127.0.0.1:8000/v1 --max-cost 20
+    python -m recipes.translate recipes/shisa/translate_airoboros.toml --dry-run
 
 Code, formulas, addresses and placeholders are taken out before and put back after. Each translation is validated; what does not
 pass goes to the next attempt: another way, another model. The same command again goes on where it was stopped or killed.
@@ -9,6 +9,7 @@ pass goes to the next attempt: another way, another model. The same command agai
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class TranslateSettings(MakingSettings, SampleSettings):
     validate: bool = True
     """Check translations by the rules of recipes.validate, beside marks and the ends of answers."""
     failed: Literal["drop", "keep"] = "drop"
-    """A record with a message that passes in no attempt: drop (leave it out), or keep (with the last translation)."""
+    """A record with a message that passes in no attempt: drop (leave it out), or keep (with the last translation, or
+    the original where there is none)."""
     field: str = "translation"
     """Field of a record that is given the languages and all verdicts."""
     dry_run: bool = False
@@ -113,6 +115,10 @@ def run(settings: TranslateSettings) -> None:
         texts = read_texts(value, settings.kind)
         if settings.field in value:
             raise Unusable(f"field '{settings.field}' is taken", "name another one in the setting 'field'")
+        try:
+            json.dumps(value, allow_nan=False, default=str)
+        except ValueError:
+            raise Unusable("a number that JSON lacks", "NaN or Infinity in a field") from None
         return texts
 
     records = find_records(settings.paths, read, sample=settings.sample, seed=settings.seed)
@@ -135,7 +141,7 @@ def run(settings: TranslateSettings) -> None:
     for line in _lines(settings, count):
         print(line)
     if not count.kept:
-        raise ValueError(f"{settings.out}: no record passed; the .dropped file beside it holds all, each with its reasons")
+        raise ValueError(f"{settings.out}: no record passed; the dropped file beside it holds all, each with its reasons")
 
 
 def _translator(settings: TranslateSettings, asker: Asker) -> Translator:
@@ -195,7 +201,7 @@ def _lines(settings: TranslateSettings, count: _Count) -> list[str]:
         lines += [f"  {line}" for line in tried.lines("failed")]
     lines += count.doubts.lines("for a person to look at")
     if dropped := count.records - count.kept:
-        lines.append(f"dropped {dropped:,}, each with its reasons in the .dropped file beside it")
+        lines.append(f"dropped {dropped:,}, each with its reasons in the dropped file beside it")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 data/ja.jsonl.gz            what passed
 data/ja.dropped.jsonl.gz    what did not, each with the reasons; no recipe takes these records for data
-data/ja.jsonl.gz.journal    every request and answer: the same command again goes on from it
+data/ja.journal             every request and answer: the same command again goes on from it
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from engine.settings.toml import PathName, to_table
 from recipes.data_making.rows import beside, check_name, row_writer
 
 CUT = "cut off"
+# Never Parquet: records of several forms have no common type.
+DROPPED = "dropped.jsonl.gz"
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 # Settings that change what a run costs or how fast it is, and no byte of its result.
 _NO_EFFECT = frozenset(
@@ -166,11 +168,11 @@ def opened_asker(settings: MakingSettings) -> Iterator[Asker]:
     out = Path(settings.out)
     check_name(out)
     made = fingerprint(settings)
-    with Asker(f"{out}.journal", max_cost=settings.max_cost, max_requests=settings.max_requests) as asker:
+    with Asker(beside(out, "journal"), max_cost=settings.max_cost, max_requests=settings.max_requests) as asker:
         if out.exists() and not settings.overwrite and asker.facts.get("made") != made:
             raise FileExistsError(f"{out}: exists already, made with other settings; name another file, or give --overwrite")
         # The journal's lock is held: nobody else writes these files, and what a killed run left is removed.
-        for name in (out.name, beside(out, "dropped").name):
+        for name in (out.name, beside(out, DROPPED).name):
             for left in out.parent.glob(f".{name}.*.partial"):
                 left.unlink(missing_ok=True)
         if asker.facts.get("made") != made:
@@ -180,9 +182,9 @@ def opened_asker(settings: MakingSettings) -> Iterator[Asker]:
 
 @contextmanager
 def opened_result(settings: MakingSettings) -> Iterator[Result]:
-    """The two files to write; both appear at the end, or neither does."""
+    """The two files to write; they appear at the end."""
     with ExitStack() as stack:
-        drop = stack.enter_context(row_writer(beside(settings.out, "dropped")))
+        drop = stack.enter_context(row_writer(beside(settings.out, DROPPED)))
         yield Result(stack.enter_context(row_writer(settings.out)), drop)
 
 

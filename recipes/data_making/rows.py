@@ -30,15 +30,15 @@ def check_name(path: str | Path) -> None:
 
 
 def beside(path: str | Path, name: str) -> Path:
-    """The file for another part of a result: data/ja.jsonl.gz and "dropped" give data/ja.dropped.jsonl.gz."""
+    """Another file of a result, whatever its format: data/ja.jsonl.gz and "journal" give data/ja.journal."""
     path = Path(path)
     suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
-    return path.with_name(f"{path.name.removesuffix(suffix)}.{name}{suffix}")
+    return path.with_name(f"{path.name.removesuffix(suffix)}.{name}")
 
 
 @contextmanager
 def row_writer(path: str | Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that adds a record. The same records give the same bytes.
+    """Yield a function that adds a record. The same records give the same bytes; what JSON lacks, such as a date, becomes text.
 
     On leaving without an error the file appears, all at once; on an error an old file stays as it was.
     Raises: ValueError for Parquet where a field's values have no common type; OSError naming a path that cannot be written.
@@ -58,9 +58,10 @@ def row_writer(path: str | Path) -> Iterator[Callable[[Mapping[str, Any]], None]
                 file = opened.enter_context(compressed(hidden) if path.suffix == ".gz" else hidden.open("wb"))
 
             def add(row: Mapping[str, Any]) -> None:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
                 with _named(path):
-                    file.write(line)
+                    # Half a surrogate pair has no UTF-8; its escape is JSON, too.
+                    file.write(line.encode("utf-8", "backslashreplace") + b"\n")
 
             yield add
             with _named(path):

@@ -1,5 +1,6 @@
 """New conversations from a server in this process that writes topics, instructions and answers."""
 
+import gzip
 import hashlib
 import json
 import re
@@ -52,7 +53,8 @@ def config(tmp_path, url: str, lines: str = "") -> str:
 
 
 def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def test_every_quota_is_filled_and_no_more(tmp_path, capsys):
@@ -94,7 +96,7 @@ def test_what_does_not_pass_is_dropped_and_asked_for_anew(tmp_path, capsys):
 
     with FakeServer(answer=answer) as server:
         generate.main([config(tmp_path, server.url)])
-    rows, dropped = read(tmp_path / "new.jsonl"), read(tmp_path / "new.dropped.jsonl")
+    rows, dropped = read(tmp_path / "new.jsonl"), read(tmp_path / "new.dropped.jsonl.gz")
     assert Counter(row["made"]["language"] for row in rows) == {"ja": 11, "en": 11}
     reasons = Counter(row["reasons"][0].partition(":")[0] for row in dropped)
     assert set(reasons) <= {"empty answer", "answer leaks", "instruction in a wrong language"}

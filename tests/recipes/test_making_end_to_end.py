@@ -1,5 +1,6 @@
 """Data is made before a real server, with faults between, and trained on. The models are small: their words do not matter."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -42,7 +43,8 @@ def write(path: Path, records: list[dict]) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def train(recipe, config: str, folder: Path, export: Path, *more: str) -> None:
@@ -96,7 +98,7 @@ def test_pairs_are_prepared_and_trained_on(export, server, tmp_path):
         options = [f"--{side}.{name}={value}" for side, table in sides.items() for name, value in table.items()]
         pairs.main([f"--paths={tmp_path}/prompts.jsonl", f"--out={tmp_path}/pairs.jsonl", "--cut=keep", *options])
     rows = read(tmp_path / "pairs.jsonl")
-    assert len(rows) + len(read(tmp_path / "pairs.dropped.jsonl")) == len(questions)
+    assert len(rows) + len(read(tmp_path / "pairs.dropped.jsonl.gz")) == len(questions)
     assert len(rows) >= 5
     prepare.main(["--kind=preferences", f"--paths={tmp_path}/pairs.jsonl", f"--tokenizer={export}", f"--out={tmp_path}/data"])
     assert TokenDataset.open(tmp_path / "data").kind == "preferences"

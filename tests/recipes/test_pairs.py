@@ -1,5 +1,6 @@
 """Pairs from an endpoint, a file and a folder."""
 
+import gzip
 import json
 import re
 
@@ -26,7 +27,8 @@ def write(path, records) -> None:
 
 
 def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def number(body: dict) -> int:
@@ -54,7 +56,7 @@ def test_chosen_and_rejected_from_endpoints_become_pairs_that_training_reads(tmp
 
     with FakeServer(answer=answer) as server:
         call(tmp_path, *sides(server, "chosen", "rejected"), "--chosen.system", "Answer in a sentence.")
-    rows, dropped = read(tmp_path / "pairs.jsonl"), read(tmp_path / "pairs.dropped.jsonl")
+    rows, dropped = read(tmp_path / "pairs.jsonl"), read(tmp_path / "pairs.dropped.jsonl.gz")
     assert len(rows) == 25
     for row in rows:
         pair = read_pair(row)
@@ -86,7 +88,7 @@ def test_the_files_answers_are_chosen_and_a_folders_own_are_rejected(tmp_path, t
     call(tmp_path, *options, "--cut", "keep")
     said = capsys.readouterr().out
     assert "skipped 1: no chosen answer in the record" in said
-    rows = read(tmp_path / "pairs.jsonl") + [row["pair"] for row in read(tmp_path / "pairs.dropped.jsonl")]
+    rows = read(tmp_path / "pairs.jsonl") + [row["pair"] for row in read(tmp_path / "pairs.dropped.jsonl.gz")]
     assert len(rows) == 4
     for row in rows:
         assert row["chosen"] == "the red dog and it runs"
@@ -101,9 +103,9 @@ def test_cut_answers_are_dropped_or_kept_as_told(tmp_path):
     write(tmp_path / "prompts.jsonl", [{"prompt": f"the cat {i}", "completion": "the red dog and it runs"} for i in range(3)])
     with FakeServer() as server:
         options = (*sides(server, "rejected"), "--rejected.max-tokens", "5", "--rejected.temperature", "0")
-        with pytest.raises(SystemExit, match=r"no pair is left; the \.dropped file"):
+        with pytest.raises(SystemExit, match=r"no pair is left; the dropped file"):
             call(tmp_path, *options)
-        assert [row["reasons"] for row in read(tmp_path / "pairs.dropped.jsonl")] == [["cut off (rejected)"]] * 3
+        assert [row["reasons"] for row in read(tmp_path / "pairs.dropped.jsonl.gz")] == [["cut off (rejected)"]] * 3
         call(tmp_path, *options, "--cut", "keep", "--overwrite")
     assert len(read(tmp_path / "pairs.jsonl")) == 3
 

@@ -145,7 +145,7 @@ def test_a_conversation_with_a_message_that_never_passes_is_dropped_or_kept_as_t
     write(tmp_path / "en.jsonl")
     with FakeServer(answer=lambda body: re.sub(r"<k\d+/>", "", translating(body))) as server:
         call(tmp_path, server.url, ATTEMPT, "--failed", failed)
-    rows, dropped = read(tmp_path / "ja.jsonl"), read(tmp_path / "ja.dropped.jsonl")
+    rows, dropped = read(tmp_path / "ja.jsonl"), read(tmp_path / "ja.dropped.jsonl.gz")
     assert len(rows) + len(dropped) == 3
     if failed == "keep":
         assert [verdict["ok"] for verdict in rows[0]["translation"]["verdicts"]] == [False, True]
@@ -252,10 +252,10 @@ def test_cut_and_refused_answers_are_failed_attempts(tmp_path):
     def fails(body):
         return (400, "too long") if "three" in body["messages"][1]["content"] else None
 
-    nothing = r"ja\.jsonl: no record passed; the \.dropped file beside it holds all"
+    nothing = r"ja\.jsonl: no record passed; the dropped file beside it holds all"
     with FakeServer(fails=fails) as server, pytest.raises(SystemExit, match=nothing):
         call(tmp_path, server.url, '[[attempts]]\nmodel = "m"\nmax_tokens = 3')
-    [row] = read(tmp_path / "ja.dropped.jsonl")
+    [row] = read(tmp_path / "ja.dropped.jsonl.gz")
     assert row["reasons"][0] == "message 1: cut off"
     assert "not answered" in row["reasons"][1]
     assert "too long" in row["reasons"][1]
@@ -297,7 +297,10 @@ def test_a_folder_translates_in_the_place_of_an_endpoint(tmp_path, tiny_model, c
 
 
 def test_unusable_records_are_skipped_and_named_and_broken_files_end_the_run_before_a_request(tmp_path, capsys):
-    write(tmp_path / "en.jsonl", [*RECORDS, {"messages": []}, {"messages": RECORDS[0]["messages"], "translation": 1}])
+    write(
+        tmp_path / "en.jsonl",
+        [*RECORDS, {"messages": []}, {**RECORDS[0], "translation": 1}, {**RECORDS[0], "score": float("nan")}],
+    )
     with FakeServer(answer=translating) as server:
         call(tmp_path, server.url)
         said = capsys.readouterr().out
@@ -305,6 +308,7 @@ def test_unusable_records_are_skipped_and_named_and_broken_files_end_the_run_bef
         assert "skipped 1: no assistant turn; first: " in said
         assert "en.jsonl:4" in said
         assert "skipped 1: field 'translation' is taken" in said
+        assert "skipped 1: a number that JSON lacks" in said
         asked = len(server.log)
         (tmp_path / "en.jsonl").write_text(json.dumps(RECORDS[0]) + "\n{broken\n")
         with pytest.raises(SystemExit, match=r"en\.jsonl:2: broken JSON"):
@@ -335,7 +339,7 @@ def test_a_budget_that_is_reached_leaves_no_file_and_more_of_it_goes_on(tmp_path
         with pytest.raises(SystemExit, match=r"the budget of 4 requests is used up"):
             call(tmp_path, server.url, ATTEMPT, "--max-requests", "4")
         assert len(server.log) == 4
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["en.jsonl", "ja.jsonl.journal", "translate.toml"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["en.jsonl", "ja.journal", "translate.toml"]
         call(tmp_path, server.url, ATTEMPT, "--max-requests", "6")
         assert len(server.log) == 6
     assert len(read(tmp_path / "ja.jsonl")) == 3

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from datetime import date
 
 import pytest
 
@@ -98,4 +99,10 @@ def test_parquet_without_its_package_is_refused_before_anything_is_asked(tmp_pat
 
 
 def test_a_part_stands_beside_its_result():
-    assert beside("x/ja.jsonl.gz", "dropped").name == "ja.dropped.jsonl.gz"
+    for suffix in SUFFIXES:
+        assert str(beside(f"x/a.ja{suffix}", "journal")) == "x/a.ja.journal"
+
+
+def test_dates_and_half_surrogate_pairs_are_written(tmp_path):
+    write(tmp_path / "a.jsonl", [{"when": date(2026, 1, 2), "text": "語\ud800"}])
+    assert read(tmp_path / "a.jsonl") == [{"when": "2026-01-02", "text": "語\ud800"}]
