@@ -81,9 +81,6 @@ def serve(worker: RankWorker) -> None:
     if run.device.type == "cuda":
         use_deterministic_algorithms()
     model = run.load_model() if run.settings.model else fresh_model(run)
-    if worker.job.get("compiled"):
-        for block in model.layers:
-            block.compile(dynamic=False)
     optimizer = AdamW(model.named_parameters(), run.settings.optimizer, seed=run.settings.seed)
     objective, facts = objective_of(run, model)
     stream = run.stream()

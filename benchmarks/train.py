@@ -51,8 +51,6 @@ LADDER: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("light recompute", ("fused optimizer",), "light"),
     ("fused optimizer", (), "light"),
 )
-# torch.compile over each block, around all parts; the engine does not use it.
-COMPILED = "compiled blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +207,8 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
     if point.peers:
         job["steps_file"] = str(folder / "steps.safetensors")
         export_steps(steps_of(open_job(job, share_prompts=False), point.needed_steps), Path(job["steps_file"]))
-    candidates, absent = ladder(job, point) if point.ladder else beside_peers(job, point)
+    candidates, absent = (ladder(job, point), {}) if point.ladder else beside_peers(job, point)
     outcomes: dict[str, Outcome] = {}
-    rows: list[dict[str, Any]] = []
 
     def report(candidate: Candidate, outcome: Outcome) -> None:
         outcomes[candidate.name] = outcome
@@ -222,8 +219,6 @@ def measure_point(point: TrainBenchSettings, device: torch.device, folder: Path,
             base = outcomes[candidates[0].name]
             row |= row_of(outcome, point, works, base, device)
             row["parts"] = parts_of(outcome.answers, costs, point.ranks)
-        rows.append(row)
-        rows[0].update(over_best_peer(rows))
         result.add(row)
 
     for name, why in absent.items():
@@ -276,22 +271,6 @@ def trains_our_steps(outcome: Outcome, works: Sequence[Work]) -> bool:
     """Whether a trainer that composes its own steps put as many tokens into each as ours does; True for other trainers."""
     counted = [counts["tokens"] for answer in (outcome.warmup, *outcome.rounds) for counts in answer["counts"] if counts]
     return counted in ([], [work.places + work.documents for work in works[: len(counted)]])
-
-
-def over_best_peer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ours (the first row) over the peers: each rate over the fastest peer's, memory over the leanest peer's."""
-    ours, others = rows[0], [row for row in rows[1:] if "missing" not in row]
-    if "missing" in ours or not others or ours["name"] != NAME:
-        return {}
-    found: dict[str, Any] = {}
-    for name in [name for name in ours if name.startswith("tokens_per_")]:
-        best = max(others, key=lambda row: row[name]["median"])
-        found |= {name: ours[name]["median"] / best[name]["median"], f"{name}_of": best["name"]}
-    memory = "allocated_gib" if "allocated_gib" in ours["memory"] else "resident_gib"
-    leanest = min(others, key=lambda row: row["memory"][memory])
-    return {
-        "over_best_peer": found | {"memory": ours["memory"][memory] / leanest["memory"][memory], "memory_of": leanest["name"]}
-    }
 
 
 def make_job(point: TrainBenchSettings, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -352,15 +331,12 @@ def beside_peers(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[C
     return [own(job, point), *catalogue.candidates(names, job, point.peers_python)], {}
 
 
-def ladder(job: dict[str, Any], point: TrainBenchSettings) -> tuple[list[Candidate], dict[str, str]]:
-    """(the rungs, why some are missing)"""
-    rungs = [
+def ladder(job: dict[str, Any], point: TrainBenchSettings) -> list[Candidate]:
+    """The rungs."""
+    return [
         own(job, point, name, references=references, settings={**job["settings"], "recompute": recompute})
         for name, references, recompute in LADDER
     ]
-    if job["device"] != "cuda":
-        return rungs, {COMPILED: "compiling takes a CPU minutes"}
-    return [*rungs, own(job, point, COMPILED, settings={**job["settings"], "recompute": "light"}, compiled=True)], {}
 
 
 COLUMNS = ["name", "tokens_per_second", "tokens_per_cpu_second", "mfu", "of_ceiling", "memory allocated_gib"]
@@ -373,11 +349,8 @@ def show(result: dict[str, Any]) -> str:
     rows = [flat(row) for row in result["rows"]]
     lines = [table(rows, [*COLUMNS[:1], *varying(rows), *COLUMNS[1:]])]
     for row in result["rows"]:
-        parts, over = row.get("parts", {}), row.get("over_best_peer", {})
-        if "products" in parts:
+        if "products" in (parts := row.get("parts", {})):
             lines.append(table([{"part": name, **part} for name, part in parts.items()], PART_COLUMNS))
-        for name in (name for name in over if not name.endswith("_of")):
-            lines.append(f"{row['name']} / {over[f'{name}_of']}: {name} {over[name]:.2f}")
     return "\n".join(lines)
 
 

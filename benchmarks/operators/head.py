@@ -3,7 +3,6 @@
 T tokens, N projected rows, D width, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,13 +11,10 @@ from torch import Tensor
 
 import benchmarks.operators.operator as of
 from benchmarks.operators.operator import Call, Case, Cost, Operator, Provider, Sizes, Tensors, compiled, peer, random_data
-from kernels.linear_log_prob import linear_log_prob, linear_nll
-from kernels.logit_budget import Mode
+from kernels.linear_log_prob import linear_nll
 
 # Rows of the exact computation at a time: float64 logits of a large vocabulary are large.
 _CHUNK = 512
-# A budget that never binds, for the named modes.
-_ROOM = 2**34
 
 
 def _case(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Case:
@@ -91,15 +87,6 @@ def _torch_log_prob(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, rows
     return -F.cross_entropy(F.linear(hidden_TD, weight_VD).float(), target_T, reduction="none")
 
 
-def _mode(mode: Mode, case: Case) -> Call:
-    return _call(functools.partial(linear_log_prob, mode=mode, budget_bytes=_ROOM), case)
-
-
-def _no_gradient(case: Case) -> Call:
-    """The forward pass alone, as for the frozen reference of preference tuning."""
-    return _call(torch.no_grad()(linear_log_prob), case)
-
-
 def _known(case: Case) -> Call:
     """As in pre-training and fine-tuning: the weights of the rows are known, so gradients are made in the forward pass."""
     rows_N, weight_T = case.constants["rows"], -case.upstream["log_prob"]
@@ -144,9 +131,6 @@ LINEAR_LOG_PROB = Operator(
     directions=("forward", "backward", "both"),
     compiled=False,  # the reference selects rows by value, which breaks the graph
     peers=(
-        Provider("komainu, kept", functools.partial(_mode, "keep"), ours=True, rival=False),
-        Provider("komainu, recomputed", functools.partial(_mode, "recompute"), ours=True, rival=False),
-        Provider("komainu, no gradient", _no_gradient, directions=("forward",), ours=True, rival=False),
         Provider("komainu linear_nll", _known, directions=("both",), ours=True, rival=False),
         Provider("torch F.cross_entropy", lambda case: _call(_torch_log_prob, case)),
         Provider("torch.compile", lambda case: _call(compiled(_torch_log_prob), case)),

@@ -56,16 +56,6 @@ def _liger_norm(case: Case) -> Call:
     return _norm_call(lambda hidden, weight, eps: apply(hidden, weight, eps, 0.0, "llama", True), case)
 
 
-def _liger_add_norm(case: Case) -> Call:
-    apply = peer("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction").apply
-
-    def function(residual: Tensor, hidden: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out, total = apply(hidden, residual, weight, eps, 0.0, "llama", True)
-        return total, out
-
-    return _add_norm_call(function, case)
-
-
 RMS_NORM = Operator(
     name="rms_norm",
     function="kernels.rms_norm:rms_norm",
@@ -91,10 +81,7 @@ ADD_RMS_NORM = Operator(
         "residual hidden weight total out" if way == "forward" else "total out total weight hidden weight"
     ),
     yardstick="torch F.rms_norm",
-    peers=(
-        Provider("torch F.rms_norm", lambda case: _add_norm_call(_torch_add_norm, case)),
-        Provider("Liger-Kernel", _liger_add_norm, package="liger_kernel", cuda=True),
-    ),
+    peers=(Provider("torch F.rms_norm", lambda case: _add_norm_call(_torch_add_norm, case)),),
 )
 
 

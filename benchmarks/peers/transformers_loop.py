@@ -49,14 +49,8 @@ def causal_lm_loss(model: Any, row: Row, trained: float) -> Tensor:
     else:
         shape, positions = (1, len(row.tokens_T)), {"position_ids": row.positions_T[None]}
     labels = row.labels_T.view(shape)
-    return model(
-        input_ids=row.tokens_T.view(shape),
-        labels=labels,
-        shift_labels=labels,
-        num_items_in_batch=trained,
-        use_cache=False,
-        **positions,
-    ).loss
+    given = {"input_ids": row.tokens_T.view(shape), "labels": labels, "shift_labels": labels, "use_cache": False}
+    return model(**given, num_items_in_batch=trained, **positions).loss
 
 
 def train(worker: Worker, model: Any, loss_of: Callable[[Any, Row, float], Tensor] = causal_lm_loss) -> None:
