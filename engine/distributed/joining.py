@@ -135,10 +135,10 @@ def _unreachable_ranks_named() -> Iterator[None]:
 
 
 def _mesh(device: torch.device, ranks: int, settings: ParallelSettings) -> DeviceMesh:
-    # The groups that torch makes for a mesh have its default timeout; these have the timeout of the settings.
+    # The groups that torch makes for a mesh have its default timeout; these have the timeout of the settings. Only the members
+    # of a group make it: with one replica, each rank makes a group of itself alone instead of one for every rank.
     places = torch.arange(ranks).view(settings.replicas, -1)
-    mine: list[dist.ProcessGroup] = []
-    for lists in (places.T, places):
-        groups = [dist.new_group(members, timeout=timedelta(seconds=settings.timeout)) for members in lists.tolist()]
-        mine += [group for group in groups if group != dist.GroupMember.NON_GROUP_MEMBER]
+    replica, place = divmod(dist.get_rank(), places.shape[1])
+    given: dict[str, Any] = {"timeout": timedelta(seconds=settings.timeout), "use_local_synchronization": True}
+    mine = [dist.new_group(members.tolist(), **given) for members in (places[:, place], places[replica])]
     return DeviceMesh.from_group(mine, device.type, mesh=places, mesh_dim_names=(REPLICATE, SHARD))
