@@ -38,7 +38,7 @@ def trajectory(out: Path, steps: int) -> Trajectory:
 
 @pytest.fixture(scope="module")
 def trajectories(tiny_model, tiny_data, tmp_path_factory, run_ranks):
-    """trajectories(steps, {layout: [(stage, dtype), ...]}, **changes of settings) -> {(layout, stage, dtype): Trajectory}, what the ranks said."""
+    """trajectories(steps, {layout: [(stage, dtype), ...]}, **settings) -> {(layout, stage, dtype): Trajectory}, all output."""
 
     def settings(out, steps: int, layout: Layout, stage: str, dtype: str) -> dict:
         data = {"pretrain": tiny_data.text, "sft": tiny_data.conversations, "dpo": tiny_data.preferences}[stage]
