@@ -2,14 +2,16 @@
 
     python -m recipes.generate recipes/shisa/generate.toml --writer.url http://127.0.0.1:8000/v1 --max-cost 20
 
-Every category has a quota in each language. The same command again goes on where it was stopped or killed.
+Every category has a quota in each language. Instructions that nearly repeat another one, and items of benchmarks, are left out.
+The same command again goes on where it was stopped or killed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from engine.settings.toml import PathName
 from recipes.command import command
 from recipes.data_making.generation import CategorySettings, Cell, Generator, Seen, Writer
 from recipes.data_making.making import (
@@ -17,9 +19,11 @@ from recipes.data_making.making import (
     ModelSettings,
     Responders,
     Tally,
+    find_records,
     opened_asker,
     opened_result,
 )
+from recipes.data_making.pairing import read_prompt
 from recipes.data_making.translation import LANGUAGES
 
 
@@ -48,6 +52,11 @@ class GenerateSettings(MakingSettings):
     rounds: int = 10
     """Most rounds: each asks for what is still missing."""
 
+    known: tuple[PathName, ...] = ()
+    """Conversations or pairs whose questions new instructions must not resemble: files, folders, patterns, a hub data set."""
+    benchmarks: tuple[PathName, ...] = ()
+    """Benchmarks' files, of which no item may occur in a conversation: 13 words in a row, or 26 characters of Japanese."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for language in self.languages:
@@ -71,11 +80,12 @@ def run(settings: GenerateSettings) -> None:
     """Write the conversations, and beside them what did not pass."""
     cells = [Cell(category, (code, LANGUAGES[code])) for category in settings.categories for code in settings.languages]
     dropped, kept = Tally(), 0
+    seen = Seen(_known(settings), settings.benchmarks)
     with opened_asker(settings) as asker:
         responders = Responders()
         writer = Writer(responders.of(settings.writer), settings.writer)
         answers = settings.answerer if settings.answerer.model else settings.writer
-        generator = Generator(asker, writer, Writer(responders.of(answers), answers), Seen().refusal, settings.per_topic)
+        generator = Generator(asker, writer, Writer(responders.of(answers), answers), seen, settings.per_topic)
         with opened_result(settings) as result:
             for number in range(settings.rounds):
                 for item in generator.round(cells, number):
@@ -96,6 +106,13 @@ def run(settings: GenerateSettings) -> None:
             print(f"missing {cell.missing:,} of {cell.category.count:,}: {cell.category.name} in {cell.language[1]}")
     if not kept:
         raise ValueError(f"{settings.out}: no conversation passed; the dropped file beside it holds the reasons")
+
+
+def _known(settings: GenerateSettings) -> Iterator[str]:
+    """The questions of the records that are there."""
+    if settings.known:
+        for _, prompt in find_records(settings.known, read_prompt, sample=None, seed=0):
+            yield from (message["content"] for message in prompt.messages if message["role"] == "user")
 
 
 def _missing(cells: Iterable[Cell]) -> int:

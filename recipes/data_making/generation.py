@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from engine.inference.asking import Asker, ChatRequest, Responder, Unanswered
 from model.vocabulary.chat import Message
 from recipes.data_making.making import ModelSettings, end_fault, without_thoughts
+from recipes.data_making.near_duplicates import Benchmarks, NearDuplicates
 from recipes.evaluation.leakage.detector import detect
 from recipes.evaluation.leakage.languages import language_of
 
@@ -115,23 +116,36 @@ class Item:
         return {"messages": messages, "made": made}
 
 
-# Why an instruction is refused, as "reason: detail"; empty where it is taken, and is known from then on.
-Refusal = Callable[[str], str]
-
-
 class Seen:
-    """Refuses instructions that were there before."""
+    """The instructions so far, and the benchmarks that no item may hold a piece of."""
 
-    def __init__(self) -> None:
-        self._texts: set[str] = set()
+    def __init__(self, known: Iterable[str] = (), benchmarks: Sequence[str] = ()) -> None:
+        """Args: known: instructions that were there before. benchmarks: files, folders or patterns.
 
-    def refusal(self, text: str) -> str:
-        """See `Refusal`."""
-        key = " ".join(text.casefold().split())
-        if key in self._texts:
-            return f"repeated: {text[:60]!r}"
-        self._texts.add(key)
-        return ""
+        Raises: ValueError where a package is missing, or naming a file without an item; FileNotFoundError.
+        """
+        self._near, self._benchmarks = NearDuplicates(), Benchmarks()
+        self._count = 0
+        if benchmarks:
+            self._benchmarks.add(benchmarks)
+        for text in known:
+            self._resembled(text)
+
+    def refusal(self, instruction: str) -> str:
+        """Why an instruction is refused, as "reason: detail"; else nothing, and it is known from then on."""
+        if found := self.contamination(instruction):
+            return found
+        other = self._resembled(instruction)
+        return f"near-duplicate: {other}" if other else ""
+
+    def contamination(self, text: str) -> str:
+        """The reason against a text that holds an item of a benchmark; else nothing."""
+        place = self._benchmarks.find(text)
+        return f"holds an item of a benchmark: {place}" if place else ""
+
+    def _resembled(self, text: str) -> str | None:
+        self._count += 1
+        return self._near.seen(text, f"{self._count}, {text[:80]!r}")
 
 
 @dataclass
@@ -141,7 +155,7 @@ class Generator:
     asker: Asker
     writer: Writer
     answerer: Writer
-    refusal: Refusal
+    seen: Seen
     per_topic: int
 
     def round(self, cells: Sequence[Cell], number: int) -> Iterator[Item]:
@@ -190,20 +204,19 @@ class Generator:
         return new
 
     async def _instructions(self, cell: Cell, topic: str) -> list[str]:
-        count = min(self.per_topic, cell.missing)
         prompt = _INSTRUCTIONS.format(
-            category=cell.category.name, about=cell.about, topic=topic, count=count, language=cell.language[1]
+            category=cell.category.name, about=cell.about, topic=topic, count=self.per_topic, language=cell.language[1]
         )
         said, fault = await self.writer.ask(self.asker, prompt)
         found = [text for part in _DIVIDER.split(said) if (text := part.strip())]
         # An answer that was cut off ends with half a request.
-        return (found[:-1] if fault else found)[:count]
+        return found[:-1] if fault else found
 
     def _objection(self, cell: Cell, instruction: str) -> str:
         language = language_of(instruction)
         if language not in (None, cell.language[0]):
             return f"instruction in a wrong language: {language}"
-        return self.refusal(instruction)
+        return self.seen.refusal(instruction)
 
     async def _answered(self, item: Item) -> Item:
         system = _ANSWER.format(language=item.cell.language[1])
@@ -211,6 +224,8 @@ class Generator:
         item = replace(item, answer=answer)
         if fault or not answer:
             return replace(item, reasons=(fault or "empty answer",))
+        if found := self.seen.contamination(answer):
+            return replace(item, reasons=(found,))
         verdict = detect([Message(role="user", content=item.instruction)], answer)
         if verdict.leak:
             said = [answer[start:end] for start, end in verdict.spans]
