@@ -25,6 +25,7 @@ from recipes.generate import GenerateSettings
 from recipes.pairs import PairsSettings
 from recipes.prepare import PrepareSettings
 from recipes.pretrain import PretrainSettings
+from recipes.select import SelectSettings
 from recipes.sft import SftSettings
 from recipes.shisa import split_languages
 from recipes.shisa.split_languages import SplitSettings
@@ -33,6 +34,7 @@ from recipes.vocabulary import VocabularySettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "shisa"
 STAGES = {
+    "select_ultrafeedback": SelectSettings,
     "translate_slimorca": TranslateSettings,
     "translate_airoboros": TranslateSettings,
     "generate": GenerateSettings,
