@@ -10,6 +10,8 @@ _HIDDEN = "the value is never stored, or is replaced where it is masked"
 _MASKED = "the bound only decides which blocks are masked: those that it moves are masked needlessly, and give the same"
 _MORE = "the tokens that the bound adds are masked"
 _BEFORE = "a range with a shift is a prefix, which ends before the queries that continue it, whatever the shift"
+_NO_KEYS = "without a key the peak is NO_PEAK, which weighs nothing beside a split with keys"
+_NO_GPU = "mutants run in the interpreter, where the condition is true"
 _VAST = "heads times tokens passes 32 bits only where the queries of a row take more than 64 GB"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -47,9 +49,16 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_split_kernel: high - low -> high": "longer splits, of which fewer have keys, cover the same tokens",
         "_split_kernel: split.to(tl.int64) -> split": _WIDENED,
         "_split_kernel: tl.where(total > 0, peak * scale + tl.log2(divisor), float('-inf')) -> "
-        "peak * scale + tl.log2(divisor)": "without a key the peak is NO_PEAK, which weighs nothing beside a split with keys",
+        "peak * scale + tl.log2(divisor)": _NO_KEYS,
         "_combine_kernel: rows.to(tl.int64) -> rows": _FEW_SPLITS,
         "_combine_kernel: rows.to(tl.int64) -> rows (number 2)": _FEW_SPLITS,
+    },
+    "attention/decode_rows": {
+        "_rows_kernel: (tl.program_id(0) % KV_HEADS).to(tl.int64) -> tl.program_id(0) % KV_HEADS": _WIDENED,
+        "_rows_kernel: split.to(tl.int64) -> split": _FEW_SPLITS,
+        "_rows_kernel: tl.where(total > 0, peak * scale + tl.log2(divisor), float('-inf')) -> "
+        "peak * scale + tl.log2(divisor)": _NO_KEYS,
+        "_rows_kernel: total > 0 -> total >= 0 (number 2)": _NO_KEYS,
     },
     "attention/forward": {
         "_forward_kernel: if start >= end: -> if False:": _QUICKER,
@@ -72,6 +81,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "sections: start - shift -> start": _BEFORE,
         "load_rows: tl.cast(head, tl.int64) -> head": _WIDENED,
         "sections: end - shift - window -> end - shift": _QUICKER,
+        "wait_for: if IN_INTERPRETER: -> if True:": _NO_GPU,
+        "announce: if IN_INTERPRETER: -> if True:": _NO_GPU,
     },
     "embedding": {
         "_forward_kernel: (word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) -> word.to(tl.int32, bitcast=True) >> 8": (
