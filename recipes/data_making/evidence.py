@@ -27,7 +27,7 @@ _CLAUSE = re.compile(
     r"(?<=[,;:)])\s+|\s+(?=[(]|--|and\b|but\b|or\b|which\b|that\b|because\b|when\b|if\b|so\b|to\b|with\b|for\b|from\b|by\b|in\b)"
 )
 # Nats: less evidence than this for an omission is not worked out.
-LIKELY_SENTENCE, LIKELY_PART = 1.0, 4.0
+LIKELY_SENTENCE, LIKELY_PART = 1.6, 4.8
 _MOST_BY_LENGTH = 4.0
 _BETWEEN_CLASSES = 0.4  # a shorter text falls into another class of lengths
 _BEYOND = 0.1  # of the logarithm, past the quantile

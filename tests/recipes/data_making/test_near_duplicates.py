@@ -13,6 +13,10 @@ from recipes.data_making.near_duplicates import Benchmarks, NearDuplicates, toke
 WORD = re.compile("[\u3041-\u3096]{2}|[\u4e00-\u9fff]{2}|[\u30a1-\u30ff]{3}|[A-Za-z]+")
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("jmmlu_test", "hellaswag_val", "jsquad_valid")]
+SETS = ["gsm8k_test", "jcommonsenseqa_valid", "mt_bench_ja", *SLOW]
+
+
 def records(path) -> list[dict]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -48,7 +52,7 @@ def test_the_name_of_the_earlier_text_is_given_and_a_text_repeats_itself():
     assert seen.seen("", "e") == "d"
 
 
-@pytest.mark.parametrize("name", ["gsm8k_test", "jcommonsenseqa_valid", "jmmlu_test", "hellaswag_val", "mt_bench_ja"])
+@pytest.mark.parametrize("name", SETS)
 def test_every_planted_item_of_a_benchmark_is_found(shared_data, name):
     path = shared_data / "bench" / f"{name}.jsonl.gz"
     benchmarks = Benchmarks()

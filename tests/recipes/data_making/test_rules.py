@@ -41,13 +41,13 @@ def found(pairs, kind, seed=1) -> tuple[int, int]:
 
 
 def test_few_right_translations_are_called_wrong_and_most_seeded_faults_are_found(heldout):
-    pairs = heldout[:500]
+    pairs = heldout[:300]
     alarms = sum(bool(reasons(source, target)) for source, target in pairs)
     assert alarms <= 0.03 * len(pairs)
     for kind in CORRUPTIONS:
         caught, made = found(pairs, kind)
-        # Standard deviation at 95 % of 100 texts: 2.2 points.
-        assert caught >= 0.91 * made, (kind, caught, made)
+        # Standard deviation at 95 % of 60 texts: 2.8 points.
+        assert caught >= 0.89 * made, (kind, caught, made)
 
 
 @pytest.mark.slow
