@@ -50,7 +50,7 @@ class GenerateSettings(MakingSettings):
     per_topic: int = 5
     """Instructions on a topic."""
     rounds: int = 10
-    """Most rounds: each asks for what is still missing."""
+    """Most rounds: each asks for what is still missing, by at most 20 topics a category and language."""
 
     known: tuple[PathName, ...] = ()
     """Conversations or pairs whose questions new instructions must not resemble: files, folders, patterns, a hub data set."""

@@ -17,7 +17,7 @@ from model.vocabulary.chat import Message
 from recipes.data_making.making import ModelSettings, end_fault, without_thoughts
 from recipes.data_making.near_duplicates import Benchmarks, NearDuplicates
 from recipes.evaluation.leakage.detector import detect
-from recipes.evaluation.leakage.languages import language_of
+from recipes.evaluation.leakage.languages import LATIN, SCRIPTS, language_of, latin_language
 
 Result = TypeVar("Result")
 
@@ -213,9 +213,8 @@ class Generator:
         return found[:-1] if fault else found
 
     def _objection(self, cell: Cell, instruction: str) -> str:
-        language = language_of(instruction)
-        if language not in (None, cell.language[0]):
-            return f"instruction in a wrong language: {language}"
+        if other := other_language(instruction, cell.language[0]):
+            return f"instruction in a wrong language: {other}"
         return self.seen.refusal(instruction)
 
     async def _answered(self, item: Item) -> Item:
@@ -231,3 +230,14 @@ class Generator:
             said = [answer[start:end] for start, end in verdict.spans]
             return replace(item, reasons=(f"answer leaks: {said[0][:60]!r} in {verdict.language}",))
         return item
+
+
+def other_language(text: str, language: str) -> str | None:
+    """The language of a text that is not in the one asked for; None where it is, or where nothing tells."""
+    found = language_of(text)
+    if language not in SCRIPTS or found in (None, language):
+        return None
+    if LATIN in SCRIPTS[language] and LATIN in SCRIPTS[found or language]:
+        # One script: only function words tell.
+        found = latin_language(text, least=3)
+    return None if found == language else found
