@@ -260,6 +260,7 @@ def token_log_probs(model, documents):
     return model.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
 
+@pytest.mark.slow
 def test_exact_agrees_with_greedy_generation(learned):
     model, tokenizer, questions = learned
     sampling = Sampling(temperature=0.0, max_new_tokens=120)

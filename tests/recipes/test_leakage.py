@@ -86,6 +86,7 @@ def test_what_is_no_answer_is_refused_by_one_line(tmp_path, records, options, sa
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named_in_one_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [record("It is hot.")])
     code = f"import sys; sys.modules['scipy'] = None; from recipes.leakage import main; main(['detect', {path!r}])"

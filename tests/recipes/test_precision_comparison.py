@@ -22,6 +22,7 @@ def config(tiny_settings, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path, capsys):
     main([config(), "--fp8.bf16-first", "0", "--out", str(tmp_path / "out"), "--seeds", "3"])
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -226,6 +226,7 @@ def test_answers_of_one_model_are_refused(tmp_path):
         read_contenders([str(path)])
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(answers, tmp_path):
     votes = tmp_path / "votes.jsonl"
     arguments = ["-m", "recipes.preference", "serve", answers, "--votes", str(votes), "--port", "0"]
