@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with the extra eval")
+pytest.importorskip("accelerate", reason="the harness's hf backend needs accelerate (pip install accelerate)")
 pytest.importorskip("rapidfuzz", reason="rapidfuzz comes with the extra eval")
 
 from engine.inference.scoring import Request, Scoring, default_pack_tokens
