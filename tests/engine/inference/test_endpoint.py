@@ -178,6 +178,7 @@ def test_concurrency_halves_once_for_a_burst_and_grows_by_one_for_as_many_succes
     assert gate.limit == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_bears_four_gets_no_more_for_long(tmp_path):
     """More than four at once are answered 429; the client settles near four, and never passes its own limit."""
 
