@@ -4,6 +4,7 @@ import email.utils
 import json
 import logging
 import sys
+import threading
 import time
 
 import pytest
@@ -178,12 +179,19 @@ def test_concurrency_halves_once_for_a_burst_and_grows_by_one_for_as_many_succes
     assert gate.limit == 1
 
 
-@pytest.mark.slow
 def test_a_server_that_bears_four_gets_no_more_for_long(tmp_path):
-    """More than four at once are answered 429; the client settles near four, and never passes its own limit."""
+    """More than four at once are answered 429; the client settles near four, and never passes its own limit.
+
+    The first requests wait for a fifth, so that a quick machine cannot answer each before the next one comes.
+    """
+    crowded = threading.Event()
 
     def fails(_):
-        return (429, "too many") if server.at_once > 4 else None
+        if server.at_once > 4:
+            crowded.set()
+            return (429, "too many")
+        assert crowded.wait(30)
+        return None
 
     with FakeServer(fails=fails, delay=0.005) as server:
         outcomes = ask(server, tmp_path / "journal", 80, concurrency=12)
