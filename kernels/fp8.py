@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configurations import configuration
-from kernels.launch import launch, runs_triton, unit_stride
+from kernels.launch import launch, operator, runs_triton, unit_stride
 
 E4M3 = torch.float8_e4m3fn
 # torch._scaled_mm on CUDA takes matrices whose sizes are multiples of this.
@@ -110,6 +110,12 @@ def empty_codes(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=E4M3, device=like.device)
 
 
+def empty_row_codes(rows_TK: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(codes [T, width], a scale for each row [T] in float32), without values."""
+    scale_T = torch.empty(len(rows_TK), dtype=torch.float32, device=rows_TK.device)
+    return empty_codes(rows_TK, len(rows_TK), width), scale_T
+
+
 def _row_codes_eager(value_TK: Tensor) -> tuple[Tensor, Tensor]:
     scale_T = scales_of(value_TK.abs().amax(dim=-1))
     return encoded(value_TK, scale_T[:, None]), scale_T
@@ -125,30 +131,13 @@ def _shifted_columns_eager(code_TK: Tensor, scale_T: Tensor, input_scale_T: Tens
     return transposed((code_TK.float() * shift_T[:, None]).to(E4M3)), pair.repeat_interleave(4)
 
 
-@torch.library.custom_op("komainu::fp8_row_codes", mutates_args=())
+@operator("komainu::fp8_row_codes")
 def _row_codes(value_TK: Tensor) -> tuple[Tensor, Tensor]:
     value_TK = unit_stride(value_TK)
-    tokens, width = value_TK.shape
-    code_TK = empty_codes(value_TK, tokens, width)
-    scale_T = torch.empty(tokens, dtype=torch.float32, device=value_TK.device)
-    block, warps = configuration("fp8_rows", value_TK.device).whole_row(width)
-    launch(
-        _row_kernel,
-        (tokens,),
-        value_TK,
-        code_TK,
-        scale_T,
-        value_TK.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        device=value_TK.device,
-        warps=warps,
-        fusion=False,
-    )
-    return code_TK, scale_T
+    return launch_rows(_row_kernel, (value_TK, value_TK.stride(0)), value_TK, value_TK.shape[1], chosen="fp8_rows")
 
 
-@torch.library.custom_op("komainu::fp8_column_codes", mutates_args=())
+@operator("komainu::fp8_column_codes")
 def _column_codes(value_TK: Tensor, scale_T: Tensor) -> Tensor:
     value_TK = unit_stride(value_TK)
     given = (value_TK, scale_T, scale_T, value_TK.stride(0))
@@ -157,13 +146,40 @@ def _column_codes(value_TK: Tensor, scale_T: Tensor) -> Tensor:
     )
 
 
-@torch.library.custom_op("komainu::fp8_matrix_codes", mutates_args=())
+@operator("komainu::fp8_matrix_codes")
 def _matrix_codes(value_TK: Tensor, scale: Tensor, rows: bool, columns: bool) -> tuple[Tensor, Tensor]:
     value_TK = unit_stride(value_TK)
     code_TK = empty_codes(value_TK, *value_TK.shape) if rows else empty_codes(value_TK, 0)
     given = (value_TK, scale, code_TK, value_TK.stride(0))
     emitted = {"EMIT_ROWS": rows, "EMIT_COLUMNS": columns}
     return code_TK, launch_columns(_column_kernel, given, value_TK, value_TK.shape[1], ONE_SCALE=True, **emitted)
+
+
+def launch_rows(
+    kernel: Any,  # of (*given, codes, scales, WIDTH, BLOCK)
+    given: Sequence[Any],
+    rows_TK: Tensor,  # any tensor with a row for each token, on the device
+    width: int,  # WIDTH, the columns that a program holds
+    *,
+    chosen: str,  # name of the launch configuration
+    parts: int = 1,  # rows of codes have parts * width columns
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel that emits codes and scales, a program a row: ([T, parts * width], [T])."""
+    code_TK, scale_T = empty_row_codes(rows_TK, parts * width)
+    block, warps = configuration(chosen, rows_TK.device).whole_row(width)
+    launch(
+        kernel,
+        (len(rows_TK),),
+        *given,
+        code_TK,
+        scale_T,
+        WIDTH=width,
+        BLOCK=block,
+        device=rows_TK.device,
+        warps=warps,
+        fusion=False,
+    )
+    return code_TK, scale_T
 
 
 def launch_columns(kernel: Any, given: Sequence[Any], rows_TK: Tensor, width: int, **constants: Any) -> Tensor:
@@ -195,7 +211,7 @@ def launch_columns(kernel: Any, given: Sequence[Any], rows_TK: Tensor, width: in
     return code_KP
 
 
-@torch.library.custom_op("komainu::fp8_shifted_columns", mutates_args=())
+@operator("komainu::fp8_shifted_columns")
 def _shifted_columns(code_TK: Tensor, scale_T: Tensor, input_scale_T: Tensor) -> tuple[Tensor, Tensor]:
     device = code_TK.device
     common = torch.empty(8, dtype=torch.float32, device=device)
@@ -218,7 +234,7 @@ def _shifted_columns(code_TK: Tensor, scale_T: Tensor, input_scale_T: Tensor) ->
 
 @_row_codes.register_fake
 def _(value_TK):
-    return empty_codes(value_TK, *value_TK.shape), value_TK.new_empty(value_TK.shape[0], dtype=torch.float32)
+    return empty_row_codes(value_TK, value_TK.shape[1])
 
 
 @_column_codes.register_fake
@@ -296,9 +312,9 @@ def store_columns(codes, target, row, column, groups, WIDTH: tl.constexpr):
 @triton.jit
 def _row_kernel(
     value,  # [tokens, WIDTH]
+    value_stride,  # elements from row to row
     code,  # [tokens, WIDTH]
     scale,  # [tokens] float32
-    value_stride,  # elements from row to row
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # WIDTH up to a power of two
 ):

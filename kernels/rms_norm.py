@@ -20,6 +20,7 @@ from kernels.fp8 import (
     Codes,
     column_codes,
     empty_codes,
+    empty_row_codes,
     encode,
     inverse_of,
     launch_columns,
@@ -190,14 +191,14 @@ def sum_rows(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
     return out_D
 
 
-@torch.library.custom_op("komainu::norm_codes", mutates_args=())
+@operator("komainu::norm_codes")
 def _norm_codes(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     code_TD, code_scale_T, scale_T = _code_outputs(hidden_TD)
     _launch_forward(None, hidden_TD, weight_D, eps, None, code_TD, scale_T, code_scale_T)
     return code_TD, code_scale_T, scale_T
 
 
-@torch.library.custom_op("komainu::add_norm_codes", mutates_args=())
+@operator("komainu::add_norm_codes")
 def _add_norm_codes(
     residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,7 +208,7 @@ def _add_norm_codes(
     return total_TD, code_TD, code_scale_T, scale_T
 
 
-@torch.library.custom_op("komainu::norm_columns", mutates_args=())
+@operator("komainu::norm_columns")
 def _norm_columns(total_TD: Tensor, weight_D: Tensor, scale_T: Tensor, code_scale_T: Tensor) -> Tensor:
     total_TD, weight_D = unit_stride(total_TD), unit_stride(weight_D)
     given = (total_TD, weight_D, scale_T, code_scale_T, total_TD.stride(0))
@@ -216,8 +217,8 @@ def _norm_columns(total_TD: Tensor, weight_D: Tensor, scale_T: Tensor, code_scal
 
 def _code_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scales of the codes, scales of the norm), without values."""
-    code_scale_T, scale_T = (torch.empty(len(hidden_TD), dtype=torch.float32, device=hidden_TD.device) for _ in range(2))
-    return empty_codes(hidden_TD, *hidden_TD.shape), code_scale_T, scale_T
+    code_TD, code_scale_T = empty_row_codes(hidden_TD, hidden_TD.shape[1])
+    return code_TD, code_scale_T, torch.empty_like(code_scale_T)
 
 
 def _norm_outputs(hidden_TD: Tensor) -> tuple[Tensor, Tensor]:

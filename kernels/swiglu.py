@@ -23,9 +23,11 @@ from kernels.fp8 import (
     bits_of_size,
     column_codes,
     empty_codes,
+    empty_row_codes,
     encode,
     inverse_of,
     launch_columns,
+    launch_rows,
     padded,
     row_codes,
     scale_and_inverse,
@@ -144,64 +146,25 @@ def _launch_backward(gate_up_TF2: Tensor, grad_TF: Tensor, grad_gate_up_TF2: Ten
     )
 
 
-@torch.library.custom_op("komainu::swiglu_codes", mutates_args=())
+@operator("komainu::swiglu_codes")
 def _swiglu_codes(gate_up_TF2: Tensor) -> tuple[Tensor, Tensor]:
     gate_up_TF2 = unit_stride(gate_up_TF2)
-    width = gate_up_TF2.shape[1] // 2
-    code_TF, scale_T = _code_outputs(gate_up_TF2, width)
-    block, warps = configuration("swiglu_codes", gate_up_TF2.device).whole_row(width)
-    launch(
-        _codes_kernel,
-        (len(gate_up_TF2),),
-        gate_up_TF2,
-        code_TF,
-        scale_T,
-        gate_up_TF2.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        device=gate_up_TF2.device,
-        warps=warps,
-        fusion=False,
-    )
-    return code_TF, scale_T
+    given = (gate_up_TF2, gate_up_TF2.stride(0))
+    return launch_rows(_codes_kernel, given, gate_up_TF2, gate_up_TF2.shape[1] // 2, chosen="swiglu_codes")
 
 
-@torch.library.custom_op("komainu::swiglu_columns", mutates_args=())
+@operator("komainu::swiglu_columns")
 def _swiglu_columns(gate_up_TF2: Tensor, code_scale_T: Tensor) -> Tensor:
     gate_up_TF2 = unit_stride(gate_up_TF2)
     given = (gate_up_TF2, code_scale_T, gate_up_TF2.stride(0))
     return launch_columns(_columns_kernel, given, gate_up_TF2, gate_up_TF2.shape[1] // 2)
 
 
-@torch.library.custom_op("komainu::swiglu_backward_codes", mutates_args=())
+@operator("komainu::swiglu_backward_codes")
 def _swiglu_backward_codes(gate_up_TF2: Tensor, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
     gate_up_TF2, grad_TF = unit_stride(gate_up_TF2), unit_stride(grad_TF)
-    tokens, width = grad_TF.shape
-    code_TF2, scale_T = _code_outputs(gate_up_TF2, 2 * width)
-    block, warps = configuration("swiglu_codes", grad_TF.device).whole_row(width)
-    launch(
-        _backward_codes_kernel,
-        (tokens,),
-        gate_up_TF2,
-        grad_TF,
-        code_TF2,
-        scale_T,
-        gate_up_TF2.stride(0),
-        grad_TF.stride(0),
-        WIDTH=width,
-        BLOCK=block,
-        device=grad_TF.device,
-        warps=warps,
-        fusion=False,
-    )
-    return code_TF2, scale_T
-
-
-def _code_outputs(gate_up_TF2: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(codes of rows of `width`, their scales), without values."""
-    tokens = len(gate_up_TF2)
-    scale_T = torch.empty(tokens, dtype=torch.float32, device=gate_up_TF2.device)
-    return empty_codes(gate_up_TF2, tokens, width), scale_T
+    given = (gate_up_TF2, grad_TF, gate_up_TF2.stride(0), grad_TF.stride(0))
+    return launch_rows(_backward_codes_kernel, given, grad_TF, grad_TF.shape[1], chosen="swiglu_codes", parts=2)
 
 
 def _product_of(gate_up_TF2: Tensor) -> Tensor:
@@ -226,7 +189,7 @@ def _(gate_up_TF2, grad_TF, emit):
 
 @_swiglu_codes.register_fake
 def _(gate_up_TF2):
-    return _code_outputs(gate_up_TF2, gate_up_TF2.shape[1] // 2)
+    return empty_row_codes(gate_up_TF2, gate_up_TF2.shape[1] // 2)
 
 
 @_swiglu_columns.register_fake
@@ -236,7 +199,7 @@ def _(gate_up_TF2, code_scale_T):
 
 @_swiglu_backward_codes.register_fake
 def _(gate_up_TF2, grad_TF):
-    return _code_outputs(gate_up_TF2, gate_up_TF2.shape[1])
+    return empty_row_codes(gate_up_TF2, gate_up_TF2.shape[1])
 
 
 _swiglu.register_autograd(
@@ -316,9 +279,9 @@ def _backward_kernel(
 @triton.jit
 def _codes_kernel(
     gate_up,  # [tokens, 2 WIDTH]
+    row_stride,  # elements from row to row of gate_up
     code,  # [tokens, WIDTH]
     scale,  # [tokens] float32
-    row_stride,  # elements from row to row of gate_up
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # WIDTH up to a power of two
 ):
@@ -357,10 +320,10 @@ def _columns_kernel(
 def _backward_codes_kernel(
     gate_up,  # [tokens, 2 WIDTH]
     grad,  # [tokens, WIDTH]
+    row_stride,  # elements from row to row of gate_up
+    grad_stride,
     code,  # [tokens, 2 WIDTH]
     scale,  # [tokens] float32
-    row_stride,  # elements from row to row
-    grad_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # WIDTH up to a power of two
 ):

@@ -286,4 +286,4 @@ def test_custom_operators_pass_torchs_checks(triton_device):
         (products._swiglu_backward_codes, (hidden, hidden[:, :16])),
     ):
         # The other checks compute with E4M3 numbers, which torch cannot.
-        torch.library.opcheck(operator, given, test_utils="test_faketensor")
+        torch.library.opcheck(operator.registered, given, test_utils="test_faketensor")
