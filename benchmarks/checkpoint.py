@@ -30,11 +30,11 @@ from torch import Tensor
 from benchmarks import measure, processes
 from benchmarks.command import benchmark, check_least, check_names
 from benchmarks.results import Result, table
-from benchmarks.shapes import dtype_of, name_of, shape
+from benchmarks.shapes import name_of, shape
 from engine.checkpoint.state import TrainingState, load_optimizer, newest_checkpoint, read_state
 from engine.checkpoint.writing import Checkpointer
 from engine.distributed.ranks import Ranks
-from engine.environment import choose_device
+from engine.environment import choose_device, choose_dtype
 from engine.optim.adamw import AdamW
 from engine.settings.sections import OptimizerSettings
 from engine.settings.toml import PathName
@@ -81,7 +81,7 @@ class Subject:
     def __init__(self, settings: CheckpointSettings) -> None:
         self.device = choose_device(settings.device)
         cuda = self.device.type == "cuda"
-        self.dtype = dtype_of(settings.dtype, self.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
         self.preset = settings.preset or ("mistral-7b" if cuda else "small")
         self.config = shape(self.preset, settings.layers or (4 if cuda and not settings.preset else 0))
         # A parameter, two float32 moments, and an int16 remainder for bfloat16.

@@ -23,8 +23,8 @@ from benchmarks.command import benchmark, check_least, check_names
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Call, Case, Operator, Provider, Sizes, Tensors, gradient_of
 from benchmarks.results import Result, table
-from benchmarks.shapes import dtype_of, name_of, shape
-from engine.environment import choose_device
+from benchmarks.shapes import name_of, shape
+from engine.environment import choose_device, choose_dtype
 from engine.settings.toml import PathName
 
 # Seconds that the timed calls of one provider and direction may take, with their preparation. A GPU's times vary little.
@@ -69,7 +69,7 @@ class KernelSettings:
 def run(settings: KernelSettings, command: str = "benchmarks.kernels.run") -> dict[str, Any]:
     """Measure, print a table of each operator; returns the result, whose file is written after each."""
     device = choose_device(settings.device)
-    cuda, dtype = device.type == "cuda", dtype_of(settings.dtype, device)
+    cuda, dtype = device.type == "cuda", choose_dtype(settings.dtype, device)
     name, tokens = settings.preset or ("shisa-7b" if cuda else "small"), settings.tokens or ((8192,) if cuda else (256,))
     config = shape(name) if name != "small" else dataclasses.replace(shape(name), sliding_window=_SMALL_WINDOW)
     timing = Timing(device, settings.rounds, settings.repeats or (10 if cuda else 5), measure.ceilings(device, dtype))

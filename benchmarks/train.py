@@ -28,11 +28,11 @@ from benchmarks.own import KINDS, give_weights, new_job, open_job, steps_of
 from benchmarks.parts import draw, least, parts_of
 from benchmarks.peers import catalogue
 from benchmarks.results import TRAIN_AXES, Result, flat, table
-from benchmarks.shapes import dtype_of, name_of, shape
+from benchmarks.shapes import name_of, shape
 from benchmarks.synthetic import Documents, export_steps, write_synthetic
 from benchmarks.work import Work, speed, with_reference, work_of
 from engine.data.dataset import TokenDataset
-from engine.environment import choose_device
+from engine.environment import choose_device, choose_dtype
 from engine.estimate.flops import peak_flops
 from engine.settings.sections import OptimizerSettings
 from engine.settings.toml import PathName, to_table
@@ -169,7 +169,7 @@ def points(settings: TrainBenchSettings) -> list[TrainBenchSettings]:
 def run(settings: TrainBenchSettings, command: str = "benchmarks.train.run") -> dict[str, Any]:
     """Measure all points; returns the result, whose file is written after each candidate."""
     device = choose_device(settings.device)
-    settings = dataclasses.replace(settings, dtype=name_of(dtype_of(settings.dtype, device)))  # type: ignore[arg-type]
+    settings = dataclasses.replace(settings, dtype=name_of(choose_dtype(settings.dtype, device)))  # type: ignore[arg-type]
     result = Result("train", command, device, settings)
     with tempfile.TemporaryDirectory(dir=settings.scratch or None, prefix="komainu-") as folder:
         for number, point in enumerate(points(settings)):

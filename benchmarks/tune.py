@@ -25,8 +25,8 @@ from benchmarks.kernels import Trial
 from benchmarks.operators import OPERATORS
 from benchmarks.operators.operator import Case, Sizes
 from benchmarks.results import Result, table
-from benchmarks.shapes import dtype_of, shape
-from engine.environment import choose_device
+from benchmarks.shapes import shape
+from engine.environment import choose_device, choose_dtype
 from engine.settings.toml import PathName
 from kernels.configurations import TABLES, Configuration, chip
 
@@ -138,7 +138,7 @@ class Bench:
 
     def __init__(self, settings: TuneSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
-        self.dtype = dtype_of("auto", device)
+        self.dtype = choose_dtype("auto", device)
         self.sizes = Sizes.of(shape(settings.preset), settings.tokens)
         self.operator = ""
         self.case: Case | None = None

@@ -47,6 +47,13 @@ def choose_device(name: str) -> torch.device:
     )
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a model's parameters: float32, bfloat16, or with "auto" bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def use_deterministic_algorithms() -> None:
     """Make a resumed run repeat bit for bit on CUDA: fixed orders of addition in torch's own operators and in cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -20,7 +20,7 @@ from engine.distributed.agreement import check_same, seen, weights_sample
 from engine.distributed.joining import join
 from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import first_row, local, shard
-from engine.environment import choose_device, use_deterministic_algorithms
+from engine.environment import choose_device, choose_dtype, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
 from engine.observe.metrics import check_wandb
 from engine.precision import check_fp8, fp8_layers
@@ -199,7 +199,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
     check_wandb(settings.log)
-    dtype = _dtype(settings.dtype, ranks.device)
+    dtype = choose_dtype(settings.dtype, ranks.device)
     problem = cannot(settings.backend, ranks.device, dtype, gradients=True, prefixes=share_prompts)
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
@@ -370,12 +370,6 @@ def check_writable(folder: Path, setting: str) -> None:
         raise NotADirectoryError(f"{folder}: cannot be written: {existing} is not a folder; choose another {setting}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: cannot be written: no permission for {existing}; choose another {setting}")
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _folder(name: str, ranks: Ranks, *, weights: bool) -> Path:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Literal
 from engine.settings.toml import PathName
 from model.sampling import Sampling
 from model.vocabulary.chat import Message, encode_prompt
-from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
 from recipes.command import command
 
@@ -229,18 +228,10 @@ def remark(text: str) -> None:
 
 def run(settings: ChatSettings) -> None:
     """Answer the prompt, or else each line of standard input."""
-    import torch
-
-    from engine.checkpoint.state import model_folder
     from engine.environment import choose_device
-    from model.weights import load_model
+    from engine.inference.opening import open_model
 
-    device = choose_device(settings.device)
-    folder = model_folder(settings.model)
-    tokenizer = Tokenizer.load(folder)
-    name = settings.dtype if settings.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    config = fitted_config(folder, tokenizer)
-    model = load_model(folder, dtype=getattr(torch, name), device=device, config=config)
+    folder, tokenizer, model = open_model(settings.model, choose_device(settings.device), settings.dtype)
     if tokenizer.template is not None and not settings.completion:
         remark(f"the chat template is the folder's own, of {folder}")
     speaker = Speaker(model, tokenizer, settings.sampling, show_speed=settings.show_speed)

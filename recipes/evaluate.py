@@ -74,12 +74,11 @@ def run(settings: EvaluateSettings) -> Path:
         import scipy  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed: evaluations need the extra eval, pip install -e '.[eval]'") from None
-    import torch
     from lm_eval.evaluator import evaluate
 
     from engine.checkpoint.state import model_folder
     from engine.distributed.agreement import weights_sample
-    from engine.environment import choose_device
+    from engine.environment import choose_device, choose_dtype
     from engine.inference.scoring import default_pack_tokens
     from model.vocabulary.fitting import fitted_config
     from model.vocabulary.tokenizer import Tokenizer
@@ -98,13 +97,13 @@ def run(settings: EvaluateSettings) -> Path:
         check_chat_template(folder)
     form = Form(read_template(settings.template) if settings.template else TEMPLATE, settings.legacy_bos)
     suite = load_suite(settings.tasks, None if settings.data is None else Path(settings.data), form)
-    name = settings.dtype if settings.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    dtype = choose_dtype(settings.dtype, device)
     pack_tokens = settings.pack_tokens or default_pack_tokens(device)
     identity = {
         "model": weights_sample(folder),
         "tokenizer": tokenizer.fingerprint,
         "device": device.type,
-        "dtype": name,
+        "dtype": str(dtype).removeprefix("torch."),
         "pack_tokens": pack_tokens,
         "rows": settings.rows,
         "seed": settings.seed,
@@ -112,7 +111,7 @@ def run(settings: EvaluateSettings) -> Path:
     }
     out = Path(settings.out)
     with Ledger(out / "journal.jsonl", identity) as ledger:
-        model = load_model(folder, dtype=getattr(torch, name), device=device, config=fitted_config(folder, tokenizer))
+        model = load_model(folder, dtype=dtype, device=device, config=fitted_config(folder, tokenizer))
         model.eval()
         lm = KomainuLM(
             model, tokenizer, ledger, pack_tokens=pack_tokens, rows=settings.rows, chat=settings.chat, seed=settings.seed

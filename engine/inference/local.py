@@ -12,18 +12,14 @@ from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any
 
-import torch
-
-from engine.checkpoint.state import model_folder
 from engine.environment import choose_device
 from engine.inference import generation
 from engine.inference.asking import Answer, Asker, ChatRequest, RunStopped, Unanswered
+from engine.inference.opening import open_model
 from model.generate import room_for_answer
 from model.sampling import Sampling
 from model.vocabulary.chat import encode_prompt
-from model.vocabulary.fitting import fitted_config
-from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
-from model.weights import load_model
+from model.vocabulary.tokenizer import StreamDecoder
 
 # The parameters of a request -> the fields of Sampling.
 _NAMES = {**{field.name: field.name for field in fields(Sampling)}, "max_tokens": "max_new_tokens"}
@@ -57,13 +53,8 @@ class LocalModel:
 
     def __init__(self, name: str, *, device: str = "auto") -> None:
         """Load the model. Raises: FileNotFoundError, ValueError or DeviceError, each naming the fault."""
-        folder = model_folder(name)
-        chosen = choose_device(device)
-        self.tokenizer = Tokenizer.load(folder)
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-        config = fitted_config(folder, self.tokenizer)
-        self._model = load_model(folder, dtype=dtype, device=chosen, config=config)
-        self._ends = frozenset({self.tokenizer.eos_id, *config.end_ids})
+        folder, self.tokenizer, self._model = open_model(name, choose_device(device))
+        self._ends = frozenset({self.tokenizer.eos_id, *self._model.config.end_ids})
         # A folder whose weights change is another model to the journal.
         sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
         self.model = f"{folder} {sizes}"

@@ -150,9 +150,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(
     whole = tokenizer.encode("One two three")
     speaker, prompts = scripted([*whole[:2], KeyboardInterrupt], [KeyboardInterrupt], "Four.")
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
-    monkeypatch.setattr("model.weights.load_model", lambda *_, **__: None)
-    monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
-    monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
+    monkeypatch.setattr("engine.inference.opening.open_model", lambda *_: (Path(), tokenizer, None))
     talk(monkeypatch, "Count\nOn\nOn!\n", "--model", ".")
     output = capsys.readouterr()
     assert output.out == "One two\n\nFour.\n"
@@ -164,9 +162,7 @@ def test_an_interrupted_answer_stays_in_the_conversation_up_to_the_interruption(
 def test_ctrl_c_ends_a_single_answer_with_the_shells_status(scripted, tokenizer, monkeypatch, capsys):
     speaker, _ = scripted([*tokenizer.encode("One"), KeyboardInterrupt])
     monkeypatch.setattr(chat, "Speaker", lambda *_, **__: speaker)
-    monkeypatch.setattr("model.weights.load_model", lambda *_, **__: None)
-    monkeypatch.setattr(chat, "fitted_config", lambda *_: None)
-    monkeypatch.setattr(chat.Tokenizer, "load", lambda _: tokenizer)
+    monkeypatch.setattr("engine.inference.opening.open_model", lambda *_: (Path(), tokenizer, None))
     with pytest.raises(SystemExit) as ended:
         chat.main(["--model", ".", "--device", "cpu", "--prompt", "Count"])
     assert ended.value.code == 130

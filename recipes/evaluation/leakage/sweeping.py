@@ -8,18 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from engine.checkpoint.state import model_folder
 from engine.environment import choose_device
 from engine.inference.journal import Journal
+from engine.inference.opening import open_model
 from model.folder import write_file
 from model.mistral import Mistral
 from model.sampling import Sampling
-from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
-from model.weights import load_model
 from recipes.drawing import new_figure, save_figure
 from recipes.evaluation.leakage.detector import detect
 from recipes.evaluation.leakage.records import Answered, rate, read_answers
@@ -38,13 +35,6 @@ class Plan:
     limit: int
     rows: int
     seed: int
-
-
-def _opened(name: str, device: str) -> tuple[Mistral, Tokenizer]:
-    folder, chosen = model_folder(name), choose_device(device)
-    tokenizer = Tokenizer.load(folder)
-    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return load_model(folder, dtype=dtype, device=chosen, config=fitted_config(folder, tokenizer)), tokenizer
 
 
 def _references(answers: Sequence[Answered]) -> list[Reference]:
@@ -78,7 +68,7 @@ def hazard(name: str, path: str, out: str, samplers: Sequence[Sampling], limit: 
     references = _references(answers)
     if not references:
         raise ValueError(f"{path}: no answer without leaks: references must be clean")
-    model, tokenizer = _opened(name, device)
+    _, tokenizer, model = open_model(name, choose_device(device))
     foreseen = _foreseen(model, tokenizer, references, samplers)
     table = []
     for sampler, rows in zip(samplers, zip(*foreseen, strict=True), strict=True):
@@ -119,7 +109,7 @@ def sweep(name: str, path: str, out: str, plan: Plan, device: str) -> None:
     """Generate what the journal lacks, then write and print the table. Raises: ValueError for a journal of another sweep."""
     prompts = _prompts(path, plan.limit)
     folder = Path(out)
-    model, tokenizer = _opened(name, device)
+    _, tokenizer, model = open_model(name, choose_device(device))
     wanted = [
         (sampler, prompt, sample)
         for sampler in range(len(plan.samplers))
