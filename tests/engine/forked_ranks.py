@@ -2,10 +2,11 @@
 
 import gc
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
+
+from tests.ports import free_port
 
 
 def spare_forks_the_garbage() -> None:
@@ -20,8 +21,7 @@ def fork_ranks(ranks: int, body: Callable[[int], int | None]) -> list[int]:
     A process exits with what the body returns (0 for None), or prints the traceback and exits with 1.
     Returns: the process ids.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     return [_fork(rank, ranks, port, body) for rank in range(ranks)]
 
 

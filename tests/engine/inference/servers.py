@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 KINDS = ("429", "500", "hang", "reset", "late reset", "cut", "short")
 WORDS = ["the", "cat", "sees", "a", "red", "dog", "and", "it", "runs", "ねこ", "は", "赤い", "いぬ", "を", "見る", "です"]
 
@@ -228,9 +230,7 @@ def served(folder: Path, log: Path):
     program = Path(sys.executable).with_name("transformers")
     if not program.is_file():
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
