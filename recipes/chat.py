@@ -1,19 +1,17 @@
 """Talk to a model: a conversation, one question (--prompt), or the continuation of a text (--completion).
 
-    python -m recipes.chat --model runs/dpo
-    python -m recipes.chat --model exports/shisa-7b --system "You are a helpful assistant." --prompt "日本の首都は？"
-    python -m recipes.chat --model mistralai/Mistral-7B-v0.1 --completion --prompt "Once upon a time"
-    python -m recipes.chat --model runs/dpo --prompt "Name a colour." --choices 8
+    python -m recipes.chat runs/dpo
+    python -m recipes.chat exports/shisa-7b --system "You are a helpful assistant." --prompt "日本の首都は？"
+    python -m recipes.chat mistralai/Mistral-7B-v0.1 --completion --prompt "Once upon a time"
+    python -m recipes.chat runs/dpo --prompt "Name a colour." --choices 8
 
-Answers stream to standard output, remarks go to standard error. In a conversation each line is a question. Ctrl-D (end of
-input) ends the conversation; Ctrl-C ends an answer or, at the question, the conversation.
+Answers stream to standard output, remarks go to standard error. In a conversation each line is a question, or a command:
+/help names them (/set temperature 0.7, /system TEXT, /again and others). Ctrl-D (end of input) ends the conversation; Ctrl-C
+ends an answer or, at the question, the conversation.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,11 +21,8 @@ from engine.settings.toml import PathName
 from model.sampling import Sampling
 from model.vocabulary.chat import Message, encode_prompt
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
-from recipes.command import command
-
-with contextlib.suppress(ImportError):
-    # The import alone gives input() a history, and line editing that knows the width of Japanese characters.
-    import readline  # noqa: F401
+from recipes.chat_lines import Conversation, questions, remark
+from recipes.command import command, with_first
 
 if TYPE_CHECKING:
     from model.mistral import Mistral
@@ -49,6 +44,8 @@ class ChatSettings:
     """Continue plain text, without the chat template: for base models."""
     show_speed: bool = False
     """Print tokens per second after each answer."""
+    history: PathName = "~/.local/state/komainu/chat_history"
+    """File that keeps the questions asked at a terminal for the arrow keys of later conversations; empty: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -74,13 +71,16 @@ class Speaker:
         from model.generate import Past
 
         self.model, self.tokenizer, self.sampling, self.show_speed = model, tokenizer, sampling, show_speed
-        # An answer of max_new_tokens must fit behind the prompt, but the prompt may always take half of the positions.
-        positions = model.config.max_position_embeddings
-        self.longest_prompt = positions - min(sampling.max_new_tokens, positions // 2)
         self._answers = 0
         self._ends = {tokenizer.eos_id, *model.config.end_ids}
         # Keys and values of the conversation so far: only new tokens are computed.
         self._past = Past(model)
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens: an answer of max_new_tokens fits behind it, but a prompt may always take half of the positions."""
+        positions = self.model.config.max_position_embeddings
+        return positions - min(self.sampling.max_new_tokens, positions // 2)
 
     def converse(self, history: list[Message], question: str) -> None:
         """Answer a question, then add both to the history, up to the point where the answer ended or was stopped.
@@ -207,25 +207,6 @@ def without_outer_spaces(pieces: Iterable[str]) -> Iterator[str]:
         held = text[len(shown) :]
 
 
-def questions() -> Iterator[str]:
-    """The non-blank lines of standard input, until its end or Ctrl-C."""
-    asks = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("> " if asks else "")
-        except (EOFError, KeyboardInterrupt):
-            if asks:
-                print()
-            return
-        if line.strip():
-            yield line
-
-
-def remark(text: str) -> None:
-    """Print a remark of the program, apart from the model's answers."""
-    print(f"[{text}]", file=sys.stderr, flush=True)
-
-
 def run(settings: ChatSettings) -> None:
     """Answer the prompt, or else each line of standard input."""
     from engine.environment import choose_device
@@ -238,14 +219,14 @@ def run(settings: ChatSettings) -> None:
     if settings.choices > 1 and settings.prompt is not None:
         speaker.choose(settings.prompt, settings.system, settings.choices, completion=settings.completion)
         return
-    history = [] if settings.system is None else [Message(role="system", content=settings.system)]
-    speak = speaker.complete if settings.completion else functools.partial(speaker.converse, history)
+    conversation = Conversation(speaker, settings.system, completion=settings.completion)
     if settings.prompt is not None:
-        speak(settings.prompt)
+        conversation.ask(settings.prompt)
         return
-    for line in questions():
+    for line in questions(settings.history):
         try:
-            speak(line)
+            if not conversation.take(line):
+                return
         except KeyboardInterrupt:
             remark("answer stopped")
         except ValueError as error:
@@ -253,7 +234,7 @@ def run(settings: ChatSettings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command(ChatSettings, run, argv, "python -m recipes.chat")
+    command(ChatSettings, run, with_first(argv, "model"), "python -m recipes.chat")
 
 
 if __name__ == "__main__":

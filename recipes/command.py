@@ -87,13 +87,20 @@ def commands(
     command(settings_class, run, arguments[1:], f"{prog} {name}")
 
 
+def with_first(argv: Sequence[str] | None, name: str) -> list[str]:
+    """A command's arguments, whose first one may lack its option's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".toml"):
+        return [f"--{name}", *arguments]
+    return arguments
+
+
 def with_name(argv: Sequence[str] | None, names: Mapping[str, str]) -> list[str]:
     """A command's arguments, in which the one after a part may lack its option's name. names: a part -> that option."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    part, *rest = arguments or [""]
-    if part in names and rest and not rest[0].startswith("-") and not rest[0].endswith(".toml"):
-        return [part, f"--{names[part]}", *rest]
-    return arguments
+    if not arguments or arguments[0] not in names:
+        return arguments
+    return [arguments[0], *with_first(arguments[1:], names[arguments[0]])]
 
 
 def _settings(settings_class: type[Settings], argv: Sequence[str] | None, prog: str) -> Settings:

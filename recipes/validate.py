@@ -7,7 +7,6 @@ python -m recipes.validate before.jsonl.gz --after after.jsonl.gz --json checked
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from engine.settings.toml import PathName
 from model.folder import complete_folder
-from recipes.command import command, with_name
+from recipes.command import command, with_first
 from recipes.data_making.rows import check_name, row_writer
 from recipes.data_making.validation import Checked, Summary, check_pairs, read_pairs
 from recipes.data_making.validation_report import describe, write_report
@@ -99,8 +98,7 @@ def _line(checked: Checked) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command(ValidateSettings, run, with_name(["", *arguments], {"": "file"})[1:], "python -m recipes.validate")
+    command(ValidateSettings, run, with_first(argv, "file"), "python -m recipes.validate")
 
 
 if __name__ == "__main__":
