@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint.state import TrainingState, checkpoints, model_folder, newest_checkpoint, read_state
 from engine.data.batch import Batch, Packing, Step, make_step
+from engine.data.chat_template import with_template_of
 from engine.data.dataset import TokenDataset
 from engine.data.plan import Plan
 from engine.data.stream import step_stream
@@ -213,6 +214,8 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
         raise ValueError(f"heldout = {list(settings.heldout)}: two folders share a name, and metrics are named after folders")
+    tokenizer = with_template_of([*datasets, *heldout.values()], tokenizer)
+    config = config.ending_with(end_id(tokenizer))
     plan = plan_of(settings, datasets, share_prompts=share_prompts)
     weights = None if model is None else weights_sample(model)
     run = Run(settings, ranks, dtype, config, tokenizer, datasets, heldout, plan, None, 0, model, weights)

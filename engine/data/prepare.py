@@ -4,21 +4,21 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from engine.data.dataset import KINDS, REPORT, SHARD_TOKENS, VERSION, DatasetWriter, TokenDataset, read_report
-from engine.data.records import READING, Pair, Turn, Unusable, read_conversation, read_pair, read_text
+from engine.data.languages import check_language
+from engine.data.reader import Reader
+from engine.data.records import READING, Unusable
 from engine.data.sources import RECORD_SUFFIXES, SPLITS, TEXT_SUFFIXES, HubSource, Record, SourceFile, find_sources
+from engine.data.too_long import WAYS, TooLong
 from model.folder import complete_folder
-from model.vocabulary.chat import EncodedChat, Message, encode_chat
 from model.vocabulary.template import CHAT_TEMPLATE, unmarked
 from model.vocabulary.tokenizer import Tokenizer
 
@@ -34,7 +34,9 @@ def prepare(
     kind: str,
     text_field: str = "text",
     split: str = "blank",
+    language: str = "",
     max_length: int | None = None,
+    too_long: TooLong = "skip",
     heldout: float = 0.0,
     seed: int = 0,
     strict: bool = False,
@@ -47,7 +49,12 @@ def prepare(
         kind: "text", "conversations" or "preferences".
         text_field: field of a JSONL or Parquet record that holds the text ("text" only).
         split: the end of a document of a text file: a "blank" line, each "line", or the end of the "file".
-        max_length: skip pairs with a side of more tokens than this ("preferences" only).
+        language: keep only records in this language, by script (`engine.data.languages`); empty: all.
+        max_length: most tokens of a document, or of each side of a pair; None: no limit.
+        too_long: what becomes of longer ones. "skip": nothing. "cut": their beginning; of a conversation whole exchanges, of a
+            pair its prompt with the beginnings of its answers. "split" (not pairs): documents one after another; of a
+            conversation whole exchanges, each part behind the system message. An exchange longer than `max_length` loses its
+            answer's end. All are counted.
         heldout: validation split, written to `<out>-heldout`: a share of the documents or pairs (below 1), or their number (1
             and above). A hash of the content (of the prompt, for preferences) and the seed chooses them. So duplicates land on
             the same side (which can exceed the number), and the order of the sources does not matter.
@@ -63,7 +70,8 @@ def prepare(
     """
     out = Path(out)
     aside = out.with_name(out.name + "-heldout")
-    _check_settings(kind, text_field, split, max_length, heldout)
+    _check_settings(kind, text_field, split, max_length, too_long, heldout)
+    check_language(language)
     sources = find_sources(paths, TEXT_SUFFIXES if kind == "text" else RECORD_SUFFIXES)
     identities = [source.identity() for source in tqdm(sources, desc="hashing sources", unit="file", disable=None)]
     settings = {
@@ -74,10 +82,13 @@ def prepare(
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    # The generation block marks training, not text: a dataset does not depend on it.
-    template = tokenizer.template.source if tokenizer.template else unmarked(CHAT_TEMPLATE)
-    template = "" if kind == "text" else template
-    determined_by = [VERSION, kind, settings, tokenizer.fingerprint, template, identities]
+    # Named only where they change something: older datasets lack them.
+    settings |= {"language": language} if language else {}
+    settings |= {"too_long": too_long} if too_long != "skip" else {}
+    template = "" if kind == "text" else CHAT_TEMPLATE if tokenizer.template is None else tokenizer.template.source
+    # The generation block of ours marks training, not text: a dataset does not depend on it.
+    form = template if tokenizer.template else unmarked(template)
+    determined_by = [VERSION, kind, settings, tokenizer.fingerprint, form, identities]
     if kind != "text":
         determined_by.append(READING)
     inputs = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
@@ -91,7 +102,7 @@ def prepare(
             f"{aside}: held out by an earlier preparation, and would now be trained on too: remove it, or set heldout again"
         )
 
-    reader = _Reader(tokenizer, kind, text_field, max_length, seed, strict)
+    reader = Reader(tokenizer, kind, text_field, language, max_length, too_long, seed, strict)
     limit = _heldout_limit(sources, split, reader, heldout)
     with ExitStack() as stack:
         # The stack exits in reverse: the held-out part is renamed first, so wherever `out` exists, both do.
@@ -113,9 +124,11 @@ def prepare(
         fields = {
             "inputs": inputs,
             "settings": settings,
+            **({"template": template} if template else {}),
             "sources": [{**counts, **identity} for counts, identity in zip(written, identities, strict=True)],
             "records": reader.records,
             "skipped": reader.skipped,
+            "too_long": dict(+reader.too_long),
             "characters": reader.characters,
             "roles": dict(reader.roles),
             "heldout_documents": writers[-1].documents if heldout else 0,
@@ -127,14 +140,14 @@ def prepare(
 def _write_sources(
     sources: Sequence[SourceFile | HubSource],
     split: str,
-    reader: "_Reader",
+    reader: Reader,
     writers: Sequence[DatasetWriter],  # first the dataset, last the held-out part
     limit: int,  # records with a key below this are held out
 ) -> list[dict[str, Any]]:
     """Write the usable records of all sources.
 
     Returns: of each source its name, records and documents.
-    Raises: ValueError for a source without a usable record.
+    Raises: ValueError for a source without a usable record; with a filter by language, only where no source has one.
     """
     written = []
     for source, records in zip(sources, _with_progress(sources, split, writers), strict=True):
@@ -146,9 +159,13 @@ def _write_sources(
                     writer.add(*document)
         seen = reader.records - records_before
         used = sum(writer.documents for writer in writers) - documents_before
-        if not used:
+        if not used and not reader.language:
             raise ValueError(f"{source.name}: none of its {seen} records can be used; the last: {reader.last_skip}")
         written.append({"name": source.name, "records": seen, "documents": used})
+    if not any(entry["documents"] for entry in written):
+        raise ValueError(
+            f"{', '.join(entry['name'] for entry in written)}: no record can be used; the last: {reader.last_skip}"
+        )
     return written
 
 
@@ -165,121 +182,16 @@ def describe(report: dict[str, Any]) -> list[str]:
         lines.append(f"{report['heldout_documents'] // divisor:,} {unit} held out (counts above are without them)")
     if report["roles"]:
         lines.append("messages: " + ", ".join(f"{count:,} {role}" for role, count in report["roles"].items()))
+    if report.get("too_long"):
+        fates = {"cut": "cut", "split": "split into parts", "parts": "such parts"}
+        counts = ", ".join(f"{count:,} {fates[name]}" for name, count in sorted(report["too_long"].items()))
+        lines.append(f"longer than max_length = {report['settings']['max_length']:,}: {counts}")
     for reason, skip in sorted(report["skipped"].items(), key=lambda item: -item[1]["count"]):
         lines.append(f"skipped {skip['count']:,}: {reason}; first at {skip['first']}: {skip['detail']}")
     return lines
 
 
-class _Entry(NamedTuple):
-    """A usable record."""
-
-    key: int  # decides whether the record is held out
-    documents: list[tuple[Any, Any, int]]  # (ids, trained or None, prompt length) of each document to write
-
-
-class _Reader:
-    """Turns records into token documents, and counts records, characters, roles and skipped records."""
-
-    def __init__(self, tokenizer: Tokenizer, kind: str, text_field: str, max_length: int | None, seed: int, strict: bool):
-        self.tokenizer, self.kind, self.text_field = tokenizer, kind, text_field
-        self.max_length, self.seed, self.strict = max_length, seed, strict
-        self.records = 0
-        self.characters = 0
-        self.roles: Counter[str] = Counter()
-        self.skipped: dict[str, dict[str, Any]] = {}
-        self.last_skip = ""
-
-    def entries(self, records: Sequence[Record]) -> Iterator[_Entry]:
-        """The usable records of a batch, in order."""
-        self.records += len(records)
-        usable = []
-        for record in records:
-            try:
-                usable.append((record.place, self.content(record.value)))
-            except Unusable as unusable:
-                self._skip(record.place, unusable)
-        if self.kind == "text":
-            texts = [content for _, content in usable]
-            self.characters += sum(map(len, texts))
-            for text, ids in zip(texts, self.tokenizer.encode_batch(texts) if texts else [], strict=True):
-                yield _Entry(self.key(text), [([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], None, 0)])
-            return
-        for place, content in usable:
-            try:
-                documents = self._pair(content) if isinstance(content, Pair) else [self._chat(content)]
-            except Unusable as unusable:
-                self._skip(place, unusable)
-                continue
-            yield _Entry(self.key(content), documents)
-
-    def content(self, value: Any) -> Any:
-        """A record's text, messages or pair. Raises: Unusable."""
-        if self.kind == "text":
-            return read_text(value, self.text_field)
-        return read_conversation(value) if self.kind == "conversations" else read_pair(value)
-
-    def key(self, content: Any) -> int:
-        """A hash of the content below 2^64. A pair hashes its prompt alone: no prompt is both trained on and held out."""
-        text = content if isinstance(content, str) else json.dumps(content.prompt if isinstance(content, Pair) else content)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(self.seed).encode()).digest())
-
-    def _chat(self, messages: list[Turn]) -> tuple[Any, Any, int]:
-        self._count(messages)
-        encoded = self._encoded(messages)
-        trained = np.array(encoded.trained)
-        # The trained tokens of an answer are a run of their own: the next segment's beginning token follows.
-        answer = np.cumsum(np.diff(trained, prepend=False) & trained) - 1
-        weights = [message.get("train", True) for message in messages if message["role"] == "assistant"]
-        if all(weights):
-            return encoded.ids, trained, 0
-        if answer.max() + 1 != len(weights):
-            runs = f"{answer.max() + 1} runs of trained tokens, {len(weights)} answers"
-            raise Unusable("an answer of weight 0 that the chat template hides", runs)
-        return encoded.ids, trained & np.array(weights)[answer], 0
-
-    def _encoded(self, messages: Sequence[Message]) -> EncodedChat:
-        try:
-            return encode_chat(self.tokenizer, messages)
-        except ValueError as error:
-            if self.tokenizer.template is None:
-                raise
-            raise Unusable("the chat template of the tokenizer's folder refuses it", str(error)) from None
-
-    def _pair(self, pair: Pair) -> list[tuple[Any, Any, int]]:
-        documents = []
-        for answer in (pair.chosen, pair.rejected):
-            encoded = self._encoded([*pair.prompt, Message(role="assistant", content=answer)])
-            # Everything before the last answer is prompt, earlier answers included.
-            trained = np.array(encoded.trained)
-            prompt_length = int(np.flatnonzero(~trained)[-1]) + 1
-            trained[:prompt_length] = False
-            if self.max_length is not None and len(trained) > self.max_length:
-                what = "prompt" if prompt_length >= self.max_length else "pair"
-                raise Unusable(
-                    f"{what} longer than max_length = {self.max_length}",
-                    f"{prompt_length} tokens of prompt, {len(trained)} with the answer",
-                )
-            documents.append((encoded.ids, trained, prompt_length))
-        if documents[0][0] == documents[1][0]:
-            raise Unusable("identical chosen and rejected", "the same tokens")
-        self._count(
-            [*pair.prompt, Message(role="assistant", content=pair.chosen), Message(role="assistant", content=pair.rejected)]
-        )
-        return documents
-
-    def _count(self, messages: Sequence[Message]) -> None:
-        self.roles.update(message["role"] for message in messages)
-        self.characters += sum(len(message["content"]) for message in messages)
-
-    def _skip(self, place: str, unusable: Unusable) -> None:
-        self.last_skip = f"{place}: {unusable}"
-        if self.strict:
-            raise ValueError(f"{self.last_skip}: mend or remove the record, or prepare without strict to skip such records")
-        first = {"count": 0, "first": place, "detail": unusable.detail}
-        self.skipped.setdefault(unusable.reason, first)["count"] += 1
-
-
-def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader: _Reader, heldout: float) -> int:
+def _heldout_limit(sources: Sequence[SourceFile | HubSource], split: str, reader: Reader, heldout: float) -> int:
     """Records with a key below this are held out. A number of documents needs the keys of all records first."""
     if heldout < 1:
         return int(heldout * 2**64)
@@ -318,15 +230,26 @@ def _with_progress(
             bar.update(done - bar.n)
 
 
-def _check_settings(kind: str, text_field: str, split: str, max_length: int | None, heldout: float) -> None:
+def _check_settings(
+    kind: str,
+    text_field: str,
+    split: str,
+    max_length: int | None,
+    too_long: str,
+    heldout: float,
+) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}")
     if split not in SPLITS:
         raise ValueError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
     if kind != "text" and (text_field, split) != ("text", "blank"):
         raise ValueError(f"text_field and split have no effect on {kind}: leave them out")
-    if max_length is not None and kind != "preferences":
-        raise ValueError(f"max_length = {max_length} has no effect on {kind}, whose long documents are split: leave it out")
+    if too_long not in WAYS:
+        raise ValueError(f"too_long = {too_long!r}: must be one of {', '.join(WAYS)}")
+    if too_long != "skip" and max_length is None:
+        raise ValueError(f"too_long = {too_long!r} has no effect without max_length: name the most tokens of a document")
+    if too_long == "split" and kind == "preferences":
+        raise ValueError("too_long = 'split': a pair cannot be split, as both answers follow one prompt: cut or skip it")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length = {max_length}: must be at least 2")
     if not (math.isfinite(heldout) and heldout >= 0) or (heldout > 1 and heldout != int(heldout)):

@@ -4,16 +4,18 @@ from engine.data.batch import Batch, Packing, make_step
 from engine.optim.schedule import learning_rate
 from engine.run import Run
 from engine.settings.sections import ScheduleSettings
+from model.vocabulary.chat import template_name
 
 _SHOWN_DOCUMENTS, _SHOWN_TOKENS = 3, 160
 
 
 def describe(run: Run) -> list[str]:
     """The run's model, memory, data and schedule, one line each."""
+    chat = "" if all(data.kind == "text" for data in run.datasets) else f", chat template: {template_name(run.tokenizer)}"
     config, schedule, steps = run.config, run.settings.schedule, run.plan.steps
     return [
         f"model      {run.settings.model}: {config.parameters:,} parameters, {_precision(run)} on {run.device}",
-        f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows",
+        f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows{chat}",
         f"memory     {_planned(run)}",
         *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
         f"schedule   {_scheduled(schedule, steps)}",

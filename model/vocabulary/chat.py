@@ -17,10 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
-from model.vocabulary.template import BOS, EOS, FolderTemplate
-from model.vocabulary.tokenizer import Tokenizer
+from model.vocabulary.template import BOS, CHAT_TEMPLATE, CHATML_TEMPLATE, EOS, FolderTemplate, unmarked
+from model.vocabulary.tokenizer import CHATML, Tokenizer
 
 Message = TypedDict("Message", {"role": str, "content": str})  # noqa: UP013 - the two keys read best on one line
 
@@ -151,6 +152,35 @@ def end_id(tokenizer: Tokenizer) -> int:
         if last in tokenizer.special_ids.values():
             return last
     return tokenizer.eos_id
+
+
+def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """The tokenizer with a chat template by name: "shisa" (ours), "chatml", or a file of Jinja.
+
+    Raises: FileNotFoundError or ValueError for an unknown name, a template that cannot form a conversation, or a tokenizer
+        without ChatML's tokens.
+    """
+    if name == "shisa":
+        return tokenizer.with_template(CHAT_TEMPLATE)
+    if name == "chatml":
+        if missing := [token for token in CHATML if token not in tokenizer.special_ids]:
+            raise ValueError(f"template = 'chatml': the tokenizer has no token {missing[0]}; recipes.vocabulary adds it")
+        return tokenizer.with_template(CHATML_TEMPLATE)
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"template = {name!r}: neither shisa nor chatml, nor a file with a template in Jinja")
+    given = tokenizer.with_template(Path(name).read_text(encoding="utf-8"))
+    try:
+        encode_chat(given, [Message(role="user", content="a"), Message(role="assistant", content="b")])
+    except ValueError as error:
+        raise ValueError(f"template = {name!r}: {error}") from None
+    return given
+
+
+def template_name(tokenizer: Tokenizer) -> str:
+    """What the tokenizer's chat template is, in words."""
+    if tokenizer.template is None:
+        return "shisa (llama-2's form)"
+    return "chatml" if unmarked(tokenizer.template.source) == unmarked(CHATML_TEMPLATE) else "one of its own"
 
 
 def _encode_by_folder(tokenizer: Tokenizer, template: FolderTemplate, messages: Sequence[Message]) -> EncodedChat:

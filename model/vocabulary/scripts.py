@@ -46,6 +46,8 @@ _RANGES = {
     "ethi": "1200-139F 2D80-2DDE AB01-AB2E",
 }
 
+SCRIPTS = tuple(_RANGES)
+
 # Signs of the scripts of East Asia. CJK and kana punctuation makes a piece; a full-width form is a piece of one character.
 _EAST_ASIAN = frozenset(("hira", "kata", "han", "bopo", "hang"))
 _CJK_PUNCTUATION = "\u3001-\u3004\u3008-\u3020\u302a-\u3030\u3036\u3037\u303c-\u303f\u309b\u309c\u30a0\u30fb\uff61-\uff65"

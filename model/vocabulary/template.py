@@ -51,6 +51,25 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 """
 
+# Every document begins with `<s>`, as in pre-training. The line break after an answer is not trained on.
+CHATML_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+        {{- message['content'] + '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
 _GENERATION = re.compile(r"\s*\{%-?\s*(?:end)?generation\s*-?%\}")
 # Open and close the assistant's part in a rendering; characters that Unicode keeps for such use inside a program.
 _OPEN, _CLOSE = "\ufdd1", "\ufdd2"

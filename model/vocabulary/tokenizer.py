@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_pb2
 from model.config import read_json
 from model.vocabulary.proto import ModelProto
 from model.vocabulary.scripts import SPACE
-from model.vocabulary.template import CHAT_TEMPLATE, FolderTemplate
+from model.vocabulary.template import CHAT_TEMPLATE, FolderTemplate, is_ours
 from model.vocabulary.tokenizer_folder import (
     added_tokens,
     check_flags,
@@ -116,6 +116,20 @@ class Tokenizer:
     def extended(self, model_bytes: bytes) -> Tokenizer:
         """The tokenizer of a model that extends this one's, with the same added tokens, rules and chat template."""
         return Tokenizer(model_bytes, added=self.added, spelled=tuple(self.spelled), prefix=self.prefix, template=self.template)
+
+    def with_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with this chat template, in Jinja."""
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id}
+        own = {} if self.template is None else self.template.specials
+        specials = {name: self._processor.id_to_piece(id) for name, id in names.items()} | dict(own)
+        template = None if is_ours(source) else FolderTemplate(source, specials)
+        return Tokenizer(
+            self.model_bytes,
+            added=self.added,
+            spelled=tuple(self.spelled),
+            prefix=self.prefix,
+            template=template,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -251,6 +265,14 @@ class Tokenizer:
             IndexError: an id is outside the vocabulary.
         """
         return self._processor.decode([id for id in ids if id not in self._specials])
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of the ids with every space and special token; invalid UTF-8 becomes U+FFFD."""
+        raw = bytearray()
+        for id in ids:
+            byte = self._byte(id)
+            raw += self._processor.id_to_piece(id).replace(SPACE, " ").encode() if byte is None else bytes([byte])
+        return raw.decode(errors="replace")
 
     def pieces(self) -> list[str]:
         """The pieces by id, as the model spells them: U+2581 for a space."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from engine.data.languages import share
 from engine.data.records import Unusable, read_conversation, read_text
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
 from engine.settings.toml import PathName
@@ -24,11 +25,6 @@ from recipes.command import command
 from recipes.data_making.rows import compressed
 
 PARTS = ("ja", "rest")
-# Kana with half-width forms, repetition and length marks; Han characters.
-_JAPANESE = re.compile(
-    "[\u3005\u3006\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd]+"
-)
 _CODE = re.compile("```.*?```", re.DOTALL)
 
 
@@ -56,16 +52,6 @@ class SplitSettings:
             raise ValueError(f"text_field = '{self.text_field}' has no effect on {self.kind}: leave it out")
 
 
-def japanese_share(text: str) -> float:
-    """Share of a text's letters that are kana or Han characters, 0 to 1; 0 without letters."""
-    letters = _letters(text)
-    return _letters("".join(_JAPANESE.findall(text))) / letters if letters else 0.0
-
-
-def _letters(text: str) -> int:
-    return sum(map(str.isalpha, text))
-
-
 def run(settings: SplitSettings) -> dict[str, Any]:
     """Write the two parts; returns the report, which is also written as split.json.
 
@@ -88,7 +74,7 @@ def run(settings: SplitSettings) -> dict[str, Any]:
                     first = {"count": 0, "first": record.place, "detail": unusable.detail}
                     skipped.setdefault(unusable.reason, first)["count"] += 1
                     continue
-                part = "ja" if japanese_share(text) >= settings.least_share else "rest"
+                part = "ja" if share(text, "ja") >= settings.least_share else "rest"
                 files[part].write(json.dumps(kept, ensure_ascii=False).encode() + b"\n")
                 counts[part]["records"] += 1
                 counts[part]["characters"] += len(text)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from engine.data.dataset import TokenDataset
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from recipes import prepare
 
@@ -38,6 +39,23 @@ def test_the_command_prints_a_summary_and_a_preview(conversations, tmp_path, cap
         assert runs[1].startswith("  1:<s> ")
         assert "答え。" * (i + 1) in runs[2]
         assert runs[3].endswith(" 2:</s>")
+
+
+def test_show_marks_the_trained_text(conversations, tmp_path, capsys):
+    arguments = ["--kind", "conversations", "--paths", str(conversations), "--out", str(tmp_path / "out"), "--show", "2"]
+    prepare.main(arguments)
+    plain = capsys.readouterr().out
+    assert "<s> [INST] 質問 1 [/INST]⟦ 答え。答え。 </s>⟧" in plain
+    tokenizer = Tokenizer.load(mistral_tokenizer_path())
+    lines = list(prepare.shown(TokenDataset.open(tmp_path / "out"), tokenizer, 1, ("\x1b[32m", "\x1b[0m")))
+    assert lines[1] == "<s> [INST] 質問 0 [/INST]\x1b[32m 答え。 </s>\x1b[0m"
+
+
+def test_lengths_are_drawn_beside_the_dataset(conversations, tmp_path):
+    prepare.main(["--kind", "conversations", "--paths", str(conversations), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    # The drawing is no part of the dataset: it opens and verifies as before.
+    TokenDataset.open(tmp_path / "out").verify()
 
 
 def test_preview_of_pairs_shows_both_sides(tmp_path, capsys):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.data.languages import share
 from engine.data.records import read_conversation
-from recipes.shisa.split_languages import SplitSettings, japanese_share, main, run
+from recipes.shisa.split_languages import SplitSettings, main, run
 
 
 def chat(question: str, answer: str, system: str = "") -> dict:
@@ -61,7 +62,7 @@ def test_the_japanese_share_agrees_with_unicode_names(text):
     text = "".join(character for character in text if not 0x1AFF0 <= ord(character) < 0x1B170)
     letters = [character for character in text if character.isalpha()]
     expected = sum(map(is_japanese_letter, letters)) / len(letters) if letters else 0
-    assert japanese_share(text) == pytest.approx(expected)
+    assert share(text, "ja") == pytest.approx(expected)
 
 
 def test_user_and_assistant_text_decides_the_language(tmp_path):
@@ -133,5 +134,5 @@ def test_real_conversations_are_classified_correctly(shared_data):
         shares = []
         for row in read(shared_data / "sft" / f"{name}.jsonl.gz")[:500]:
             messages = read_conversation(row)
-            shares.append(japanese_share("\n".join(message["content"] for message in messages)) >= 0.5)
+            shares.append(share("\n".join(message["content"] for message in messages), "ja") >= 0.5)
         assert sum(share == japanese for share in shares) >= 0.99 * len(shares), name

@@ -215,7 +215,6 @@ def test_a_source_without_a_usable_record_is_an_error(make, tmp_path):
         ({"split": "page"}, "split = 'page'"),
         ({"kind": "conversations", "split": "line"}, "no effect on conversations"),
         ({"kind": "conversations", "text_field": "body"}, "no effect on conversations"),
-        ({"max_length": 9}, "max_length = 9 has no effect on text"),
         ({"kind": "preferences", "max_length": 1}, "at least 2"),
         ({"heldout": -0.1}, "heldout = -0.1"),
         ({"heldout": 1.5}, "heldout = 1.5"),
