@@ -149,7 +149,7 @@ def _write_sources(
     Returns: of each source its name, records and documents.
     Raises: ValueError for a source without a usable record; with a filter by language, only where no source has one.
     """
-    written = []
+    written: list[dict[str, Any]] = []
     for source, records in zip(sources, _with_progress(sources, split, writers), strict=True):
         records_before, documents_before = reader.records, sum(writer.documents for writer in writers)
         while batch := list(islice(records, BATCH_RECORDS)):
@@ -163,9 +163,8 @@ def _write_sources(
             raise ValueError(f"{source.name}: none of its {seen} records can be used; the last: {reader.last_skip}")
         written.append({"name": source.name, "records": seen, "documents": used})
     if not any(entry["documents"] for entry in written):
-        raise ValueError(
-            f"{', '.join(entry['name'] for entry in written)}: no record can be used; the last: {reader.last_skip}"
-        )
+        names = ", ".join(entry["name"] for entry in written)
+        raise ValueError(f"{names}: no record can be used; the last: {reader.last_skip}")
     return written
 
 
