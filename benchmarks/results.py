@@ -7,27 +7,22 @@ the last, so that a benchmark that is cut off leaves its rows.
 """
 
 import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.environment import nvidia_driver
+from engine.environment import ROOT, commit, machine
 from engine.settings.toml import to_table
 from model.folder import write_file
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # The folders of an absolute path.
 _FOLDERS = re.compile(r"(?<![\w./~])/(?:[^\s/'\"]+/)+")
-_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "torchtitan")
+_PEERS = ("transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "torchtitan")
 _NEEDED = {"benchmark": str, "command": str, "when": str, "commit": str, "machine": dict, "settings": dict, "rows": list}
 _DATA_AXES = ("objective", "sequence", "micro_batch", "accumulate", "documents")
 TRAIN_AXES = ("preset", "layers", *_DATA_AXES, "dtype", "precision", "recompute", "backend", "moments", "offload", "ranks")
@@ -59,7 +54,7 @@ class Result:
             "command": command,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "machine": machine(device),
+            "machine": machine(device, _PEERS),
             "settings": to_table(settings) | dict(resolved or {}),
             **more,
         }
@@ -79,53 +74,6 @@ class Result:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return content
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The device, the processor and the versions."""
-    described: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "kind": device.type,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
-        "driver": nvidia_driver(),
-    }
-    for package in _PACKAGES:
-        try:
-            described[package] = version(package)
-        except PackageNotFoundError:
-            described[package] = None
-    return described
-
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    """KOMAINU_COMMIT if it is set (for files copied without their history), else the checkout's commit, else "unknown".
-
-    A "+" follows the checkout's commit where files differ from it.
-    """
-    if named := os.environ.get("KOMAINU_COMMIT"):
-        return named
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # A result that is being written says nothing about the code that measured it.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _without_folders(value: Any) -> Any:

@@ -4,13 +4,18 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+# The checkout.
+ROOT = Path(__file__).resolve().parents[1]
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("triton", "sentencepiece", "numpy", "safetensors", "tokenizers", "flash-attn", "datasets", "transformers")
 
@@ -89,6 +94,56 @@ def compiler() -> str | None:
 def python_header() -> Path:
     """Path that Python.h should have."""
     return Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+def machine(
+    device: torch.device,
+    packages: Sequence[str] = ("transformers",),  # besides torch and triton
+) -> dict[str, Any]:
+    """What a result should say of the machine that made it: device, processor and versions, None for an absent package."""
+    described: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "kind": device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "driver": nvidia_driver(),
+    }
+    for package in ("torch", "triton", *packages):
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            described[package] = None
+    return described
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    """KOMAINU_COMMIT if it is set (for files copied without their history), else the checkout's commit, else "unknown".
+
+    A "+" follows the checkout's commit where files differ from it.
+    """
+    if named := os.environ.get("KOMAINU_COMMIT"):
+        return named
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # A result that is being written says nothing about the code that measured it.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def report() -> list[tuple[str, str]]:

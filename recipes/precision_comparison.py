@@ -4,31 +4,37 @@
         recipes/tiny/sft2.toml recipes/tiny/dpo.toml --fp8.bf16-first 0 --fp8.bf16-last 0
 
 Each configuration is a training recipe's, with `heldout`; dotted overrides for all of them may follow. A run whose folder is
-there is continued, or read where it is finished. OUT/comparison.json has every loss, OUT/comparison.svg the differences to
-float32.
+there is continued, or read where it is finished. OUT/comparison.json has every loss, the differences to float32, the commit and
+the versions; OUT/comparison.svg draws the differences.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.environment import choose_device, commit, machine
+from engine.settings.toml import read_table
 from engine.settings.training import TrainSettings
 from model.folder import write_file
 from recipes import dpo, pretrain, sft
 from recipes.drawing import new_figure, save_figure
 from recipes.plan import settings_of
 
-# Name -> the settings that it changes. The first is compared with.
+# Name -> the settings that it changes. The others are compared with the first.
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "float32": ("--dtype", "float32", "--precision", "dtype"),
     "bfloat16": ("--dtype", "bfloat16", "--precision", "dtype"),
     "fp8": ("--dtype", "bfloat16", "--precision", "fp8"),
 }
+EXACT = next(iter(PRECISIONS))
 # The largest difference of a held-out loss that FP8 is meant to make.
 TARGET = 0.005
 
@@ -52,66 +58,86 @@ def train_one(settings: TrainSettings) -> float:
     return statistics.fmean([losses for losses in found if losses][-1])
 
 
-def compare(configs: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Train every configuration in every precision with every seed. The result is written after each run.
+def compare(
+    configs: Sequence[str],
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    origin: Mapping[str, Any],  # where the result comes from
+) -> list[dict[str, Any]]:
+    """Train every configuration in every precision with every seed; `out`/comparison.json is written anew after each run.
 
-    Returns: configuration -> precision -> the losses, in the order of the seeds.
+    Returns: `rows_of` the losses.
     """
     losses: dict[str, dict[str, list[float]]] = {}
+    tables: dict[str, Any] = {}
+    settings = {"seeds": list(seeds), "overrides": list(overrides), "configurations": tables}
+    rows: list[dict[str, Any]] = []
     for config in configs:
         name = Path(config).stem
         losses[name] = {precision: [] for precision in PRECISIONS}
+        tables[name] = read_table(Path(config))
         for seed in seeds:
             for precision, changes in PRECISIONS.items():
                 run = ("--out", str(out / f"{name}-{precision}-{seed}"), "--seed", str(seed), *changes)
-                settings = settings_of(config, [*overrides, *run])
-                losses[name][precision].append(train_one(settings))
-                result = {"seeds": list(seeds), "losses": losses, "differences": differences(losses)}
-                write_file(out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    return losses
+                losses[name][precision].append(train_one(settings_of(config, [*overrides, *run])))
+                rows = rows_of(losses)
+                complete = len(losses) == len(configs) and all(len(of) == len(seeds) for of in losses[name].values())
+                content = {**origin, "settings": settings, "complete": complete, "rows": rows}
+                write_file(out / "comparison.json", json.dumps(content, indent=1) + "\n")
+    return rows
 
 
-def differences(losses: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Each loss over the loss of float32 with the same seed, minus 1."""
-    base = next(iter(PRECISIONS))
-    return {
-        name: {
-            precision: [loss / exact - 1 for loss, exact in zip(found[precision], found[base], strict=False)]
-            for precision in list(PRECISIONS)[1:]
-        }
-        for name, found in losses.items()
-    }
+def rows_of(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    """A row for each configuration and precision: its losses by seed, their mean, and the differences to float32.
 
-
-def lines_of(losses: dict[str, dict[str, list[float]]]) -> list[str]:
-    """The losses and differences as text, one line a configuration and precision."""
-    found = differences(losses)
-    lines = [f"{'run':<16}{'precision':<12}{'held-out loss':>14}{'difference to float32, mean':>29}{'largest':>10}"]
+    A difference is a loss over the loss of float32 with the same seed, minus 1. The largest has the largest absolute value.
+    """
+    rows: list[dict[str, Any]] = []
     for name, of_precision in losses.items():
+        exact = of_precision[EXACT]
         for precision, values in of_precision.items():
-            line = f"{name:<16}{precision:<12}{statistics.fmean(values):>14.4f}"
-            if precision in found[name]:
-                changes = found[name][precision]
-                line += f"{statistics.fmean(changes):>+29.3%}{max(changes, key=abs):>+10.3%}"
-            lines.append(line)
+            if not values:
+                continue
+            row: dict[str, Any] = {
+                "run": name,
+                "precision": precision,
+                "losses": list(values),
+                "loss": statistics.fmean(values),
+            }
+            if precision != EXACT:
+                changes = [loss / base - 1 for loss, base in zip(values, exact, strict=False)]
+                row |= {"differences": changes, "difference": statistics.fmean(changes), "largest": max(changes, key=abs)}
+            rows.append(row)
+    return rows
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as text."""
+    lines = [f"{'run':<16}{'precision':<12}{'held-out loss':>14}{'difference to float32, mean':>29}{'largest':>10}"]
+    for row in rows:
+        line = f"{row['run']:<16}{row['precision']:<12}{row['loss']:>14.4f}"
+        if "difference" in row:
+            line += f"{row['difference']:>+29.3%}{row['largest']:>+10.3%}"
+        lines.append(line)
     return lines
 
 
-def draw(losses: dict[str, dict[str, list[float]]], file: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """The difference of each run to float32, a point a seed, between the lines of the target."""
     figure = new_figure(7.0, 3.6)
     if figure is None:
         return
     axes = figure.add_subplot(ylabel="held-out loss, difference to float32, %")
-    found, precisions = differences(losses), list(PRECISIONS)[1:]
-    for column, precision in enumerate(precisions):
-        places = [row + 0.3 * column - 0.15 for row, name in enumerate(found) for _ in found[name][precision]]
-        values = [100 * value for of_run in found.values() for value in of_run[precision]]
-        axes.plot(places, values, "o", label=precision)
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    for column, precision in enumerate(list(PRECISIONS)[1:]):
+        shown = [row for row in rows if row["precision"] == precision]
+        places = [names.index(row["run"]) + 0.3 * column - 0.15 for row in shown for _ in row["differences"]]
+        axes.plot(places, [100 * value for row in shown for value in row["differences"]], "o", label=precision)
     for level in (-TARGET, TARGET):
         axes.axhline(100 * level, color="#a9b4bd", linestyle="--")
     axes.axhline(0, color="#a9b4bd")
-    axes.set_xticks(range(len(found)), labels=list(found))
+    axes.set_xticks(range(len(names)), labels=names)
     axes.legend()
     save_figure(figure, file)
 
@@ -126,14 +152,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("configs", nargs="+", help="TOML files of training recipes")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder of the runs (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    arguments, overrides = parser.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments, overrides = parser.parse_known_args(given)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    origin = {
+        "benchmark": "precision",
+        "command": shlex.join(["python", "-m", "recipes.precision_comparison", *given]),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(choose_device("auto")),
+    }
     try:
-        losses = compare(arguments.configs, overrides, arguments.seeds, arguments.out)
+        rows = compare(arguments.configs, overrides, arguments.seeds, arguments.out, origin)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    draw(losses, arguments.out / "comparison.svg")
-    print("\n".join(lines_of(losses)))
+    draw(rows, arguments.out / "comparison.svg")
+    print("\n".join(lines_of(rows)))
 
 
 if __name__ == "__main__":

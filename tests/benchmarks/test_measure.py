@@ -119,31 +119,6 @@ def test_a_result_is_written_after_each_row_and_keeps_no_folders_of_the_machine(
     assert (content["command"], content["rows"][0]["missing"]) == ("command --folder disk", "no file")
 
 
-def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkeypatch):
-    def git(*arguments):
-        command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.com", *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv("KOMAINU_COMMIT", raising=False)
-    assert results.commit() == "unknown"
-    monkeypatch.setenv("KOMAINU_COMMIT", "abc")
-    assert results.commit() == "abc"
-    monkeypatch.delenv("KOMAINU_COMMIT")
-    git("init", "-q")
-    result = tmp_path / "benchmarks" / "results" / "train.json"
-    result.parent.mkdir(parents=True)
-    for path in (tmp_path / "file", result):
-        path.write_text("1")
-    git("add", ".")
-    git("commit", "-q", "-m", "first")
-    result.write_text("2")  # a result that is being written changes nothing that measures
-    assert results.commit() == git("rev-parse", "HEAD")
-    (tmp_path / "file").write_text("2")
-    assert results.commit() == git("rev-parse", "HEAD") + "+"
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_calls_are_queued_and_memory_is_the_allocators():
     device, calls = torch.device("cuda"), []

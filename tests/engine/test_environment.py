@@ -1,5 +1,6 @@
 """The device that a run takes, and the message where a GPU is present but unusable."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,35 @@ def test_the_command_prints_the_report(capsys):
     assert f"torch            {torch.__version__}" in printed.out
     assert str(ROOT / "kernels" / "__init__.py") in printed.out
     assert "device used" in printed.out
+
+
+def test_commit_is_the_checkouts_with_a_plus_where_files_differ(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.com", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("KOMAINU_COMMIT", raising=False)
+    assert environment.commit() == "unknown"
+    monkeypatch.setenv("KOMAINU_COMMIT", "abc")
+    assert environment.commit() == "abc"
+    monkeypatch.delenv("KOMAINU_COMMIT")
+    git("init", "-q")
+    result = tmp_path / "benchmarks" / "results" / "train.json"
+    result.parent.mkdir(parents=True)
+    for path in (tmp_path / "file", result):
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    result.write_text("2")  # a result that is being written changes nothing that measures
+    assert environment.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("2")
+    assert environment.commit() == git("rev-parse", "HEAD") + "+"
+
+
+def test_a_results_machine_is_named_with_its_versions():
+    described = environment.machine(torch.device("cpu"), ("no-such-package",))
+    assert described["torch"] == torch.__version__
+    assert described["no-such-package"] is None
+    assert (described["kind"], described["threads"]) == ("cpu", torch.get_num_threads())

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from engine.settings.toml import to_toml
-from recipes.precision_comparison import PRECISIONS, differences, draw, lines_of, main
+from recipes.precision_comparison import PRECISIONS, draw, lines_of, main, rows_of
 
 LOSSES = {"base": {"float32": [2.0, 4.0], "bfloat16": [2.002, 4.0], "fp8": [2.01, 3.984]}}
 
@@ -26,8 +27,12 @@ def config(tiny_settings, tmp_path):
 def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path, capsys):
     main([config(), "--fp8.bf16-first", "0", "--out", str(tmp_path / "out"), "--seeds", "3"])
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    losses = result["losses"]["base"]
-    assert result["seeds"] == [3]
+    losses = {row["precision"]: row["losses"] for row in result["rows"]}
+    assert result["complete"]
+    assert result["settings"]["seeds"] == [3]
+    assert result["settings"]["configurations"]["base"]["steps"] == 2
+    assert result["command"].startswith("python -m recipes.precision_comparison ")
+    assert result["machine"]["torch"] == torch.__version__
     assert list(losses) == list(PRECISIONS)
     assert len({tuple(values) for values in losses.values()}) == 3
     for values in losses.values():
@@ -41,16 +46,25 @@ def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path,
 
 
 def test_differences_are_relative_to_float32_with_the_same_seed():
-    found = differences(LOSSES)["base"]
-    assert found["bfloat16"] == pytest.approx([0.001, 0.0])
-    assert found["fp8"] == pytest.approx([0.005, -0.004])
-    line = lines_of(LOSSES)[-1].split()
-    assert line == ["base", "fp8", "2.9970", "+0.050%", "+0.500%"]
+    exact, bfloat16, fp8 = rows_of(LOSSES)
+    assert "difference" not in exact
+    assert bfloat16["differences"] == pytest.approx([0.001, 0.0])
+    assert fp8["differences"] == pytest.approx([0.005, -0.004])
+    assert fp8["loss"] == pytest.approx(2.997)
+    assert fp8["difference"] == pytest.approx(0.0005)
+    assert fp8["largest"] == pytest.approx(0.005)
+    assert lines_of([fp8])[-1].split() == ["base", "fp8", "2.9970", "+0.050%", "+0.500%"]
+
+
+def test_a_comparison_that_was_cut_off_has_rows_for_the_precisions_that_ran():
+    rows = rows_of({"base": {"float32": [2.0, 4.0], "bfloat16": [2.002], "fp8": []}})
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    assert rows[1]["differences"] == pytest.approx([0.001])
 
 
 def test_the_drawing_has_a_point_for_each_run_and_the_target(tmp_path):
     pytest.importorskip("matplotlib")
-    draw(LOSSES, tmp_path / "comparison.svg")
+    draw(rows_of(LOSSES), tmp_path / "comparison.svg")
     text = (tmp_path / "comparison.svg").read_text()
     assert "held-out loss, difference to float32, %" in text
     assert "fp8" in text
