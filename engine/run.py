@@ -29,6 +29,7 @@ from engine.settings.toml import defaults, to_table
 from engine.settings.training import FREE_ON_RESUME, TrainSettings
 from kernels import padded_to_tiles
 from kernels.attention.backends import cannot
+from kernels.attention.backward import in_one_pass
 from model.config import PRESET, MistralConfig, preset
 from model.mistral import Mistral, initial_weights
 from model.vocabulary.chat import end_id
@@ -137,6 +138,7 @@ class Run:
             reduce_once=settings.parallel.reduce_once,
             fp8_layers=self.fp8_layers,
             keep_codes=settings.fp8.keep_weights and self.ranks.mesh is None,
+            one_pass=in_one_pass(self.device, self.dtype),
             documents=largest.attention,
         )
 

@@ -55,6 +55,7 @@ _HOPPER = {
     "embedding": Configuration(block=1024, warps=4),
     "embedding_backward": Configuration(block=1024, rows=8, warps=4),
     "rotary": Configuration(rows=32, warps=4),
+    "rotary_codes": Configuration(per_thread=16),
     "row_log_prob": Configuration(block=4096, warps=8),
     "move_rows": Configuration(block=2048, warps=4),
     "scale_in_place": Configuration(block=2048, warps=4, programs=8),

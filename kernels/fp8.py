@@ -156,13 +156,14 @@ def _matrix_codes(value_TK: Tensor, scale: Tensor, rows: bool, columns: bool) ->
 
 
 def launch_rows(
-    kernel: Any,  # of (*given, codes, scales, WIDTH, BLOCK)
+    kernel: Any,  # of (*given, codes, scales, WIDTH, BLOCK, constants)
     given: Sequence[Any],
     rows_TK: Tensor,  # any tensor with a row for each token, on the device
     width: int,  # WIDTH, the columns that a program holds
     *,
     chosen: str,  # name of the launch configuration
     parts: int = 1,  # rows of codes have parts * width columns
+    **constants: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run a kernel that emits codes and scales, a program a row: ([T, parts * width], [T])."""
     code_TK, scale_T = empty_row_codes(rows_TK, parts * width)
@@ -175,6 +176,7 @@ def launch_rows(
         scale_T,
         WIDTH=width,
         BLOCK=block,
+        **constants,
         device=rows_TK.device,
         warps=warps,
         fusion=False,
@@ -284,6 +286,19 @@ def store_row(value, code, scale, column, inside):
     row_scale, inverse = scale_and_inverse(tl.max(bits_of_size(value), axis=0))
     tl.store(scale, row_scale)
     tl.store(code + column, encode(value, inverse), mask=inside)
+
+
+@triton.jit
+def store_two_parts(one, other, code, scale, column, inside, DISTANCE: tl.constexpr):
+    """Store the codes of both parts of one row, at `column` and DISTANCE behind it, and its scale.
+
+    one, other: float32, 0 outside.
+    """
+    largest = tl.maximum(tl.max(bits_of_size(one), axis=0), tl.max(bits_of_size(other), axis=0))
+    row_scale, inverse = scale_and_inverse(largest)
+    tl.store(scale, row_scale)
+    tl.store(code + column, encode(one, inverse), mask=inside)
+    tl.store(code + column + DISTANCE, encode(other, inverse), mask=inside)
 
 
 @triton.jit

@@ -10,11 +10,10 @@ Shapes: T tokens, D width, F feed-forward size, F2 = 2F, P = T rounded up to a m
 import torch
 from torch import Tensor
 
-from kernels.fp8 import row_codes
-from kernels.fp8_linear import WeightCodes, product, weight_gradient
+from kernels.fp8_linear import WeightCodes, carry_codes, gradient_codes, product, weight_gradient
 from kernels.linear import leaf
 from kernels.recompute import Recompute
-from kernels.rms_norm import add_norm_codes, norm_backward, norm_codes, norm_columns
+from kernels.rms_norm import add_norm_codes, norm_backward_codes, norm_codes, norm_columns
 from kernels.swiglu import swiglu_backward_codes, swiglu_codes, swiglu_columns
 
 
@@ -69,7 +68,7 @@ class _Fp8FeedForward(torch.autograd.Function):
         if gate_up_TF2 is None:
             normed, _ = norm_codes(total_TD, norm_weight_D, ctx.eps)
             gate_up_TF2 = product(normed, codes.rows(gate_up_weight_F2D), dtype)
-        grad_out = row_codes(grad_out_TD)
+        grad_out = gradient_codes(grad_out_TD)
         if needs_down:
             inner_FP = swiglu_columns(gate_up_TF2, inner_scale_T)
             grad_down_DF = weight_gradient(grad_out, inner_FP, inner_scale_T, down_leaf, dtype)
@@ -83,8 +82,9 @@ class _Fp8FeedForward(torch.autograd.Function):
             del normed_DP
         if any(needs_input):
             grad_normed_TD = product(grad_gate_up, codes.columns(gate_up_weight_F2D), dtype)
-            grads = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, norm_scale_T)
-            grad_input_TD, grad_norm_weight_D = grads
+            given = (grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, norm_scale_T)
+            grad_input_TD, grad_norm_weight_D, input_codes = norm_backward_codes(*given)
+            carry_codes(grad_input_TD, input_codes)
         if not needs_input[2]:
             grad_norm_weight_D = None
         return grad_input_TD, grad_input_TD, grad_norm_weight_D, grad_gate_up_weight_F2D, grad_down_DF, None, None, None

@@ -25,9 +25,14 @@ What stays in bf16: embedding, head, norms, attention, and the layers that the s
 last). The optimizer never sees FP8; checkpoints hold what they hold otherwise.
 
 How it runs. cuBLAS multiplies (`torch._scaled_mm`), here in three places. Hopper reads both factors along the summed dimension,
-hence the transposed codes W8^T, x8^T and dy8^T. `kernels.rms_norm` and `kernels.swiglu` emit codes instead of rows, and make
-the transposed codes again in the backward pass from what the block keeps anyway; the other codes are made by `kernels.fp8`. A
-weight's codes are made once an update (`WeightCodes`).
+hence the transposed codes W8^T, x8^T and dy8^T. A weight's codes are made once an update (`WeightCodes`).
+
+Kernels that write a whole row emit its codes in the same pass. Forward: `kernels.rms_norm` and `kernels.swiglu`, whose rows
+then never exist in memory; they make the transposed codes again in the backward pass, from what the block keeps anyway.
+Backward: SwiGLU and the rotation emit codes instead of their gradients. The norm emits the codes of its gradient beside it, and
+the gradient carries them to the product that it enters next (`carry_codes`). Attention's output takes a pass of its own,
+because a token's scale spans all heads and a program of attention has one: the largest value is known only after the last of
+them. So do its transposed codes, and the shifted codes of gradients, because C is the largest product of all tokens.
 
 Sources: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433 (E4M3); Fishman et al. 2024,
 https://arxiv.org/abs/2409.12517 (outliers of SwiGLU); the weight gradient's shift is ours.
@@ -51,6 +56,8 @@ ROWWISE = True
 # Whether tensor cores may keep partial sums in fewer bits than float32. Faster, and wrong by up to 2 % on long sums
 # (https://arxiv.org/abs/2412.19437, section 3.3.2), as much as half of what E4M3 itself costs: not taken.
 FAST_ACCUMULATION = False
+# A gradient's attribute: (the gradient's version, its codes).
+_CARRIED = "_komainu_fp8_codes"
 
 
 class WeightCodes:
@@ -141,6 +148,23 @@ def weight_gradient(
     return None
 
 
+def carry_codes(grad_TK: Tensor, codes: Codes) -> None:
+    """Let a gradient carry its codes to `gradient_codes`; they end with it.
+
+    Autograd hands this very object to the next backward function, unless it adds something to it.
+    """
+    if not torch.compiler.is_compiling():  # a graph has no objects
+        setattr(grad_TK, _CARRIED, (grad_TK._version, codes))
+
+
+def gradient_codes(grad_TK: Tensor) -> Codes:
+    """The codes of a gradient: those that it carries, once, or else from a pass over it."""
+    version, codes = None, None
+    if not torch.compiler.is_compiling():
+        version, codes = vars(grad_TK).pop(_CARRIED, (None, None))
+    return codes if codes is not None and version == grad_TK._version else row_codes(grad_TK)
+
+
 def _multiplied(
     left_MK: Tensor,  # codes
     right_NK: Tensor,  # codes
@@ -174,7 +198,7 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx, grad_TO):
         input_TI, scale_T, weight_OI = ctx.saved_tensors
         needs_input, needs_weight, _ = ctx.needs_input_grad
-        grad = row_codes(grad_TO)
+        grad = gradient_codes(grad_TO)
         grad_input_TI = product(grad, ctx.codes.columns(weight_OI), grad_TO.dtype) if needs_input else None
         if not needs_weight:
             return grad_input_TI, None, None

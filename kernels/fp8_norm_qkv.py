@@ -9,12 +9,11 @@ Shapes: T tokens, D width, H query heads, K key/value heads, E head size, X = (H
 import torch
 from torch import Tensor
 
-from kernels.fp8 import row_codes
-from kernels.fp8_linear import WeightCodes, product, weight_gradient
+from kernels.fp8_linear import WeightCodes, carry_codes, product, weight_gradient
 from kernels.linear import leaf
 from kernels.norm_qkv import NormQkv
-from kernels.rms_norm import add_norm_codes, norm_backward, norm_codes, norm_columns
-from kernels.rotary import RotaryTable, rotate_, rotate_back
+from kernels.rms_norm import add_norm_codes, norm_backward_codes, norm_codes, norm_columns
+from kernels.rotary import RotaryTable, rotate_, rotate_back_codes
 
 
 def fp8_norm_qkv(
@@ -51,7 +50,7 @@ class _Fp8NormQkv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total_TD, grad_query_THE, grad_key_TKE, grad_value_TKE):
         total_TD, norm_scale_T, normed_scale_T, norm_weight_D, qkv_weight_XD, cos_TE, sin_TE = ctx.saved_tensors
-        grad = row_codes(rotate_back(grad_query_THE, grad_key_TKE, grad_value_TKE, RotaryTable(cos_TE, sin_TE)).flatten(1))
+        grad = rotate_back_codes(grad_query_THE, grad_key_TKE, grad_value_TKE, RotaryTable(cos_TE, sin_TE))
         needs_residual, needs_delta, needs_norm, needs_weight, *_ = ctx.needs_input_grad
         grad_weight_XD = grad_input_TD = grad_norm_weight_D = None
         if needs_weight:
@@ -60,8 +59,9 @@ class _Fp8NormQkv(torch.autograd.Function):
             del normed_DP
         if needs_residual or needs_delta or needs_norm:
             grad_normed_TD = product(grad, ctx.codes.columns(qkv_weight_XD), total_TD.dtype)
-            grads = norm_backward(grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, norm_scale_T)
-            grad_input_TD, grad_norm_weight_D = grads
+            given = (grad_normed_TD, grad_total_TD, total_TD, norm_weight_D, norm_scale_T)
+            grad_input_TD, grad_norm_weight_D, input_codes = norm_backward_codes(*given)
+            carry_codes(grad_input_TD, input_codes)
         return (
             grad_input_TD,
             grad_input_TD if needs_delta else None,

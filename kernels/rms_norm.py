@@ -119,6 +119,18 @@ def norm_backward(
     return step(grad_TD, grad_total_TD, total_TD, weight_D, scale_T)
 
 
+def norm_backward_codes(
+    grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor, Codes]:
+    """`norm_backward`, and the E4M3 codes of the gradient of the input rows, in one pass."""
+    given = (grad_TD, grad_total_TD, total_TD, weight_D, scale_T)
+    if runs_triton(total_TD):
+        grad_input_TD, grad_weight_D, *codes = _norm_backward_codes(*given)
+        return grad_input_TD, grad_weight_D, Codes(*codes)
+    grad_input_TD, grad_weight_D = _norm_backward_eager(*given)
+    return grad_input_TD, grad_weight_D, row_codes(grad_input_TD)
+
+
 @operator("komainu::rms_norm")
 def _norm(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out_TD, scale_T = _norm_outputs(hidden_TD)
@@ -137,6 +149,25 @@ def _add_norm(residual_TD: Tensor, hidden_TD: Tensor, weight_D: Tensor, eps: flo
 @operator("komainu::rms_norm_backward")
 def _norm_backward(
     grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _launch_backward(grad_TD, grad_total_TD, total_TD, weight_D, scale_T, None)
+
+
+@operator("komainu::rms_norm_backward_codes")
+def _norm_backward_codes(
+    grad_TD: Tensor, grad_total_TD: Tensor | None, total_TD: Tensor, weight_D: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes = empty_row_codes(total_TD, total_TD.shape[1])
+    return *_launch_backward(grad_TD, grad_total_TD, total_TD, weight_D, scale_T, codes), *codes
+
+
+def _launch_backward(
+    grad_TD: Tensor,
+    grad_total_TD: Tensor | None,
+    total_TD: Tensor,
+    weight_D: Tensor,
+    scale_T: Tensor,
+    codes: tuple[Tensor, Tensor] | None,  # results: codes of the first result, and their scales
 ) -> tuple[Tensor, Tensor]:
     tokens, width = total_TD.shape
     device = total_TD.device
@@ -157,6 +188,7 @@ def _norm_backward(
         weight_D,
         scale_T,
         grad_input_TD,
+        *(codes or (grad_input_TD, scale_T)),
         partial_PD,
         tokens,
         grad_TD.stride(0),
@@ -165,6 +197,7 @@ def _norm_backward(
         WIDTH=width,
         BLOCK=block,
         ADDED=added,
+        CODES=codes is not None,
         device=device,
         warps=warps,
     )
@@ -295,6 +328,12 @@ def _(grad_TD, grad_total_TD, total_TD, weight_D, scale_T):
     return torch.empty(total_TD.shape, dtype=total_TD.dtype, device=total_TD.device), torch.empty_like(weight_D)
 
 
+@_norm_backward_codes.register_fake
+def _(grad_TD, grad_total_TD, total_TD, weight_D, scale_T):
+    grad_input_TD = torch.empty(total_TD.shape, dtype=total_TD.dtype, device=total_TD.device)
+    return grad_input_TD, torch.empty_like(weight_D), *empty_row_codes(total_TD, total_TD.shape[1])
+
+
 def _save_norm(ctx, inputs, output) -> None:
     hidden_TD, weight_D, _ = inputs
     ctx.save_for_backward(hidden_TD, weight_D, output[1])
@@ -402,6 +441,8 @@ def _backward_kernel(
     weight,  # [WIDTH]
     scale,  # [tokens] float32
     grad_input,  # [tokens, WIDTH]
+    code,  # [tokens, WIDTH]: codes of grad_input, written if CODES
+    code_scale,  # [tokens] float32, likewise
     partial,  # [programs, WIDTH] float32: each program's part of the weight's gradient
     tokens,
     grad_stride,  # elements from row to row
@@ -410,6 +451,7 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,  # WIDTH up to a power of two
     ADDED: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -425,7 +467,10 @@ def _backward_kernel(
         dx = (weighted - normed * (tl.sum(weighted * normed, axis=0) / WIDTH)) * s
         if ADDED:
             dx += tl.load(grad_total + row * grad_total_stride + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_input + row * WIDTH + column, dx.to(grad_input.dtype.element_ty), mask=inside)
+        rounded = dx.to(grad_input.dtype.element_ty)
+        tl.store(grad_input + row * WIDTH + column, rounded, mask=inside)
+        if CODES:
+            store_row(rounded.to(tl.float32), code + row * WIDTH, code_scale + row, column, inside)
         grad_weight += g * normed
     tl.store(partial + program.to(tl.int64) * WIDTH + column, grad_weight, mask=inside)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import accumulation_dtype
 from kernels.configurations import configuration
+from kernels.fp8 import Codes, empty_row_codes, launch_rows, row_codes, store_two_parts
 from kernels.launch import launch, operator, runs_triton, unit_stride
 
 
@@ -97,6 +98,13 @@ def rotate_back(grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Te
     return step(grad_query_THE, grad_key_TKE, grad_value_TKE, *table)
 
 
+def rotate_back_codes(grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, table: RotaryTable) -> Codes:
+    """E4M3 codes of the rows of `rotate_back` [T, S E], in one pass; the rows themselves are not written."""
+    if runs_triton(grad_query_THE):
+        return Codes(*_rotate_back_codes(grad_query_THE, grad_key_TKE, grad_value_TKE, *table))
+    return row_codes(rotate_back(grad_query_THE, grad_key_TKE, grad_value_TKE, table).flatten(1))
+
+
 @operator("komainu::rotary_", mutates=("qkv_TSE",))
 def _rotate_(qkv_TSE: Tensor, cos_TE: Tensor, sin_TE: Tensor, rotated_heads: int) -> None:
     rows_TSE = unit_stride(qkv_TSE)
@@ -116,6 +124,17 @@ def _rotate_back(
     return grad_TSE
 
 
+@operator("komainu::rotary_backward_codes")
+def _rotate_back_codes(
+    grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
+) -> tuple[Tensor, Tensor]:
+    parts = [unit_stride(part) for part in (grad_query_THE, grad_key_TKE, grad_value_TKE)]
+    given, heads = _arguments(*parts, cos_TE, sin_TE)
+    half = cos_TE.shape[1]
+    width = sum(heads.values()) * half
+    return launch_rows(_codes_kernel, given, parts[0], width, chosen="rotary_codes", parts=2, **heads, HALF=half)
+
+
 def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
     """An uninitialised packed row with room for these parts."""
     tokens, heads, size = query_THE.shape
@@ -124,35 +143,38 @@ def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
 
 
 def _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE, *, back) -> None:
-    tokens, _, size = query_THE.shape
-    heads = [part.shape[1] for part in (query_THE, key_TKE, value_TKE)]
-    assert query_THE.dtype == key_TKE.dtype == value_TKE.dtype == out_TSE.dtype
-    assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
+    given, heads = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE)
+    tokens, half = cos_TE.shape
     config = configuration("rotary", out_TSE.device)
     launch(
         _rotary_kernel,
-        (triton.cdiv(tokens * sum(heads), config.rows),),
-        query_THE,
-        key_TKE,
-        value_TKE,
-        cos_TE.contiguous(),
-        sin_TE.contiguous(),
+        (triton.cdiv(tokens * sum(heads.values()), config.rows),),
+        *given,
         out_TSE,
         tokens,
-        *query_THE.stride()[:2],
-        *key_TKE.stride()[:2],
-        *value_TKE.stride()[:2],
         *out_TSE.stride()[:2],
-        QUERY_HEADS=heads[0],
-        KEY_HEADS=heads[1],
-        VALUE_HEADS=heads[2],
-        HALF=size // 2,
-        BLOCK=triton.next_power_of_2(size // 2),
+        **heads,
+        HALF=half,
+        BLOCK=triton.next_power_of_2(half),
         ROWS=config.rows,
         BACK=back,
         device=out_TSE.device,
         warps=config.warps,
+        fusion=False,  # as in `launch_rows`
     )
+
+
+def _arguments(
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
+) -> tuple[tuple[Tensor | int, ...], dict[str, int]]:
+    """(first arguments, constants) of both kernels."""
+    tokens, _, size = query_THE.shape
+    parts = {"QUERY_HEADS": query_THE, "KEY_HEADS": key_TKE, "VALUE_HEADS": value_TKE}
+    assert query_THE.dtype == key_TKE.dtype == value_TKE.dtype
+    assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
+    strides = [stride for part in parts.values() for stride in part.stride()[:2]]
+    given = (*parts.values(), cos_TE.contiguous(), sin_TE.contiguous(), *strides)
+    return given, {name: part.shape[1] for name, part in parts.items()}
 
 
 @_rotate_.register_fake
@@ -163,6 +185,11 @@ def _(qkv_TSE, cos_TE, sin_TE, rotated_heads):
 @_rotate_back.register_fake
 def _(grad_query_THE, grad_key_TKE, grad_value_TKE, cos_TE, sin_TE):
     return _packed(grad_query_THE, grad_key_TKE, grad_value_TKE)
+
+
+@_rotate_back_codes.register_fake
+def _(grad_query_THE, grad_key_TKE, grad_value_TKE, cos_TE, sin_TE):
+    return empty_row_codes(grad_query_THE, _packed(grad_query_THE, grad_key_TKE, grad_value_TKE)[0].numel())
 
 
 def _rotate_back_eager(grad_query_THE, grad_key_TKE, grad_value_TKE, cos_TE, sin_TE) -> Tensor:
@@ -177,21 +204,66 @@ def _turned(heads_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads_THE.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _rotary_kernel(
+@triton.jit
+def _rotated(
     query,  # [tokens, QUERY_HEADS, 2 HALF]
     key,  # [tokens, KEY_HEADS, 2 HALF]
     value,  # [tokens, VALUE_HEADS, 2 HALF]
     cos,  # [tokens, HALF] float32
     sin,  # [tokens, HALF] float32
-    out,  # [tokens, QUERY_HEADS + KEY_HEADS + VALUE_HEADS, 2 HALF]
-    tokens,
     query_token_stride,  # elements from token to token
     query_head_stride,  # elements from head to head
     key_token_stride,
     key_head_stride,
     value_token_stride,
     value_head_stride,
+    token,
+    head,
+    column,  # of the pair
+    inside,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head
+    BACK: tl.constexpr,  # whether to rotate by the negative angle
+):
+    """(first, second) of pairs, rotated in float32; 0 outside. Shapes broadcast."""
+    ROTATED: tl.constexpr = QUERY_HEADS + KEY_HEADS
+    source = query + token * query_token_stride + head * query_head_stride
+    if KEY_HEADS > 0:
+        keys = key + token * key_token_stride + (head - QUERY_HEADS) * key_head_stride
+        source = tl.where(head < QUERY_HEADS, source, keys)
+    if VALUE_HEADS > 0:
+        values = value + token * value_token_stride + (head - ROTATED) * value_head_stride
+        source = tl.where(head < ROTATED, source, values)
+    rotated = inside & (head < ROTATED)
+    given = source + column
+    first = tl.load(given, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)
+    angle = token * HALF + column
+    c = tl.load(cos + angle, mask=rotated, other=1.0)
+    s = tl.load(sin + angle, mask=rotated, other=0.0)
+    if BACK:
+        s = -s
+    # Values are selected, not rotated by 0: an infinite value must not spread to its pair.
+    return tl.where(rotated, first * c - second * s, first), tl.where(rotated, second * c + first * s, second)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rotary_kernel(
+    query,  # this and the next arguments: see `_rotated`
+    key,
+    value,
+    cos,
+    sin,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    out,  # [tokens, QUERY_HEADS + KEY_HEADS + VALUE_HEADS, 2 HALF]
+    tokens,
     out_token_stride,
     out_head_stride,
     QUERY_HEADS: tl.constexpr,
@@ -202,32 +274,90 @@ def _rotary_kernel(
     ROWS: tl.constexpr,  # rows of a program: a row is one head of one token
     BACK: tl.constexpr,  # whether to rotate by the negative angle
 ):
-    ROTATED: tl.constexpr = QUERY_HEADS + KEY_HEADS
     HEADS: tl.constexpr = QUERY_HEADS + KEY_HEADS + VALUE_HEADS
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     token = row // HEADS
     head = row % HEADS
     column = tl.arange(0, BLOCK)[None, :]
-    source = query + token * query_token_stride + head * query_head_stride
-    if KEY_HEADS > 0:
-        keys = key + token * key_token_stride + (head - QUERY_HEADS) * key_head_stride
-        source = tl.where(head < QUERY_HEADS, source, keys)
-    if VALUE_HEADS > 0:
-        values = value + token * value_token_stride + (head - ROTATED) * value_head_stride
-        source = tl.where(head < ROTATED, source, values)
-    inside = (token < tokens)[:, None] & (column < HALF)
-    rotated = inside & (head < ROTATED)[:, None]
-    given = source[:, None] + column
-    first = tl.load(given, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32)
-    angle = token[:, None] * HALF + column
-    c = tl.load(cos + angle, mask=rotated, other=1.0)
-    s = tl.load(sin + angle, mask=rotated, other=0.0)
-    if BACK:
-        s = -s
-    # Values are selected, not rotated by 0: an infinite value must not spread to its pair.
-    turned_first = tl.where(rotated, first * c - second * s, first)
-    turned_second = tl.where(rotated, second * c + first * s, second)
-    written = out + (token * out_token_stride + head * out_head_stride)[:, None] + column
-    tl.store(written, turned_first.to(out.dtype.element_ty), mask=inside)
-    tl.store(written + HALF, turned_second.to(out.dtype.element_ty), mask=inside)
+    inside = (token < tokens) & (column < HALF)
+    first, second = _rotated(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        query_token_stride,
+        query_head_stride,
+        key_token_stride,
+        key_head_stride,
+        value_token_stride,
+        value_head_stride,
+        token,
+        head,
+        column,
+        inside,
+        QUERY_HEADS,
+        KEY_HEADS,
+        VALUE_HEADS,
+        HALF,
+        BACK,
+    )
+    written = out + (token * out_token_stride + head * out_head_stride) + column
+    tl.store(written, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(written + HALF, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _codes_kernel(
+    query,  # this and the next arguments: see `_rotated`
+    key,
+    value,
+    cos,
+    sin,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    code,  # [tokens, 2 WIDTH]
+    scale,  # [tokens] float32
+    WIDTH: tl.constexpr,  # pairs of a row
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    HALF: tl.constexpr,  # pairs of a head
+):
+    """Codes of one token's rows, rotated back."""
+    token = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, BLOCK)
+    head = pair // HALF
+    column = pair % HALF
+    inside = pair < WIDTH
+    first, second = _rotated(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        query_token_stride,
+        query_head_stride,
+        key_token_stride,
+        key_head_stride,
+        value_token_stride,
+        value_head_stride,
+        token,
+        head,
+        column,
+        inside,
+        QUERY_HEADS,
+        KEY_HEADS,
+        VALUE_HEADS,
+        HALF,
+        True,
+    )
+    # Codes are made of rounded values: the same codes as in a pass of their own.
+    first = first.to(query.dtype.element_ty).to(tl.float32)
+    second = second.to(query.dtype.element_ty).to(tl.float32)
+    store_two_parts(first, second, code + token * 2 * WIDTH, scale + token, head * 2 * HALF + column, inside, HALF)

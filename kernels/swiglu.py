@@ -20,7 +20,6 @@ from kernels import accumulation_dtype
 from kernels.configurations import configuration
 from kernels.fp8 import (
     Codes,
-    bits_of_size,
     column_codes,
     empty_codes,
     empty_row_codes,
@@ -30,9 +29,9 @@ from kernels.fp8 import (
     launch_rows,
     padded,
     row_codes,
-    scale_and_inverse,
     store_columns,
     store_row,
+    store_two_parts,
     tile_of,
 )
 from kernels.launch import launch, operator, runs_triton, unit_stride
@@ -336,9 +335,4 @@ def _backward_codes_kernel(
     grad_gate, grad_up, _ = _gradients(gate, up, g)
     grad_gate = grad_gate.to(gate_up.dtype.element_ty).to(tl.float32)
     grad_up = grad_up.to(gate_up.dtype.element_ty).to(tl.float32)
-    largest = tl.maximum(tl.max(bits_of_size(grad_gate), axis=0), tl.max(bits_of_size(grad_up), axis=0))
-    row_scale, inverse = scale_and_inverse(largest)
-    tl.store(scale + row, row_scale)
-    target = code + row * 2 * WIDTH + column
-    tl.store(target, encode(grad_gate, inverse), mask=inside)
-    tl.store(target + WIDTH, encode(grad_up, inverse), mask=inside)
+    store_two_parts(grad_gate, grad_up, code + row * 2 * WIDTH, scale + row, column, inside, WIDTH)

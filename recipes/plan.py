@@ -142,6 +142,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
     from engine.estimate.memory import Training, largest_micro_batch
     from engine.estimate.throughput import speed
     from engine.precision import fp8_layers
+    from kernels.attention.backward import in_one_pass
 
     replicas = settings.parallel.replicas
     if gpus < 1 or gpus % replicas:
@@ -172,6 +173,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
         fp8_layers=fp8_layers(settings, config),
         keep_codes=settings.fp8.keep_weights and gpus == 1,
         reduce_once=settings.parallel.reduce_once,
+        one_pass=in_one_pass(torch.device("cpu"), dtype),  # a CPU has the table of the chip that both kinds of GPU have
     )
     limit = memory_gib or device.memory
     found, overhead = _memory(training, gpus)

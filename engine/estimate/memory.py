@@ -181,7 +181,10 @@ class _Step:
                     if layer in self.training.fp8_layers:
                         self.fp8_block_backward("block backward")
                     else:
-                        self.block_backward("block backward")
+                        # The gradient from a block in FP8 carries its codes.
+                        carried = sizes.codes(self.config.hidden_size) if layer + 1 in self.training.fp8_layers else 0
+                        with account.holding("transients", carried, "block backward"):
+                            self.block_backward("block backward")
                     self.reduce(sizes.block_elements, "block backward")
                     account.release("gathered parameters", 0 if self.training.reshard else block)
             account.release("gathered parameters", block if self.training.reshard else 0)
@@ -227,7 +230,7 @@ class _Step:
         query_width = config.num_attention_heads * config.head_dim
         self.linear_gradients(config.hidden_size * query_width, moment, sizes.query + self.factors(sizes.hidden + sizes.query))
 
-        account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
+        account.pass_by(moment, sizes.attention_backward)
         if recompute == "block":
             account.release("transients", sizes.attention_kept + sizes.qkv_kept)
             again -= sizes.attention_kept + sizes.qkv_kept
@@ -260,7 +263,7 @@ class _Step:
             item = "transients"
             again = sizes.hidden + 6 * sizes.scale + sizes.qkv_kept + sizes.attention_kept + 2 * sizes.inner
             account.hold(item, again, moment)
-            account.pass_by(moment, 2 * sizes.hidden)
+            account.pass_by(moment, 2 * sizes.hidden + hidden_codes)
 
         # Feed-forward network: codes of the gradient, with "ffn" the codes of the norm and gate and up again.
         there = hidden_codes
@@ -277,7 +280,7 @@ class _Step:
         held = hidden_codes + sizes.fp8_weight_product(2 * inner, width)
         self.fp8_gradients(2 * width * inner, moment, there + held)
         account.pass_by(moment, there + sizes.hidden + sizes.fp8_product(width, 2 * inner))
-        self.norm_backward(moment, there + sizes.hidden)
+        self.norm_backward(moment, there + sizes.hidden + hidden_codes)
         kept = sizes.hidden + 3 * sizes.scale + (0 if recompute == "ffn" else 2 * sizes.inner)
         account.release(item, kept)
 
@@ -286,16 +289,16 @@ class _Step:
         account.pass_by(moment, there + sizes.fp8_product(query_width, width))
         held = sizes.codes(query_width) + sizes.fp8_weight_product(width, query_width)
         self.fp8_gradients(width * query_width, moment, there + held)
-        account.pass_by(moment, sizes.query + sizes.qkv + sizes.log_sum_exp if kernels else sizes.eager_attention_backward)
+        account.pass_by(moment, sizes.attention_backward)
         account.release(item, sizes.attention_kept + sizes.qkv_kept + sizes.scale)
 
         # Rotation, input projection, norm.
-        account.pass_by(moment, 2 * sizes.qkv + (packed_codes if kernels else 2 * sizes.wide(sizes.qkv)))
+        account.pass_by(moment, sizes.qkv + (packed_codes if kernels else sizes.qkv + 2 * sizes.wide(sizes.qkv)))
         there = sizes.qkv + packed_codes
         held = hidden_codes + sizes.fp8_weight_product(packed_width, width)
         self.fp8_gradients(width * packed_width, moment, there + held)
         account.pass_by(moment, there + sizes.hidden + sizes.fp8_product(width, packed_width))
-        self.norm_backward(moment, there + sizes.hidden)
+        self.norm_backward(moment, there + sizes.hidden + hidden_codes)
         self.gradients(2 * width, moment, sizes.hidden + sizes.qkv)
         account.release("activations", sizes.hidden + (0 if recompute == "block" else 2 * sizes.scale))
         account.release("transients", 2 * sizes.scale if recompute == "block" else 0)

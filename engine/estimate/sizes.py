@@ -39,6 +39,7 @@ class Training:
     reduce_once: bool = False  # gradients are summed over the shards after a step's last micro-batch only
     fp8_layers: range = range(0)  # layers whose matrix products run in FP8
     keep_codes: bool = True  # FP8 codes of weights are kept during a step
+    one_pass: bool = False  # attention's backward pass is one (`kernels.attention.backward`)
     documents: AttentionWork | None = None  # work lists, which cost memory with references only; default: documents of a window
 
 
@@ -121,7 +122,18 @@ class Sizes:
         return tiles // self.training.tokens + made.pairs * self.item
 
     @property
-    def eager_attention_backward(self) -> int:
+    def attention_backward(self) -> int:
+        """The output's gradient, D, and the gradients of query, key and value.
+
+        One pass adds a float32 sum of the query's gradient, and a number that programs take turns by for each row of a head.
+        """
+        if not self.training.kernels:
+            return self._eager_attention_backward
+        turns = self.wide(self.query) + self.training.tokens * self.config.num_attention_heads * FLOAT32
+        return self.query + self.log_sum_exp + self.qkv + (turns if self.training.one_pass else 0)
+
+    @property
+    def _eager_attention_backward(self) -> int:
         """Gradients of the tiles' outputs, queries, and keys and values before and after the heads' repetition is summed."""
         made = self.eager_attention
         group = self.config.num_attention_heads // self.config.num_key_value_heads

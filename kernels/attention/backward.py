@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import TILE
 from kernels.attention.tiles import (
     LOG2_E,
     announce,
@@ -79,7 +80,7 @@ def attention_backward(
     results = [torch.empty(part.shape, dtype=query_THE.dtype, device=device) for part in (query_THE, key_TKE, value_TKE)]
     grad_query_THE, grad_key_TKE, grad_value_TKE = results
     delta_HT = _delta(grad_THE, out_THE)
-    one_pass = _in_one_pass(query_THE, tile)
+    one_pass = in_one_pass(device, query_THE.dtype, tile)
     sum_THE = torch.empty(query_THE.shape, dtype=torch.float32, device=device) if one_pass else None
     # A number for each row that a block of queries may begin with, and the number of the next program.
     left = torch.zeros(heads * tokens + 1, dtype=torch.int32, device=device) if one_pass else None
@@ -115,14 +116,14 @@ def attention_backward(
     return grad_query_THE, grad_key_TKE, grad_value_TKE
 
 
-def _in_one_pass(query_THE: Tensor, tile: int) -> bool:
+def in_one_pass(device: torch.device, dtype: torch.dtype, tile: int = TILE) -> bool:
     """Whether the pass over keys also adds up dQ: where the configuration asks for one pass, and one pass can be.
 
     float32 tiles do not fit into a chip's shared memory. The lists' tiles, programs and blocks must lie in one grid.
     """
-    config = configuration("attention_backward", query_THE.device)
+    config = configuration("attention_backward", device)
     rows, parts = rows_and_parts(tile, config)
-    return config.passes == 1 and (query_THE.itemsize == 2 or INTERPRETED) and rows * parts == tile and rows % config.block == 0
+    return config.passes == 1 and (dtype.itemsize == 2 or INTERPRETED) and rows * parts == tile and rows % config.block == 0
 
 
 def _delta(grad_THE: Tensor, out_THE: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def attention(dtype, tokens):
 def attention_gradients(*, passes) -> Launch:
     def launch(dtype, tokens):
         grad, out = (empty(tokens, HEADS, SIZE, dtype=dtype) for _ in range(2))
-        with patch.object(attention_backward, "_in_one_pass", return_value=passes == 1):
+        with patch.object(attention_backward, "in_one_pass", return_value=passes == 1):
             attention_backward.attention_backward(grad, *packed(dtype, tokens), out, floats(HEADS, tokens), *work(tokens))
 
     return launch
@@ -202,6 +202,16 @@ def row_codes(dtype, tokens):
     fp8._row_codes._init_fn(empty(tokens, sum(PARTS) * SIZE, dtype=dtype))
 
 
+def rotation_back_codes(dtype, tokens):
+    apart = [empty(tokens, heads, SIZE, dtype=dtype) for heads in PARTS]
+    rotary._rotate_back_codes._init_fn(*apart, *table(tokens))
+
+
+def norm_gradient_codes(dtype, tokens):
+    hidden, weight = empty(tokens, WIDTH, dtype=dtype), empty(WIDTH, dtype=dtype)
+    rms_norm._norm_backward_codes._init_fn(hidden, hidden, hidden, weight, floats(tokens))
+
+
 def column_codes(dtype, tokens):
     fp8._column_codes._init_fn(empty(tokens, WIDTH, dtype=dtype), floats(tokens))
 
@@ -253,7 +263,9 @@ FP8_QUICK: dict[str, Launch] = {
     "fp8, weight": matrix_codes(),
     "fp8, shifted columns": shifted_columns,
     "fp8, norm of a sum": norm_codes(added=True),
+    "fp8, norm of a sum, gradients": norm_gradient_codes,
     "fp8, columns of a norm": norm_columns,
+    "fp8, rotation back": rotation_back_codes,
     "fp8, swiglu": product_codes,
     "fp8, columns of swiglu": product_columns,
     "fp8, swiglu, gradients": product_gradient_codes,

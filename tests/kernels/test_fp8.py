@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import kernels.rms_norm as norms
+import kernels.rotary as rotation
 import kernels.swiglu as products
 from kernels import fp8
 from kernels.configurations import TABLES, Configuration
 from kernels.fp8 import Codes, column_codes, matrix_codes, row_codes, shifted_columns
 from kernels.launch import INTERPRETED
+from kernels.rotary import rotary_table, rotate_back, rotate_back_codes
 from tests.kernels.error_rule import far_apart, random
 
 EPS = 1e-5
@@ -209,6 +211,48 @@ def test_codes_of_the_norm_equal_a_pass_of_their_own(tokens, width, dtype, devic
     assert torch.equal(bits(columns), bits(fp8.transposed(codes.code_TK)))
 
 
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 20), (40, 20), (0, 16)])
+def test_codes_of_the_norms_gradient_equal_a_pass_of_their_own(tokens, width, added, dtype, device):
+    total, grad, weight = norm_inputs(tokens, width, dtype, device)
+    grad_total = random(tokens, width, dtype=dtype, device=device, seed=4, scale=50.0) if added else None
+    scale = norms.norm_forward(total, weight, EPS)[1]
+    given = grad, grad_total, total, weight, scale
+    *gradients, codes = norms.norm_backward_codes(*given)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, norms.norm_backward(*given), strict=True))
+    assert same(codes, row_codes(gradients[0]))
+
+
+# Tokens, heads of queries, of keys and of values, size of a head.
+ROTATED = [(1, 4, 2, 2, 16), (5, 3, 1, 1, 24), (7, 2, 1, 3, 6), (0, 4, 2, 2, 16)]
+
+
+def rotated_inputs(tokens, query, key, value, size, dtype, device):
+    """Gradients of very different sizes: in one row the query's, in the next the key's, then the value's is the largest."""
+    parts = []
+    for number, heads in enumerate((query, key, value)):
+        part = random(tokens, heads, size, dtype=torch.float32, device=device, seed=number)
+        part[number::3] *= 100
+        parts.append(part.to(dtype))
+    return *parts, rotary_table(torch.arange(tokens, device=device) * 5, size, 100.0)
+
+
+@pytest.mark.parametrize("shape", ROTATED)
+def test_codes_of_the_rotation_back_equal_a_pass_of_their_own(shape, dtype, device):
+    given = rotated_inputs(*shape, dtype, device)
+    assert same(rotate_back_codes(*given), row_codes(rotate_back(*given).flatten(1)))
+
+
+def test_values_that_are_not_finite_stay_in_their_token_and_pair(device):
+    query, key, value, table = rotated_inputs(3, 2, 1, 1, 16, torch.float32, device)
+    expected = rotate_back_codes(query, key, value, table)
+    value[1, 0, 3] = math.inf
+    found = rotate_back_codes(query, key, value, table)
+    assert found.scale_T[1].isnan()
+    assert found.code_TK[1].float().isnan().all()
+    assert same(*(Codes(codes.code_TK[::2], codes.scale_T[::2]) for codes in (found, expected)))
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 20), (40, 20), (0, 16)])
 def test_codes_of_swiglu_equal_a_pass_of_their_own(tokens, width, dtype, device):
     gate_up = random(tokens, 2 * width, dtype=dtype, device=device, seed=0, scale=2.0)
@@ -254,6 +298,18 @@ def test_rows_may_have_any_stride(dtype, device):
         assert torch.equal(bits(columns), bits(fp8.transposed(swiglu_expected[0].code_TK)))
 
 
+def test_rotated_gradients_may_have_any_stride(device):
+    """Heads before tokens, strided elements, parts of one tensor, and one row for all tokens."""
+    *parts, table = rotated_inputs(6, 2, 2, 2, 16, torch.float32, device)
+    expected = rotate_back_codes(*parts, table)
+    packed = torch.cat(parts, dim=1).split(2, dim=1)
+    spread = parts[0].transpose(0, 1).contiguous().transpose(0, 1), torch.stack((parts[1],) * 2, dim=-1)[..., 0], parts[2]
+    for given in (packed, spread):
+        assert same(rotate_back_codes(*given, table), expected)
+    ones = [part[:1, :1].expand_as(part) for part in parts]
+    assert same(rotate_back_codes(*ones, table), rotate_back_codes(*(part.contiguous() for part in ones), table))
+
+
 def test_offsets_may_exceed_31_bits(triton_device):
     residual, hidden, weight = norm_inputs(3, 32, torch.float16, triton_device)
     far, far_residual = far_apart(hidden), far_apart(residual)
@@ -266,6 +322,15 @@ def test_offsets_may_exceed_31_bits(triton_device):
     assert torch.equal(bits(found), bits(norms.norm_columns(hidden, weight, scale, codes.scale_T)))
     assert same(products.swiglu_codes(far), inner)
     assert torch.equal(bits(products.swiglu_columns(far, inner.scale_T)), bits(products.swiglu_columns(hidden, inner.scale_T)))
+    found = norms.norm_backward_codes(far_residual, far, far, weight, scale)
+    expected = norms.norm_backward_codes(residual, hidden, hidden, weight, scale)
+    assert torch.equal(found[0], expected[0])
+    assert same(found[2], expected[2])
+    *parts, table = rotated_inputs(3, 2, 1, 1, 16, torch.float16, triton_device)
+    expected = rotate_back_codes(*parts, table)
+    for number in range(3):
+        given = [far_apart(part) if i == number else part for i, part in enumerate(parts)]
+        assert same(rotate_back_codes(*given, table), expected)
     grad, far_grad = hidden[:, :16], far[:, :16]
     assert same(products.swiglu_backward_codes(far, far_grad), products.swiglu_backward_codes(hidden, grad))
 
@@ -273,6 +338,7 @@ def test_offsets_may_exceed_31_bits(triton_device):
 def test_custom_operators_pass_torchs_checks(triton_device):
     _, hidden, weight = norm_inputs(5, 32, torch.float32, triton_device)
     codes, scale = norms.norm_codes(hidden, weight, EPS)
+    *parts, table = rotated_inputs(5, 2, 1, 1, 16, torch.float32, triton_device)
     for operator, given in (
         (fp8._row_codes, (hidden,)),
         (fp8._column_codes, (hidden, codes.scale_T)),
@@ -281,6 +347,8 @@ def test_custom_operators_pass_torchs_checks(triton_device):
         (norms._norm_codes, (hidden, weight, EPS)),
         (norms._add_norm_codes, (hidden, hidden, weight, EPS)),
         (norms._norm_columns, (hidden, weight, scale, codes.scale_T)),
+        (norms._norm_backward_codes, (hidden, hidden, hidden, weight, scale)),
+        (rotation._rotate_back_codes, (*parts, *table)),
         (products._swiglu_codes, (hidden,)),
         (products._swiglu_columns, (hidden, codes.scale_T)),
         (products._swiglu_backward_codes, (hidden, hidden[:, :16])),

@@ -277,6 +277,33 @@ def test_each_mode_keeps_what_it_says(mode, elements, device):
     assert sum(saved.numel() for at, saved in kept.items() if at not in parameters) == 9 * (elements + 3)
 
 
+def test_a_gradient_carries_its_codes_once_and_only_unchanged():
+    grad = random(5, 32, dtype=torch.float32, device="cpu", seed=0)
+    carried, own = row_codes(2 * grad), row_codes(grad)
+    module.carry_codes(grad, carried)
+    assert module.gradient_codes(grad) is carried
+    assert torch.equal(module.gradient_codes(grad).scale_T, own.scale_T)
+    module.carry_codes(grad, carried)
+    assert torch.equal(module.gradient_codes(grad.clone()).scale_T, own.scale_T)
+    grad[:] *= 8
+    assert torch.equal(module.gradient_codes(grad).scale_T, 8 * own.scale_T)
+
+
+def test_compiled_functions_give_the_same_bits():
+    given = [tensor for name, tensor in inputs(8, torch.float32, "cpu").items() if name != "qkv"]
+    codes = WeightCodes(keep=False)
+
+    def run(*tensors):
+        total, out = fp8_feed_forward(*tensors, EPS, codes)
+        return fp8_feed_forward(total, out, *tensors[2:], EPS, codes)[1]
+
+    found = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        out = function(*given)
+        found.append([out, *torch.autograd.grad(out.sum(), given)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_no_tokens_give_no_rows_and_a_gradient_of_zeros(device):
     weight = random(16, 32, dtype=torch.float32, device=device, seed=0).requires_grad_()
     given = torch.empty(0, 32, device=device, requires_grad=True)

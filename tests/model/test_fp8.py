@@ -6,7 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
+import kernels.fp8_feed_forward
 import kernels.fp8_linear
+import kernels.fp8_norm_qkv
 from kernels.recompute import Recompute
 from model.config import MistralConfig
 from model.mistral import Mistral, initialize, packed_attention
@@ -81,6 +83,24 @@ def test_codes_of_each_weight_are_made_once_a_step(mode, monkeypatch):
             for texts in (documents(), documents()[:1]):
                 loss_of(model, texts).backward()
         assert made_of == [(64, 32), (32, 32), (96, 32), (32, 48)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_carry_their_codes_to_the_next_product(mode, monkeypatch):
+    """Passes over rows: attention's output of each layer in FP8, and the gradient from the layer above, which is in bf16."""
+    passes, found = [], []
+    original = kernels.fp8_linear.row_codes
+    monkeypatch.setattr(kernels.fp8_linear, "row_codes", lambda rows: passes.append(rows.shape) or original(rows))
+    for expected in (2 + 1, 2 + 4):
+        model = made(torch.bfloat16, range(1, 3), num_hidden_layers=4)
+        model.recompute = mode
+        passes.clear()
+        loss_of(model, documents()).backward()
+        assert len(passes) == expected + (2 if mode == "block" else 0)
+        found.append([parameter.grad for parameter in model.parameters()])
+        for module in (kernels.fp8_feed_forward, kernels.fp8_norm_qkv):
+            monkeypatch.setattr(module, "carry_codes", lambda gradient, codes: None)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_only_training_uses_fp8():

@@ -11,6 +11,7 @@ from torch import nn
 import engine.estimate.sizes
 import kernels.linear_log_prob
 from engine.estimate.memory import Training, largest_micro_batch, plan
+from engine.estimate.sizes import Sizes
 from engine.loop import accumulate
 from engine.objectives.next_token import NextToken
 from engine.objectives.preference import Preference
@@ -18,7 +19,9 @@ from engine.observe.preview import describe
 from engine.optim.adamw import AdamW
 from engine.run import open_run
 from engine.settings.sections import OptimizerSettings
+from kernels.attention import backward as attention_backward
 from kernels.attention.work import attention_work
+from kernels.configurations import TABLES
 from kernels.recompute import Recompute
 from model.config import PRESETS, MistralConfig
 from model.mistral import Mistral, attention_by
@@ -166,6 +169,37 @@ def test_shisa_7b_takes_10_bytes_a_parameter_and_the_designs_activations():
     for mode, mib in (("none", 4.25), ("light", 2.88), ("ffn", 1.13), ("block", 0.25)):
         activations = plan(shisa(recompute=mode)).items["activations"]
         assert activations / 16384 / 2**20 == pytest.approx(mib, rel=0.07), mode
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_plan_knows_what_attentions_backward_pass_allocates(passes, dtype, monkeypatch):
+    """All but the kernels runs: they allocate nothing."""
+    monkeypatch.setitem(TABLES[90], "attention_backward", replace(TABLES[90]["attention_backward"], passes=passes))
+    for name in ("launch", "launch_tiles"):
+        monkeypatch.setattr(attention_backward, name, lambda *arguments, **named: None)
+    config, tokens = PRESETS["shisa-7b"], 384
+    one_pass = attention_backward.in_one_pass(torch.device("cpu"), dtype)
+    assert one_pass == (passes == 1)
+    query, out = (torch.zeros(tokens, config.num_attention_heads, config.head_dim, dtype=dtype) for _ in range(2))
+    key, value = (torch.zeros(tokens, config.num_key_value_heads, config.head_dim, dtype=dtype) for _ in range(2))
+    log_sum_exp, work = torch.zeros(config.num_attention_heads, tokens), attention_work([0, 100, tokens], 128)
+    grad = torch.zeros_like(out)
+    with LiveBytes(grad) as live:
+        attention_backward.attention_backward(grad, query, key, value, out, log_sum_exp, work.work, *work.numbers)
+    # One number more: programs started so far.
+    assert live.peak == Sizes(shisa(dtype=dtype, tokens=tokens, one_pass=one_pass)).attention_backward + 4 * one_pass
+
+
+@pytest.mark.parametrize("fp8_layers", [range(0), range(2)])
+def test_one_pass_of_attentions_backward_raises_only_a_peak_that_attention_makes(fp8_layers):
+    """With Shisa 7B's feed-forward networks, their backward pass needs more; with narrow ones, attention's is the peak."""
+    for inner, least, most in ((14336, 0, 0), (16, 1, 4 * 8192 * 32 * (128 + 1))):
+        config = replace(
+            PRESETS["shisa-7b"], num_hidden_layers=2, intermediate_size=inner, vocab_size=64, unpadded_vocab_size=64
+        )
+        given = shisa(config=config, tokens=8192, rows=1, fp8_layers=fp8_layers)
+        assert least <= plan(replace(given, one_pass=True)).peak - plan(given).peak <= most
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits():

@@ -17,6 +17,7 @@ ALSO = {
     "attention/forward": ("attention/test_nonfinite.py",),
     "attention/backward": ("attention/test_nonfinite.py",),
     "rms_norm": ("test_fp8.py",),
+    "rotary": ("test_fp8.py",),
     "swiglu": ("test_fp8.py",),
 }
 
