@@ -128,11 +128,11 @@ def _rotate_back(
 def _rotate_back_codes(
     grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    parts = [unit_stride(part) for part in (grad_query_THE, grad_key_TKE, grad_value_TKE)]
-    given, heads = _arguments(*parts, cos_TE, sin_TE)
+    query_THE, key_TKE, value_TKE = map(unit_stride, (grad_query_THE, grad_key_TKE, grad_value_TKE))
+    given, heads = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE)
     half = cos_TE.shape[1]
     width = sum(heads.values()) * half
-    return launch_rows(_codes_kernel, given, parts[0], width, chosen="rotary_codes", parts=2, **heads, HALF=half)
+    return launch_rows(_codes_kernel, given, query_THE, width, chosen="rotary_codes", parts=2, **heads, HALF=half)
 
 
 def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ def _arguments(
     assert query_THE.dtype == key_TKE.dtype == value_TKE.dtype
     assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
     strides = [stride for part in parts.values() for stride in part.stride()[:2]]
-    given = (*parts.values(), cos_TE.contiguous(), sin_TE.contiguous(), *strides)
-    return given, {name: part.shape[1] for name, part in parts.items()}
+    given: list[Tensor | int] = [*parts.values(), cos_TE.contiguous(), sin_TE.contiguous(), *strides]
+    return tuple(given), {name: part.shape[1] for name, part in parts.items()}
 
 
 @_rotate_.register_fake
