@@ -58,7 +58,7 @@ class SelectSettings:
     repeated: bool = False
     """Keep rows whose prompt was there before; otherwise the best of them stays, of equal ones the first."""
     near_duplicates: bool = False
-    """Also leave out rows whose prompt and chosen answer nearly repeat an earlier row's (needs datasketch)."""
+    """Also leave out rows whose prompt and chosen answer nearly repeat an earlier row's (needs the extra `data`)."""
 
     def __post_init__(self) -> None:
         check_name(self.out)

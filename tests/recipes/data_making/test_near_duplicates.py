@@ -4,10 +4,11 @@ import gzip
 import json
 import random
 import re
+from contextlib import suppress
 
 import pytest
 
-from engine.data.records import read_conversation
+from engine.data.records import Unusable, read_conversation
 from recipes.data_making.near_duplicates import Benchmarks, NearDuplicates, tokens
 
 WORD = re.compile("[\u3041-\u3096]{2}|[\u4e00-\u9fff]{2}|[\u30a1-\u30ff]{3}|[A-Za-z]+")
@@ -30,16 +31,81 @@ def changed(text: str, draw: random.Random) -> str:
     return text
 
 
-def test_planted_near_duplicates_are_found_and_distinct_real_conversations_kept(shared_data):
+def conversations(shared_data, name: str) -> list[str]:
+    """The different conversations of a set that hold text on every side."""
+    found = {}
+    for record in records(shared_data / "sft" / f"{name}.jsonl.gz"):
+        with suppress(Unusable):
+            found["\n".join(turn["content"] for turn in read_conversation(record))] = None
+    return list(found)
+
+
+def is_distinct(own: list[str], earlier: list[list[str]]) -> bool:
+    """Whether more than 5 % of the words differ, rounded to whole words, from every earlier text, by an exact alignment."""
+    from rapidfuzz.distance import Levenshtein
+
+    return all(Levenshtein.distance(own, other) > 0.05 * max(len(own), len(other)) + 0.5 for other in earlier)
+
+
+WHOLE = ("en_alpaca", "en_t0_prompt_completion", "en_sharegpt", "ja_alpaca", "ja_sharegpt")
+PARTS = [
+    ("ja_alpaca", 300),
+    ("en_t0_prompt_completion", 600),
+    *(pytest.param(name, None, marks=pytest.mark.slow) for name in WHOLE),
+]
+
+
+@pytest.mark.parametrize(("name", "most"), PARTS)
+def test_planted_near_duplicates_are_found_and_distinct_real_conversations_kept(shared_data, name, most):
     pytest.importorskip("datasketch")
-    conversations = [read_conversation(record) for record in records(shared_data / "sft" / "ja_sharegpt.jsonl.gz")[:800]]
-    texts = list(dict.fromkeys("\n".join(turn["content"] for turn in turns) for turns in conversations))
+    texts = conversations(shared_data, name)[:most]
     seen, draw = NearDuplicates(), random.Random(1)
-    lost = [text for number, text in enumerate(texts) if seen.seen(text, str(number)) is not None]
-    assert len(lost) <= 0.005 * len(texts)
-    planted = [text for text in texts[:200] if len(WORD.findall(text)) >= 20]
-    found = [seen.seen(changed(text, draw), f"planted {number}") for number, text in enumerate(planted)]
+    lost = [number for number, text in enumerate(texts) if seen.seen(text, str(number)) is not None]
+    words = [re.findall("[a-z0-9]+|[\u3041-\u9fff]", text.lower()) for text in texts]
+    distinct = [number for number in lost if is_distinct(words[number], words[:number])]
+    assert len(distinct) <= 0.005 * len(texts)
+    kept = [text for number, text in enumerate(texts) if number not in set(lost) and len(WORD.findall(text)) >= 20]
+    planted = draw.sample(kept, min(len(kept), (most or 3000) // 3))
+    found = [seen.seen(changed(text, draw), "planted") for text in planted]
     assert sum(name is not None for name in found) >= 0.95 * len(planted)
+
+
+PASSAGE = (
+    "The lighthouse was built in 1874 by Thomas Stevenson. It stands on a rock that the sea covers at high water. "
+    "Two keepers lived there until 1971, when the lamp was made automatic. A boat brought coal, oil and letters every week."
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "repeats"),
+    [
+        (("every week", "each week"), True),
+        (("a rock that the sea covers", "a rock which the sea covers"), True),
+        (("Two keepers", "two Keepers,"), True),
+        (("1971", "1981"), False),
+        (("was made", "was not made"), False),
+        (("Thomas Stevenson", "Robert Louis"), False),
+        (("Who built it?\nThomas Stevenson", "What came by boat?\nCoal, oil and letters"), False),
+        (("Who built it?", "How many people lived on the rock?"), False),
+    ],
+)
+def test_a_word_may_differ_but_not_a_question_a_number_a_name_or_a_negation(change, repeats):
+    pytest.importorskip("datasketch")
+    text = f"{PASSAGE}\nWho built it?\nThomas Stevenson"
+    seen = NearDuplicates()
+    assert seen.seen(text, "a") is None
+    assert change[0] in text
+    assert (seen.seen(text.replace(*change), "b") == "a") is repeats
+
+
+def test_japanese_questions_on_one_passage_are_distinct_and_a_particle_is_no_difference():
+    pytest.importorskip("datasketch")
+    passage = "富士山は静岡県と山梨県にまたがる火山で、高さは三千七百メートルを超えます。古くから多くの人が登りました。"
+    again = passage.replace("多くの人が", "多くの人も")
+    seen = NearDuplicates()
+    assert seen.seen(f"質問: 標高はいくつですか。\n{passage}\n三千七百メートル", "a") is None
+    assert seen.seen(f"質問: どの県にありますか。\n{passage}\n静岡県と山梨県", "b") is None
+    assert seen.seen(f"質問: 標高はいくつですか。\n{again}\n三千七百メートル", "c") == "a"
 
 
 def test_the_name_of_the_earlier_text_is_given_and_a_text_repeats_itself():
