@@ -44,7 +44,7 @@ def run(settings: DpoSettings) -> Path | None:
     from engine.objectives.reference import reference_tables
     from engine.observe.replay import replay
     from engine.run import check_writable, open_run
-    from recipes.training import announce, fitting_batches, heldout_batches
+    from recipes.training import announce, fitting_batches, heldout_batches, reporting
 
     cache = Path(settings.reference_cache) if settings.reference_cache else Path(settings.out) / "reference"
     if not settings.replay and settings.preference.has_reference:
@@ -68,7 +68,8 @@ def run(settings: DpoSettings) -> Path | None:
     if settings.replay:
         return replay(opened, model, objective(*sources))
     evaluations = [Evaluation(name, objective(f"heldout {name}"), batches.as_step()) for name, batches in heldout.items()]
-    return train(opened, model, objective(*sources), evaluations)
+    with reporting(opened):
+        return train(opened, model, objective(*sources), evaluations)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

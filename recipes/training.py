@@ -1,5 +1,7 @@
 """The steps that the training recipes share: show the run, then stop (dry run), replay one step, or train."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.room import check_room
@@ -11,6 +13,8 @@ from engine.objectives.next_token import NextToken
 from engine.observe.preview import describe, sample
 from engine.observe.replay import replay
 from engine.run import Run
+from recipes.report.page import REPORT, write_report
+from recipes.report.reading import METRICS
 
 
 def announce(run: Run) -> bool:
@@ -36,7 +40,23 @@ def train_next_token(run: Run, objective: NextToken) -> Path | None:
         return None
     if run.settings.replay:
         return replay(run, run.load_model(), objective)
-    return train(run, run.load_model(), objective, evaluations)
+    with reporting(run):
+        return train(run, run.load_model(), objective, evaluations)
+
+
+@contextmanager
+def reporting(run: Run) -> Iterator[None]:
+    """Write the run's report at the end, also where the run stops or fails. Without a report the run goes well all the same."""
+    try:
+        yield
+    finally:
+        if run.ranks.main and (run.out / METRICS).is_file():
+            report = run.out / REPORT
+            try:
+                write_report([run.out], report)
+                print(f"report     {report}")
+            except Exception as error:  # whatever it is, the checkpoints are there
+                print(f"report     {report} was not written: {type(error).__name__}: {error}")
 
 
 def heldout_batches(run: Run, dataset: TokenDataset) -> EvaluationBatches:

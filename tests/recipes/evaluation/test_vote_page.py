@@ -16,7 +16,7 @@ import pytest
 
 from recipes.evaluation.ballot import Ballot, read_contenders
 from recipes.evaluation.vote_page import vote_server
-from tests.recipes.evaluation.browser import PROGRAM, Browser
+from tests.recipes.browser import PROGRAM, Browser
 
 ROOT = Path(__file__).resolve().parents[3]
 MODELS = ("alpha-7b", "beta-7b", "gamma-7b")

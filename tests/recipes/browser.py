@@ -45,6 +45,7 @@ class Browser:
         os.close(read_command)
         os.close(write_answer)
         self._number, self._rest = 0, b""
+        self.complaints: list[dict] = []
         pages = [target for target in self("Target.getTargets")["targetInfos"] if target["type"] == "page"]
         target = pages[0]["targetId"] if pages else self("Target.createTarget", url="about:blank")["targetId"]
         self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -73,10 +74,25 @@ class Browser:
                 self._rest += os.read(self._answers, 65536)
             message, self._rest = self._rest.split(b"\0", 1)
             answer = json.loads(message)
+            if self._complains(answer):
+                self.complaints.append(answer)
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
                 return answer["result"]
         raise TimeoutError(method)
+
+    @staticmethod
+    def _complains(message: dict) -> bool:
+        """Whether a message is a script's error, or what the browser says of an error or a breach of the page's policy.
+
+        It says so after "Runtime.enable" and "Log.enable".
+        """
+        kind, given = message.get("method"), message.get("params", {})
+        return (
+            kind == "Runtime.exceptionThrown"
+            or (kind == "Runtime.consoleAPICalled" and given["type"] in ("error", "warning", "assert"))
+            or (kind == "Log.entryAdded" and given["entry"]["level"] in ("error", "warning"))
+        )
 
     def run(self, script: str) -> object:
         """The value of an expression in the page; a promise is awaited."""
