@@ -121,7 +121,7 @@ class Chart {
     if (this.stale || !width || !height) return;
     const paint = this.cleared(this.below, width, height);
     const range = this.view.range ?? this.view.extent, [low, high] = this.heights(range);
-    const vertical = (this.log ? logAxis : linearAxis)(low, high, Math.max(3, height / 48), this.panel.kind);
+    const vertical = (this.log ? logAxis : linearAxis)(low, high, Math.max(3, height / 38), this.panel.kind);
     const labels = vertical.ticks.map(vertical.text);
     const left = Math.ceil(Math.max(24, ...labels.map((label) => paint.measureText(label).width))) + 10;
     this.box = { left, right: width - 10, top: this.panel.marks?.length ? 14 : 8, bottom: height - 24 };
@@ -132,7 +132,8 @@ class Chart {
     this.grid(paint, vertical.ticks, labels);
     paint.save();
     paint.beginPath();
-    paint.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
+    // A dot at the edge stays whole.
+    paint.rect(box.left - 4, box.top - 4, box.right - box.left + 8, box.bottom - box.top + 8);
     paint.clip();
     if (this.panel.level && this.panel.level.value > low && this.panel.level.value < high) this.rule(paint, this.panel.level);
     for (const curve of this.shown()) this.curve(paint, curve, range);

@@ -26,7 +26,7 @@ const LABELS = {
 };
 const AXES = { step: "Steps", tokens: "Tokens", seconds: "Time" };
 const PLAIN = new Set(["step", "skipped"]);
-const LOOKS = { memory_planned_gib: { dash: 1 } };
+const LOOKS = { memory_planned_gib: { dash: 2 } };
 
 const at = (id) => document.getElementById(id);
 const runs = JSON.parse(at("data").textContent).runs;
@@ -110,15 +110,16 @@ function panels() {
   for (const panel of found) {
     panel.single = new Set(panel.curves.map((curve) => curve.label)).size === 1;
     if (panel.title === "Loss") Object.assign(panel, { marks: marks(), unit: pairs ? "mean over pairs" : panel.unit });
-    if (panel.title === "Gradient norm") Object.assign(panel, { level: clipping(), log: outlying(panel.curves) ? "on" : "off" });
+    if (panel.title === "Gradient norm") panel.level = clipping();
+    if (panel.log && panel.smooth && outlying(panel.curves)) panel.log = "on";
   }
   return found;
 }
 
-/** Whether a curve's largest value leaves no room for the others on a linear scale. */
+/** Whether the largest value of the curves leaves no room for the others on a linear scale. */
 function outlying(curves) {
-  const heights = curves.flatMap((curve) => curve.high ?? curve.mean).filter((value) => value > 0).sort((a, b) => a - b);
-  return heights.length > 0 && heights.at(-1) > 20 * heights[heights.length >> 1];
+  const heights = curves.flatMap((curve) => curve.high ?? curve.mean).filter((value) => value !== null).sort((a, b) => a - b);
+  return heights[0] > 0 && heights.at(-1) > 20 * heights[heights.length >> 1];
 }
 
 function clipping() {

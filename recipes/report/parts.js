@@ -59,7 +59,7 @@ function documentsOf(spike) {
   for (const [source, documents] of Object.entries(spike.documents)) {
     for (const [number, start, tokens] of documents) rows.push([wholeText(number ?? NaN), source, start === null ? "–" : wholeText(start), Array.isArray(tokens) ? tokens.map(wholeText).join(" + ") : wholeText(tokens ?? NaN)]);
   }
-  const shown = table(["number", "source", "first token", "tokens"], rows, ["number", "text", "number", "number"]);
+  const shown = make("div", { className: "documents" }, table(["number", "source", "first token", "tokens"], rows, ["number", "text", "number", "number"]));
   if (spike.more) shown.append(make("p", { className: "quiet", textContent: `${wholeText(spike.more)} more are in spikes.jsonl` }));
   return shown;
 }
