@@ -92,19 +92,23 @@ class Chart {
   /** The part of a curve's points to draw: those in sight and one more on each side. */
   part(curve, [from, to]) {
     const x = curve.x[this.view.axis];
-    return [Math.max(0, firstAbove(x, from) - 2), Math.min(x.length, firstAbove(x, to) + 1)];
+    return [Math.max(0, firstAbove(x, from) - 1), Math.min(x.length, firstAbove(x, to) + 1)];
   }
 
   heights(range) {
     let low = Infinity, high = -Infinity;
     for (const curve of this.shown()) {
-      const x = curve.x[this.view.axis];
-      const [start, end] = this.part(curve, range);
+      const x = curve.x[this.view.axis], [start, end] = this.part(curve, range);
       for (let index = start; index < end; index++) {
-        if (curve.mean[index] === null || ((x[index] < range[0] || x[index] > range[1]) && end - start > 3)) continue;
-        const bottom = curve.low ? curve.low[index] : curve.mean[index];
+        if (curve.mean[index] === null) continue;
+        // A line from a point out of sight counts from the edge on.
+        const edge = x[index] < range[0] ? range[0] : x[index] > range[1] ? range[1] : x[index];
+        const other = index + (edge > x[index]) - (edge < x[index]);
+        if (edge !== x[index] && !(other < end && other >= start && curve.mean[other] !== null)) continue;
+        const share = other === index ? 0 : (edge - x[index]) / (x[other] - x[index]);
+        const at = (values) => values[index] + share * (values[other] - values[index]), bottom = at(curve.low ?? curve.mean);
         if (!this.log || bottom > 0) low = Math.min(low, bottom);
-        high = Math.max(high, curve.high ? curve.high[index] : curve.mean[index]);
+        high = Math.max(high, at(curve.high ?? curve.mean));
       }
     }
     if (!(low <= high) || (this.log && !(low > 0))) return this.log ? [1, 10] : [0, 1];

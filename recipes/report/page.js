@@ -87,7 +87,7 @@ function panels() {
     const curves = [];
     let number = 0;
     for (const name of panel.names) {
-      const more = curvesOf("steps", name, LABELS[name] ?? name.split("/").at(-1), number, { smooth: panel.smooth, ...LOOKS[name] }).filter((curve) => !curves.some((other) => same(other, curve)));
+      const more = curvesOf("steps", name, LABELS[name] ?? name.split("/").at(-1).replaceAll("_", " "), number, { smooth: panel.smooth, ...LOOKS[name] }).filter((curve) => !curves.some((other) => same(other, curve)));
       number += more.length > 0;
       curves.push(...more);
       own.delete(name);

@@ -173,6 +173,15 @@ def test_one_run_in_a_browser(opened, tmp_path):
     low, high = browser.run("view.range")
     assert low == pytest.approx(20, abs=0.1)
     assert 20 < high < 40
+    # The part in sight fills the height, also between two evaluations, where a line has no point.
+    for chart, between in ((0, [20, 29]), (titles.index("Scores"), [21, 24])):
+        low, high = browser.run(f"(view.zoom(...{between}), view.charts[{chart}].heights({between}))")
+        if chart:
+            assert [low, high] == pytest.approx([21 / 40 - 0.06 * 3 / 40, 24 / 40 + 0.06 * 3 / 40])
+        else:
+            losses = [lines[step, True]["loss"] for step in range(20, 30)] + [2 + 5 * np.exp(-2), 2 + 5 * np.exp(-2.9)]
+            assert low < min(losses)
+            assert high == pytest.approx(max(losses) + 0.06 * (max(losses) - min(losses)), rel=0.01)
     browser.run("view.charts[1].above.dispatchEvent(new MouseEvent('dblclick'))")
     assert browser.run("view.range") is None
     # Keys do the same and are read aloud.
