@@ -70,8 +70,8 @@ class Chart {
     this.listen();
     new ResizeObserver(() => this.draw()).observe(this.plot);
     // Charts out of sight are drawn when they come near.
-    new IntersectionObserver(([seen]) => {
-      this.near = seen.isIntersecting;
+    new IntersectionObserver((seen) => {
+      this.near = seen.at(-1).isIntersecting;
       if (this.near && this.stale) this.draw();
     }, { rootMargin: "300px" }).observe(this.plot);
   }
@@ -79,7 +79,7 @@ class Chart {
   /** What the lines of the panel mean. Several runs have their colours in the list of runs. */
   keys() {
     const { curves } = this.panel, several = this.view.runs > 1, seen = new Map();
-    for (const curve of curves) seen.set(curve.label, curve);
+    for (const curve of curves) if (!seen.has(curve.label)) seen.set(curve.label, curve);
     if (seen.size < 2) return [];
     return [...seen.values()].map((curve) => make("span", { className: "key" }, swatch(this.view, several ? { ...curve, color: null } : curve), curve.label));
   }
@@ -87,7 +87,6 @@ class Chart {
   shown() {
     return this.panel.curves.filter((curve) => !this.view.hidden.has(curve.run) && curve.x[this.view.axis]);
   }
-
 
   /** The part of a curve's points to draw: those in sight and one more on each side. */
   part(curve, [from, to]) {
@@ -139,8 +138,8 @@ class Chart {
     // A dot at the edge stays whole.
     paint.rect(box.left - 4, box.top - 4, box.right - box.left + 8, box.bottom - box.top + 8);
     paint.clip();
-    if (this.panel.level && this.panel.level.value > low && this.panel.level.value < high) this.rule(paint, this.panel.level);
     for (const curve of this.shown()) this.curve(paint, curve, range);
+    if (this.panel.level && this.panel.level.value > low && this.panel.level.value < high) this.rule(paint, this.panel.level);
     paint.restore();
     for (const mark of this.panel.marks ?? []) this.mark(paint, mark);
     this.point();
@@ -192,11 +191,15 @@ class Chart {
   rule(paint, { value, label }) {
     const y = Math.round(this.level(value)) + 0.5;
     paint.strokeStyle = paint.fillStyle = this.view.paint("--quiet");
+    paint.lineWidth = 1;
     paint.setLineDash([4, 4]);
     line(paint, this.box.left, y, this.box.right, y);
     paint.setLineDash([]);
     paint.textAlign = "right";
     paint.textBaseline = "bottom";
+    // A rim keeps the words legible where a curve passes.
+    Object.assign(paint, { lineWidth: 4, strokeStyle: this.view.paint("--card") });
+    paint.strokeText(label, this.box.right - 4, y - 2);
     paint.fillText(label, this.box.right - 4, y - 2);
   }
 
@@ -399,7 +402,7 @@ class Chart {
 
   key(event) {
     const { view } = this, shown = this.shown();
-    if (!shown.length || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!this.box || !shown.length || event.ctrlKey || event.metaKey || event.altKey) return;
     const x = shown.reduce((most, curve) => (curve.x.step.length > most.x.step.length ? curve : most)).x[view.axis];
     const here = view.cursor === null ? null : nearest(x, view.cursor), far = event.shiftKey ? 10 : 1, last = x.length - 1;
     const start = nearest(x, this.range[0]), end = nearest(x, this.range[1]);

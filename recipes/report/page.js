@@ -66,13 +66,16 @@ const view = {
   },
 };
 
+/** How often the colours were used up before a run; its dashes tell it apart. */
+const again = (run) => Math.floor(run / 6);
+
 /** The curves of a table's column in all runs, with their colours: those of the runs, or of the column where there is one run. */
 function curvesOf(kind, name, label, number, look = {}) {
   return runs.flatMap((run, index) => {
     const column = run[kind]?.columns[name];
     if (!column) return [];
-    const color = runs.length > 1 ? index : number, dash = runs.length > 1 ? number : 0;
-    return [{ run: index, label, x: run[kind].x, group: run[kind].group, ...column, low: column.low ?? null, high: column.high ?? null, color, dash, ...look }];
+    const own = runs.length > 1 ? { color: index, dash: number + again(index) } : { color: number, dash: 0 };
+    return [{ run: index, label, x: run[kind].x, group: run[kind].group, ...column, low: column.low ?? null, high: column.high ?? null, ...own, ...look }];
   });
 }
 
@@ -196,7 +199,7 @@ function controls() {
   at("reset").addEventListener("click", () => view.zoom());
   if (runs.length > 1) {
     runs.forEach((run, index) => {
-      const button = make("button", { type: "button", "aria-pressed": "true", title: "Show or hide" }, swatch(view, { color: index, dash: 0 }), run.name);
+      const button = make("button", { type: "button", "aria-pressed": "true", title: "Show or hide" }, swatch(view, { color: index, dash: again(index) }), run.name);
       button.addEventListener("click", () => {
         const hide = !view.hidden.has(index);
         view.hidden[hide ? "add" : "delete"](index);
