@@ -20,10 +20,10 @@ from recipes.report.summary import facts
 REPORT = "report.html"
 _ROOM = Path(__file__).parent
 _SCRIPTS = ("axis.js", "chart.js", "parts.js", "page.js")
-# Points over all curves of a page: with lowest and highest value a point takes some 10 bytes, and the page stays below 5 MB.
-_POINTS = 400_000
+# Points over all curves of a page. With lowest and highest value a point takes up to 22 bytes: the page stays below 5 MB.
+_POINTS = 150_000
 _MOST_POINTS, _LEAST_POINTS = 5000, 250  # of a curve; a screen is some 2,000 dots wide
-_SAMPLE_CHARACTERS = 800_000  # of all samples of a page
+_SAMPLE_CHARACTERS = 400_000  # of all samples of a page; up to three bytes each
 _SPIKES, _DOCUMENTS = 400, 20_000  # of a page
 
 

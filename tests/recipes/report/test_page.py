@@ -46,10 +46,10 @@ def test_a_run_of_50_000_steps_fits_5_megabytes_and_keeps_its_extremes():
 
 
 def test_many_samples_spikes_and_documents_are_limited_and_noted():
-    samples = {step: [{"prompt": f"question {number}", "answer": "y" * 5000} for number in range(20)] for step in range(100)}
+    samples = {step: [{"prompt": f"question {number}", "answer": "日本" * 2000} for number in range(20)] for step in range(100)}
     documents = [{"source": "data", "document": number, "start": 0, "tokens": 100} for number in range(1000)]
     spikes = [{"step": step, "loss": 9.0, "deviations": 8.0 + step, "documents": documents} for step in range(1, 901)]
-    text = page([record(1000, [], samples=samples, spikes=spikes)])
+    text = page([record(20_000, map(str, range(60)), samples=samples, spikes=spikes)])
     assert len(text) < LIMIT
     (table,) = embedded(text.decode())["runs"]
     answers = table["samples"][0]["answers"]
