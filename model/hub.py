@@ -1,10 +1,11 @@
 """Model folders by name: a local path, or a repository of the Hugging Face hub, of which only the model's files are fetched."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from model.config import PRESET, read_json
@@ -44,12 +45,34 @@ def resolve_folder(name: str | Path, *, weights: bool = True) -> Path:
         raise FileNotFoundError(
             f"{name}: a preset has no weights and no tokenizer; name a folder, or a hub repository owner/name"
         )
-    form = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(name))
-    if form is None or path.parent.is_dir():
+    named = hub_repository(name)
+    if named is None:
         raise FileNotFoundError(f"{name}: no such folder (a hub repository is named owner/name, or owner/name@revision)")
-    repository, revision = form.groups()
+    repository, revision = named
     folder = _fetch(repository, revision, _SMALL_FILES)
     return _fetch(repository, revision, weight_files(folder)) if weights else folder
+
+
+def hub_repository(name: str | Path) -> tuple[str, str | None] | None:
+    """(repository, revision or None) of a name that can only mean the hub; None for a local path, there or mistyped."""
+    form = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(name))
+    if form is None or Path(name).expanduser().parent.is_dir():
+        return None
+    repository, revision = form.groups()
+    return repository, revision
+
+
+def check_access(name: str) -> None:
+    """Ask the hub whether this machine may read a model's weights, and fetch its configuration, but no weights.
+
+    Weights that lie in the cache need no hub. Raises: FileNotFoundError as `resolve_folder` does.
+    """
+    repository, revision = hub_repository(name) or (name, None)
+    folder = resolve_folder(name, weights=False)
+    if all((folder / file).is_file() for file in weight_files(folder)):
+        return
+    with _refusals_named(repository, revision):
+        HfApi().auth_check(repository)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -60,8 +83,15 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _fetch(repository: str, revision: str | None, files: Sequence[str]) -> Path:
-    try:
+    with _refusals_named(repository, revision):
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+
+
+@contextmanager
+def _refusals_named(repository: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub answers into one clear error. Raises: FileNotFoundError."""
+    try:
+        yield
     except GatedRepoError:
         raise FileNotFoundError(
             f"{repository}: the repository is gated: accept its conditions at https://huggingface.co/{repository}, then log in "

@@ -129,11 +129,18 @@ def config_of(settings: TrainSettings) -> MistralConfig:
     return read_config(model_folder(settings.model, weights=False))
 
 
-def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gib: float = 0.0) -> Outlook:
+def look_ahead(
+    settings: TrainSettings,
+    device: Device,
+    gpus: int = 1,
+    memory_gib: float = 0.0,
+    config: MistralConfig | None = None,
+) -> Outlook:
     """Predict a run.
 
     Args:
         memory_gib: memory of a GPU; 0 for the device's own.
+        config: the model's shape; None to read it where `model` says.
 
     Raises: ValueError where parallel.replicas does not divide the GPUs, or optimizer.offload meets several GPUs.
     """
@@ -150,7 +157,7 @@ def look_ahead(settings: TrainSettings, device: Device, gpus: int = 1, memory_gi
     offloaded = settings.optimizer.offload != "none"
     if offloaded and gpus > 1:
         raise ValueError("optimizer.offload works on one rank only: several GPUs share the moments already; leave it out")
-    config = config_of(settings)
+    config = config or config_of(settings)
     paired = isinstance(settings, DpoSettings)
     sides = 2 if paired else 1
     tokens = settings.pack_tokens or sides * settings.context_length

@@ -3,36 +3,36 @@
     python -m recipes.quickstart
     python -m recipes.quickstart --device cpu --out runs/quickstart
 
-Each stage is the recipe itself with its configuration from recipes/tiny; the printed command runs the stage alone. The report
-goes to report.md, report.json and losses.png. A full run fails where the chat model misses its targets.
+This runs the chain of recipes/tiny/pipeline.toml from its beginning; with `python -m recipes.pipeline` the same chain goes on
+where it was stopped. The report goes to report.md, report.json and losses.png. A full run fails where the chat model
+misses its targets.
 """
 
 import dataclasses
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from engine.settings.toml import PathName, read_toml
 from engine.settings.training import TrainSettings
 from model.folder import write_file
-from model.vocabulary.tokenizer import Tokenizer
-from recipes import dpo, export, prepare, pretrain, sft, vocabulary
+from recipes.chain.stages import RECIPES
 from recipes.command import command
 from recipes.example import report
-from recipes.example.text import Example, ExampleSettings, make_example, write_example
+from recipes.example.text import ExampleSettings
+from recipes.pipeline import PROG, PipelineSettings
+from recipes.pipeline import run as run_pipeline
 
-if TYPE_CHECKING:
-    import torch
-
-CONFIGURATIONS = Path(__file__).parent / "tiny"
-ROOT = "runs/quickstart"  # the paths in the configurations begin with this
+CHAIN = Path(__file__).parent / "tiny" / "pipeline.toml"
+ROOT = "runs/quickstart"  # the chain's own
 MARKER = "quickstart.json"
-MADE = ("example", "data", "base", "tokenizer", "resized", "cpt", "sft1", "sft2", "dpo", "export", *report.FILES, MARKER)
+MADE = (
+    *("example", "data", "base", "tokenizer", "resized", "cpt", "sft1", "sft2", "dpo", "export", "scores", "pipeline"),
+    *(*report.FILES, MARKER),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class QuickstartSettings:
     new_pieces: int | None = None
     """Japanese pieces to add to the vocabulary; default: the configuration's."""
     dry_run: bool = False
-    """Print the stages and do nothing."""
+    """Check and print the stages, and do nothing."""
     example: ExampleSettings = field(default_factory=ExampleSettings)
     """Size and seed of the example."""
 
@@ -64,143 +64,58 @@ class QuickstartSettings:
         return self.steps is None and self.new_pieces is None and self.example == ExampleSettings()
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A recipe with a configuration of recipes/tiny."""
-
-    name: str  # of the configuration
-    settings_class: type
-    recipe: Callable[[Any], Any]
-    module: str
-    model: str = ""  # the resulting model's name in the report, empty where no model results
-    chat: bool = False  # evaluate that model through the chat template
-
-
-def _prepare(name: str) -> Stage:
-    return Stage(f"prepare_{name}", prepare.PrepareSettings, prepare.run, "prepare")
-
-
-STAGES = (
-    _prepare("base"),
-    _prepare("base_heldout"),
-    Stage("base", pretrain.PretrainSettings, pretrain.run, "pretrain", "base"),
-    Stage("vocabulary", vocabulary.VocabularySettings, vocabulary.run, "vocabulary", "resized"),
-    _prepare("text"),
-    _prepare("text_heldout"),
-    _prepare("chat_en"),
-    _prepare("chat_ja"),
-    _prepare("chat_heldout"),
-    _prepare("pairs"),
-    _prepare("pairs_heldout"),
-    Stage("cpt", pretrain.PretrainSettings, pretrain.run, "pretrain", "CPT"),
-    Stage("sft1", sft.SftSettings, sft.run, "sft", "SFT 1", chat=True),
-    Stage("sft2", sft.SftSettings, sft.run, "sft", "SFT 2", chat=True),
-    Stage("dpo", dpo.DpoSettings, dpo.run, "dpo", "DPO", chat=True),
-    Stage("export", export.ExportSettings, export.run, "export"),
-)
-
-
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run all stages; returns the report.
 
-    Raises: FileExistsError where `out` holds other files; RuntimeError naming each missed target.
+    Raises: FileExistsError where `out` holds other files; ValueError naming each missed target.
     """
+    chain = dataclasses.replace(read_chain_file(), out=settings.out, dry_run=settings.dry_run)
+    start = f"{PROG} recipes/tiny/pipeline.toml"
     if settings.dry_run:
-        print("\n".join(_plan(settings)))
+        run_pipeline(chain, options_of(chain, settings), start)
         return {}
     from engine.environment import choose_device
 
-    device = choose_device(settings.device)
     out = start_afresh(Path(settings.out))
-    example = make_example(settings.example)
-    print(f"quickstart on {report.machine(device)}; results go to {out}")
-    seconds: dict[str, float] = {}
-    models: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
-    with _timed(seconds, "example"):
-        write_example(out / "example", example)
-    model = ""
-    for number, stage in enumerate(STAGES, 1):
-        print(f"\n[{number}/{len(STAGES)}] {_shell_command(stage)}", flush=True)
-        stage_settings = configure(stage, settings, model)
-        with _timed(seconds, stage.name):
-            results[stage.name] = stage.recipe(stage_settings)
-        if stage.model:
-            model = stage_settings.model_out if stage.name == "vocabulary" else str(results[stage.name])
-            with _timed(seconds, "evaluation"):
-                models.append(_evaluate(stage, model, example, device))
-            print(report.row(models[-1]), flush=True)
-    exported = Path(results["export"])
-    with _timed(seconds, "evaluation"):
-        answers = report.sample_answers(exported, example, device)
-    table = report.collect(
-        out,
-        example,
-        models,
-        vocabulary=results["vocabulary"],
-        seconds=seconds,
-        answers=answers,
-        exported=exported,
-        device=device,
-        full=settings.full,
-    )
-    report.write(out, table)
-    print("\n" + (out / "report.md").read_text(encoding="utf-8"))
-    check_targets(table, out)
+    print(f"quickstart on {report.machine(choose_device(settings.device))}; results go to {out}")
+    run_pipeline(chain, options_of(chain, settings), start)
+    table: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return table
 
 
-def check_targets(table: dict[str, Any], out: Path) -> None:
-    """Raises: RuntimeError naming each missed target of a full run."""
-    if table["full"] and table["missed"]:
-        raise RuntimeError(f"quickstart missed its targets: {'; '.join(table['missed'])} (see {out / 'report.md'})")
+def read_chain_file() -> PipelineSettings:
+    """The quickstart's chain, from any working folder: its files stand beside it."""
+    chain = read_toml(PipelineSettings, CHAIN)
+    if Path(chain.stages[1].file).is_file():
+        return chain
+    stages = (
+        dataclasses.replace(stage, file=str(CHAIN.parent / Path(stage.file).name)) if stage.file else stage
+        for stage in chain.stages
+    )
+    return dataclasses.replace(chain, stages=tuple(stages))
 
 
-def configure(stage: Stage, settings: QuickstartSettings, model: str) -> Any:
-    """A stage's configuration, with its paths under `out` and the command line's overrides.
-
-    Args:
-        model: the model to start from, made by the stages before; empty for the configuration's own.
-    """
-    loaded = _rooted(read_toml(stage.settings_class, CONFIGURATIONS / f"{stage.name}.toml"), settings.out)
-    changes: dict[str, Any] = {}
-    if isinstance(loaded, TrainSettings):
-        changes["device"] = settings.device
-        if settings.steps is not None:
-            changes.update(steps=settings.steps, epochs=None)
-            warmup = min(loaded.schedule.warmup_steps, settings.steps - 1)
-            changes["schedule"] = dataclasses.replace(loaded.schedule, warmup_steps=warmup)
-    elif stage.name == "vocabulary" and settings.new_pieces is not None:
-        changes["new_pieces"] = settings.new_pieces
-    if model and stage.model:
-        changes["model"] = model
-    return dataclasses.replace(loaded, **changes)
-
-
-def _rooted(value: Any, out: str) -> Any:
-    """The settings with every path under ROOT moved to `out`."""
-    if isinstance(value, str):
-        return out + value.removeprefix(ROOT) if value.startswith(ROOT + "/") else value
-    if isinstance(value, tuple):
-        return tuple(_rooted(inner, out) for inner in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _rooted(getattr(value, f.name), out) for f in dataclasses.fields(value)})
-    return value
-
-
-def _plan(settings: QuickstartSettings) -> list[str]:
-    lines = [f"the stages; each command runs alone, with its paths under {ROOT}:", "  python -m recipes.example"]
-    for stage in STAGES:
-        configured = configure(stage, settings, "")
-        length = ""
-        if isinstance(configured, TrainSettings):
-            length = f"   {configured.steps} steps" if configured.steps else f"   {configured.epochs:g} epoch"
-        lines.append(f"  {_shell_command(stage)}{length}")
-    return [*lines, f"dry run: nothing was done; results would go to {settings.out}"]
-
-
-def _shell_command(stage: Stage) -> str:
-    return f"python -m recipes.{stage.module} recipes/tiny/{stage.name}.toml"
+def options_of(chain: PipelineSettings, settings: QuickstartSettings) -> dict[str, list[str]]:
+    """The options of each stage's command line that these settings mean."""
+    changed = {name: value for name, value in vars(settings.example).items() if value != getattr(ExampleSettings(), name)}
+    options: dict[str, list[str]] = {}
+    for stage in chain.stages:
+        settings_class = RECIPES[stage.recipe].settings_class()
+        fields = {each.name for each in dataclasses.fields(settings_class)}
+        found = options.setdefault(stage.name or Path(stage.file).stem, [])
+        if "device" in fields:
+            found += ["--device", settings.device]
+        if "example" in fields:
+            found += [part for name, value in changed.items() for part in (f"--example.{name.replace('_', '-')}", str(value))]
+        if issubclass(settings_class, TrainSettings) and settings.steps is not None:
+            warmup = read_toml(settings_class, stage.file).schedule.warmup_steps
+            found += ["--steps", str(settings.steps), "--epochs", "None"]
+            found += ["--schedule.warmup-steps", str(min(warmup, settings.steps - 1))]
+        if "new_pieces" in fields and settings.new_pieces is not None:
+            found += ["--new-pieces", str(settings.new_pieces)]
+        if "targets" in fields and not settings.full:
+            found.append("--no-targets")
+    return options
 
 
 def start_afresh(out: Path) -> Path:
@@ -219,27 +134,6 @@ def start_afresh(out: Path) -> Path:
     # Written first: an interrupted run can then start again.
     write_file(out / MARKER, json.dumps({"made": MADE}, indent=2) + "\n")
     return out
-
-
-def _evaluate(stage: Stage, folder: str, example: Example, device: "torch.device") -> dict[str, Any]:
-    import torch
-
-    from model.weights import load_model
-    from recipes.example.evaluate import ask, score
-
-    tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, dtype=torch.float32, device=device)
-    sets = {"held_out": example.held_out, "unseen": example.unseen}
-    scores = {name: score(ask(model, tokenizer, questions, chat=stage.chat)) for name, questions in sets.items()}
-    return {"model": stage.model, "stage": stage.name, "folder": folder, "chat": stage.chat, **scores}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds of a block to a stage's."""
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def main(argv: Sequence[str] | None = None) -> None:

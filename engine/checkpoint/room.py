@@ -15,13 +15,18 @@ _SPEED = 2**29
 
 
 def checkpoint_bytes(run: Run) -> int:
+    """Size of a run's checkpoint."""
+    return bytes_of_checkpoint(run.config.parameters, run.settings.optimizer.moments)
+
+
+def bytes_of_checkpoint(parameters: int, moments: str) -> int:
     """Size of a checkpoint: two moments, and float32 masters, which bfloat16 weights and their low bits are together."""
-    return run.config.parameters * FLOAT32 + _moments(run)
+    return parameters * FLOAT32 + _moments(parameters, moments)
 
 
-def _moments(run: Run) -> int:
+def _moments(parameters: int, moments: str) -> int:
     """Bytes of both moments, over all ranks."""
-    return 2 * run.config.parameters * (2 if run.settings.optimizer.moments == "bfloat16" else FLOAT32)
+    return 2 * parameters * (2 if moments == "bfloat16" else FLOAT32)
 
 
 def check_room(run: Run) -> list[str]:
@@ -47,7 +52,7 @@ def _disk(run: Run, size: int) -> list[str]:
         return []
     if disk.free < size:
         raise OSError(
-            f"{run.out}: a checkpoint takes {_amount(size)}, the disk has {_amount(disk.free)} free; free the disk or choose "
+            f"{run.out}: a checkpoint takes {amount(size)}, the disk has {amount(disk.free)} free; free the disk or choose "
             "another out"
         )
     # The oldest is removed when the newest is complete.
@@ -56,7 +61,7 @@ def _disk(run: Run, size: int) -> list[str]:
     more = min(written, settings.keep_checkpoints + 1 - there)
     more += steps // settings.keep_every if settings.keep_every else 0
     up_to = "" if certain else "up to "
-    found = f"checkpoint {_amount(size)} each, {up_to}{more} more to keep at once, {_amount(disk.free)} free in {existing}"
+    found = f"checkpoint {amount(size)} each, {up_to}{more} more to keep at once, {amount(disk.free)} free in {existing}"
     if disk.free >= more * size:
         return [found]
     remedy = "free the disk, or lower keep_checkpoints, or raise keep_every"
@@ -91,28 +96,28 @@ def _memory(run: Run, size: int) -> list[str]:
     shards = run.ranks.ranks // run.settings.parallel.replicas
     parts = {"the copies": here * -(-size // shards)}
     if run.settings.optimizer.offload == "moments":
-        parts["the moments"] = here * -(-_moments(run) // shards)
-    total, available = _host_memory()
+        parts["the moments"] = here * -(-_moments(run.config.parameters, run.settings.optimizer.moments) // shards)
+    total, available = host_memory()
     if total and sum(parts.values()) > total:
         raise OSError(
-            f"checkpoints: {_listed(parts)} of {here} ranks take {_amount(sum(parts.values()))} of the host's memory, which "
-            f"has {_amount(total)}; use more machines, or optimizer.moments = bfloat16"
+            f"checkpoints: {_listed(parts)} of {here} ranks take {amount(sum(parts.values()))} of the host's memory, which "
+            f"has {amount(total)}; use more machines, or optimizer.moments = bfloat16"
         )
     if run.device.type == "cpu":
         parts["training"] = here * run.planned.peak
     if total and sum(parts.values()) > available:
         return [
-            f"warning    {_listed(parts)} take {_amount(sum(parts.values()))} of the host's memory, of which "
-            f"{_amount(available)} are free now; the first checkpoint may end the run"
+            f"warning    {_listed(parts)} take {amount(sum(parts.values()))} of the host's memory, of which "
+            f"{amount(available)} are free now; the first checkpoint may end the run"
         ]
     return []
 
 
 def _listed(parts: dict[str, int]) -> str:
-    return " and ".join(f"{name} ({_amount(size)})" for name, size in parts.items())
+    return " and ".join(f"{name} ({amount(size)})" for name, size in parts.items())
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Bytes of the host's memory: all, and available now, within the limit of this container; 0 where unknown."""
     table = {}
     try:
@@ -130,5 +135,5 @@ def _host_memory() -> tuple[int, int]:
     return min(total, limit), min(available, max(0, limit - used))
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -6,6 +6,7 @@ reads the values' meaning.
 
 import glob
 import gzip
+import importlib.util
 import io
 import json
 import zlib
@@ -22,6 +23,7 @@ TEXT_SUFFIXES = (".txt", ".txt.gz", *RECORD_SUFFIXES)
 HUB = "hub:"
 # For Parquet (pyarrow) and the hub (datasets).
 NEEDS_EXTRA = "needs the optional packages of 'data': pip install 'komainu[data]', or make ... EXTRAS=data"
+_NEEDS_DATASETS = f"a dataset of the hub {NEEDS_EXTRA}"
 
 
 class Record(NamedTuple):
@@ -137,6 +139,34 @@ class SourceFile:
             raise ValueError(f"{self.name}: not a readable Parquet file: {error}") from None
 
 
+def check_hub_access(name: str) -> None:
+    """Ask the hub whether this machine may read a dataset; download nothing. Raises: ValueError naming it and the reason."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"{name}: {_NEEDS_DATASETS}")
+    import huggingface_hub
+
+    repository, asked, _ = _hub_parts(name)
+    try:
+        huggingface_hub.HfApi().dataset_info(repository, revision=asked or None)
+        huggingface_hub.HfApi().auth_check(repository, repo_type="dataset")
+    except Exception as error:
+        raise ValueError(f"{name}: not available: {_words_of_hub(error)}") from None
+
+
+def _hub_parts(name: str) -> tuple[str, str, list[str]]:
+    """(repository, revision or "", split or configuration and split) of a name. Raises: ValueError for another form."""
+    pinned, *parts = name.removeprefix(HUB).split(":")
+    repository, _, asked = pinned.partition("@")
+    if not repository or len(parts) > 2:
+        raise ValueError(f"{name}: must be hub:owner/name[@revision], then :split or :configuration:split")
+    return repository, asked, parts
+
+
+def _words_of_hub(error: Exception) -> str:
+    """The hub's own words say why: a gated repository asks for a login, a wrong configuration lists the known ones."""
+    return " ".join((getattr(error, "server_message", None) or str(error)).split())
+
+
 class HubSource:
     """A dataset of the Hugging Face hub, downloaded when it is opened.
 
@@ -148,11 +178,8 @@ class HubSource:
             import datasets
             import huggingface_hub
         except ImportError:
-            raise ValueError(f"{name}: a dataset of the hub {NEEDS_EXTRA}") from None
-        pinned, *parts = name.removeprefix(HUB).split(":")
-        repository, _, asked = pinned.partition("@")
-        if not repository or len(parts) > 2:
-            raise ValueError(f"{name}: must be hub:owner/name[@revision], then :split or :configuration:split")
+            raise ValueError(f"{name}: {_NEEDS_DATASETS}") from None
+        repository, asked, parts = _hub_parts(name)
         configuration, part = ([None, *parts] if len(parts) < 2 else parts) if parts else (None, "train")
         self.name = name
         self.position = 0
@@ -161,10 +188,9 @@ class HubSource:
             self._rows = datasets.load_dataset(repository, configuration or None, split=part or "train", revision=self.revision)
         except Exception as error:
             # Network, hub and dataset fail in many ways; the user needs the name and the reason in one line.
-            # The hub's own words say why: a gated repository asks for a login, a wrong configuration lists the known ones.
-            said = getattr(error, "server_message", None) or str(error)
+            said = _words_of_hub(error)
             remedy = "; name one as hub:owner/name:configuration:split" if "Config name is missing" in said else ""
-            raise ValueError(f"{name}: not available: {' '.join(said.split())}{remedy}") from None
+            raise ValueError(f"{name}: not available: {said}{remedy}") from None
         self.size = len(self._rows)
 
     def identity(self) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def join(
         the ranks, this machine has fewer GPUs than processes, or, on all ranks, a fact of one rank differs from rank 0's;
         ConnectionError if the other ranks cannot be reached.
     """
-    _check_launcher()
-    ranks = _world_size()
+    check_launcher()
+    ranks = world_size()
     if ranks % settings.replicas:
         raise ValueError(
             f"parallel.replicas = {settings.replicas} does not divide the {ranks} ranks of this run; start another number of "
@@ -54,13 +54,12 @@ def join(
         # This process has trained before.
         check_same(Ranks(device, dist.get_rank(), ranks), facts, _REMEDY)
     else:
-        _check_rendezvous()
         _connect(device, settings, facts)
     mesh = _mesh(device, ranks, settings)
     return Ranks(device, dist.get_rank(), ranks, mesh, settings.timeout)
 
 
-def _world_size() -> int:
+def world_size() -> int:
     """Number of processes. Raises: ValueError for a WORLD_SIZE that is no number."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit() or int(text) == 0:
@@ -83,7 +82,7 @@ def _check_rendezvous() -> None:
 _LAUNCHERS = {"SLURM_NTASKS": "srun --ntasks-per-node 1", "OMPI_COMM_WORLD_SIZE": "mpirun --map-by ppr:1:node"}
 
 
-def _check_launcher() -> None:
+def check_launcher() -> None:
     """Refuse several processes that would each train a run of their own in one folder."""
     if "WORLD_SIZE" in os.environ:
         return
@@ -102,12 +101,8 @@ def _connect(device: torch.device, settings: ParallelSettings, facts: Mapping[st
     # gloo beside NCCL: names, counts and checkpoints, which are on the host, do not pass through the device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=settings.timeout)
+    store, rank, ranks = common_store(timeout)
     with _unreachable_ranks_named():
-        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
-            # torchrun keeps its store over restarts, with the addresses of dead processes. The restart count tells attempts
-            # apart on one machine; on several it can differ between them (https://github.com/pytorch/pytorch/issues/135712).
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         difference = difference_in(store, rank, ranks, facts)
     if difference:
         raise ValueError(f"{difference}; {_REMEDY}")
@@ -120,6 +115,21 @@ def _connect(device: torch.device, settings: ParallelSettings, facts: Mapping[st
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
+
+
+def common_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """(a store that all ranks reach, without any group of processes; this process's rank; number of ranks).
+
+    Raises: ValueError where the launcher's variables are incomplete; ConnectionError where the store cannot be reached.
+    """
+    _check_rendezvous()
+    with _unreachable_ranks_named():
+        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+            # torchrun keeps its store over restarts, with the addresses of dead processes. The restart count tells attempts
+            # apart on one machine; on several it can differ between them (https://github.com/pytorch/pytorch/issues/135712).
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    return store, rank, ranks
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -166,6 +166,23 @@ def _with_home(hint: Any, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_with_home(element, each) for element, each in _items(hint, value))
     return str(Path(value).expanduser()) if _is_path(hint) and isinstance(value, str) and value.startswith("~") else value
+
+
+def named(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Each single value of the settings: its dotted name (`sources.0.path`), the value, and whether it is a path.
+
+    Settings that are None are left out, as in `to_table`.
+    """
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), prefix + field.name
+        numbered = isinstance(value, tuple)
+        for number, (hint, each) in enumerate(_items(hints[field.name], value)):
+            full = f"{name}.{number}" if numbered else name
+            if dataclasses.is_dataclass(each):
+                yield from named(each, full + ".")
+            elif each is not None:
+                yield full, each, _is_path(hint)
 
 
 def _items(hint: Any, value: Any) -> list[tuple[Any, Any]]:

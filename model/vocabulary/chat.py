@@ -154,6 +154,10 @@ def end_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_id
 
 
+# The templates that have a name.
+TEMPLATES = ("shisa", "chatml")
+
+
 def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     """The tokenizer with a chat template by name: "shisa" (ours), "chatml", or a file of Jinja.
 

@@ -30,7 +30,7 @@ CUT = "cut off"
 DROPPED = "dropped.jsonl.gz"
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 # Settings that change what a run costs or how fast it is, and no byte of its result.
-_NO_EFFECT = frozenset(
+NO_EFFECT = frozenset(
     {
         *("url", "max_cost", "max_requests", "price_in", "price_out", "concurrency", "timeout", "key_variable", "device"),
         *("overwrite", "dry_run"),
@@ -193,7 +193,7 @@ def fingerprint(settings: Any) -> str:
 
     def without(table: Any) -> Any:
         if isinstance(table, dict):
-            return {name: without(value) for name, value in table.items() if name not in _NO_EFFECT}
+            return {name: without(value) for name, value in table.items() if name not in NO_EFFECT}
         return [without(value) for value in table] if isinstance(table, (list, tuple)) else table
 
     text = json.dumps(without(to_table(settings)), sort_keys=True, ensure_ascii=True)

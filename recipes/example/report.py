@@ -77,10 +77,10 @@ def sample_answers(folder: Path, example: Example, device: torch.device) -> list
 
 
 def collect(
-    out: Path,
     example: Example,
     models: list[dict[str, Any]],
     *,
+    runs: list[Path],
     vocabulary: dict[str, Any],
     seconds: dict[str, float],
     answers: list[dict[str, str]],
@@ -92,7 +92,7 @@ def collect(
     import torch
 
     by_name = {entry["model"]: entry for entry in models}
-    curves = {folder: _curve(out / folder / "metrics.jsonl") for folder in TRAINED}
+    curves = {run.name: _curve(run / "metrics.jsonl") for run in runs}
     margins = {when: _last_value(curves["dpo"], "rewards/margins", first=when == "before") for when in ("before", "after")}
     kept, polite = _english_exact(by_name), _polite_shares(by_name)
     return {

@@ -8,20 +8,27 @@ import torch
 
 from engine.checkpoint.state import newest_checkpoint
 from engine.data.dataset import TokenDataset
-from engine.data.plan import Plan
 from engine.settings.training import TrainSettings
 from model.config import read_config
-from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model
-from recipes import prepare, quickstart, vocabulary
-from recipes.example import report
-from recipes.example.text import ExampleSettings, make_example, write_example
+from recipes import prepare, quickstart
+from recipes.chain.stages import read_chain
+from recipes.example import closing, report
+from recipes.example.text import ExampleSettings
 
 SMALL = ExampleSettings(
     facts=16, largest_first=3, largest_second=3, unseen_sums=2, unasked_facts=2, conversation_rounds=1, preferences=8
 )
 TRAINED = ("base", "cpt", "sft1", "sft2", "dpo")
 MODELS = ["base", "resized", "CPT", "SFT 1", "SFT 2", "DPO"]
+
+
+def stages_of(out: Path | str) -> dict:
+    """The chain's stages by name, with their paths in a folder."""
+    settings = quickstart.read_chain_file()
+    chain, mistakes = read_chain(settings.stages, root=settings.root, out=str(out), options={})
+    assert not mistakes
+    return {stage.name: stage for stage in chain.stages}
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +59,9 @@ def test_each_stage_starts_from_the_one_before(made):
     def begun_with(name: str) -> str:
         return json.loads((out / name / "step-00000002" / "training" / "state.json").read_text())["settings"]["model"]
 
-    last = {name: str(out / name / "step-00000002") for name in TRAINED}
     assert begun_with("base") == "preset:tiny"
     assert begun_with("cpt") == str(out / "resized")
-    assert [begun_with(name) for name in ("sft1", "sft2", "dpo")] == [last[name] for name in ("cpt", "sft1", "sft2")]
+    assert [begun_with(name) for name in ("sft1", "sft2", "dpo")] == [str(out / name) for name in ("cpt", "sft1", "sft2")]
 
 
 def test_the_exported_folder_is_the_last_model_and_loads_in_transformers(made):
@@ -102,7 +108,8 @@ def test_the_report_has_every_item(made):
         assert [point["step"] for point in curve["training"]] == [1, 2]
         assert [point["step"] for point in curve["heldout"]] == [0, 2]
     seconds = table["seconds"]
-    assert set(seconds) == {"example", "evaluation", "total", *(stage.name for stage in quickstart.STAGES)}
+    stages = {name for name in stages_of(out) if not name.startswith("scores_")} - {"report"}
+    assert set(seconds) == {"evaluation", "total", *stages}
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=1)
 
 
@@ -129,10 +136,10 @@ def test_a_full_run_that_misses_its_targets_fails(made):
     _, table = made
     assert table["missed"]
     assert not table["full"]
-    quickstart.check_targets(table, Path("run"))
-    with pytest.raises(RuntimeError, match=r"English facts are .*% exact after SFT 2, below 80%.*run/report\.md"):
-        quickstart.check_targets(table | {"full": True}, Path("run"))
-    quickstart.check_targets(table | {"full": True, "missed": []}, Path("run"))
+    closing.check_targets(table, Path("run/report.md"))
+    with pytest.raises(ValueError, match=r"English facts are .*% exact after SFT 2, below 80%.*run/report\.md"):
+        closing.check_targets(table | {"full": True}, Path("run/report.md"))
+    closing.check_targets(table | {"full": True, "missed": []}, Path("run/report.md"))
 
 
 def test_a_second_run_removes_only_the_results_of_the_first(tmp_path):
@@ -161,9 +168,8 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     quickstart.main(["--dry-run"])
     printed = capsys.readouterr().out
-    for stage in quickstart.STAGES:
-        assert f"python -m recipes.{stage.module} recipes/tiny/{stage.name}.toml" in printed
-    assert "200 steps" in printed
+    for number, (name, stage) in enumerate(stages_of("runs/quickstart").items(), 1):
+        assert f"[{number}/24] {name}: to make: {stage.command.split(' --device')[0]}" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -175,54 +181,24 @@ def test_settings_out_of_range_are_refused(argument, capsys):
 
 
 def test_every_path_moves_with_out():
-    settings = quickstart.QuickstartSettings(out="elsewhere")
-    for stage in quickstart.STAGES:
-        assert quickstart.ROOT not in repr(quickstart.configure(stage, settings, ""))
+    for stage in stages_of("elsewhere").values():
+        assert quickstart.ROOT not in repr(stage.settings)
 
 
-def test_each_configuration_alone_names_the_result_of_the_one_before(tmp_path):
-    """`python -m recipes.<stage> recipes/tiny/<stage>.toml` starts from the result of the stage before."""
-    configured = {stage.name: quickstart.configure(stage, quickstart.QuickstartSettings(), "") for stage in quickstart.STAGES}
-    # The second fine-tuning counts epochs: data and vocabulary decide the number of steps.
-    write_example(tmp_path / "example", make_example(ExampleSettings()))
-    here = quickstart.QuickstartSettings(out=str(tmp_path))
-    alone = {stage.name: quickstart.configure(stage, here, "") for stage in quickstart.STAGES}
-    merged = {
-        "out": str(tmp_path / "tokenizer"),
-        "base": str(tmp_path / "example" / "mistral"),
-        "model": None,
-        "model_out": None,
-    }
-    vocabulary.run(type(alone["vocabulary"])(**{**vars(alone["vocabulary"]), **merged}))
-    assert Tokenizer.load(tmp_path / "tokenizer").vocab_size == 32512
-    prepare.run(alone["prepare_chat_ja"])
-    sft2 = alone["sft2"]
-    plan = Plan(
-        [TokenDataset.open(sft2.sources[0].path)],
-        list(sft2.sources),
-        seed=sft2.seed,
-        context_length=sft2.context_length,
-        step_size=sft2.step_size,
-        steps=None,
-        epochs=sft2.epochs,
-    )
-    assert sft2.epochs == 1
-
-    def last(name: str) -> str:
-        return f"{configured[name].out}/step-{configured[name].steps or plan.steps:08d}"
-
-    assert configured["vocabulary"].model == last("base")
-    assert configured["cpt"].model == configured["vocabulary"].model_out
-    assert configured["sft1"].model == last("cpt")
-    assert configured["sft2"].model == last("sft1")
-    assert configured["dpo"].model == last("sft2")
-    assert configured["export"].source == configured["dpo"].out
-    prepared = {settings.out for settings in configured.values() if isinstance(settings, prepare.PrepareSettings)}
+def test_each_stage_reads_what_the_stages_before_make(tmp_path):
+    stages = stages_of(tmp_path)
+    model = {"base": "resized", "resized": "cpt", "cpt": "sft1", "sft1": "sft2", "sft2": "dpo"}
+    assert stages["vocabulary"].settings.model == stages["base"].settings.out
+    assert stages["vocabulary"].settings.model_out == str(tmp_path / "resized")
+    for before, after in list(model.items())[1:]:
+        assert stages[after].settings.model == str(tmp_path / before)
+    assert stages["export"].settings.source == stages["dpo"].settings.out
+    prepared = {stage.settings.out for stage in stages.values() if isinstance(stage.settings, prepare.PrepareSettings)}
     used = {
         path
-        for settings in configured.values()
-        if isinstance(settings, TrainSettings)
-        for path in (*settings.heldout, *(source.path for source in settings.sources))
+        for stage in stages.values()
+        if isinstance(stage.settings, TrainSettings)
+        for path in (*stage.settings.heldout, *(source.path for source in stage.settings.sources))
     }
     assert used == prepared
 

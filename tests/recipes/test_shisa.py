@@ -19,10 +19,13 @@ from model.config import preset
 from model.vocabulary.tokenizer import Tokenizer, mistral_tokenizer_path
 from model.weights import load_model
 from recipes import dpo, export, prepare, pretrain, sft
+from recipes.chain.stages import read_chain
 from recipes.dpo import DpoSettings
+from recipes.evaluate import EvaluateSettings
 from recipes.export import ExportSettings
 from recipes.generate import GenerateSettings
 from recipes.pairs import PairsSettings
+from recipes.pipeline import PipelineSettings
 from recipes.prepare import PrepareSettings
 from recipes.pretrain import PretrainSettings
 from recipes.select import SelectSettings
@@ -52,6 +55,7 @@ STAGES = {
     "sft": SftSettings,
     "sft_ja": SftSettings,
     "dpo": DpoSettings,
+    "evaluate": EvaluateSettings,
     "export": ExportSettings,
 }
 TRAININGS = ("pretrain", "sft", "sft_ja", "dpo")
@@ -85,7 +89,7 @@ def prepared() -> dict[str, PrepareSettings]:
 
 
 def test_every_file_of_the_recipe_is_read_by_its_stage():
-    assert {path.stem for path in FOLDER.glob("*.toml")} == set(STAGES)
+    assert {path.stem for path in FOLDER.glob("*.toml")} == {*STAGES, "pipeline"}
     for stage, settings_class in STAGES.items():
         assert isinstance(read(stage), settings_class)
 
@@ -130,6 +134,19 @@ def test_the_readme_explains_every_source_tag():
         tags = {tag.split(":")[0] for text in re.findall(r"\[([^\[\]]+)\]", comments) for tag in text.split("; ")}
         used |= tags - {"tags", "INST"}
     assert used == explained
+
+
+def test_the_chain_runs_the_recipe_on_the_published_data_in_its_order():
+    settings = read_toml(PipelineSettings, FOLDER / "pipeline.toml")
+    chain, mistakes = read_chain(settings.stages, root=settings.root, out=settings.root, options={})
+    assert not mistakes
+    making = {"select_ultrafeedback", "translate_slimorca", "translate_airoboros", "generate", "pairs"}
+    assert [stage.name for stage in chain.stages] == [stage for stage in STAGES if stage not in making]
+    assert all(isinstance(stage.settings, STAGES[stage.name]) for stage in chain.stages)
+    # Each training, the evaluation and the export follow from all before, by way of the model.
+    assert {stage.name for stage in chain.depending(["sft"])} == {"sft", "sft_ja", "dpo", "evaluate", "export"}
+    assert {stage.name for stage in chain.depending(["prepare_dpo"])} == {"prepare_dpo", "dpo", "evaluate", "export"}
+    assert chain.depending(["vocabulary", "split_pretrain", "split_sft"]) == list(chain.stages)
 
 
 def test_vocabulary_has_the_size_of_the_preset():

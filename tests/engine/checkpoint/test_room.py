@@ -70,14 +70,14 @@ def test_a_short_run_by_the_clock_is_not_warned_of_checkpoints_that_it_will_not_
 def test_too_little_memory_for_copies_and_training_is_refused_or_warned_of(run_of, monkeypatch):
     run = run_of()
     size, training = checkpoint_bytes(run), run.planned.peak
-    monkeypatch.setattr(room, "_host_memory", lambda: (size, size + training))
+    monkeypatch.setattr(room, "host_memory", lambda: (size, size + training))
     assert len(check_room(run)) == 1
-    monkeypatch.setattr(room, "_host_memory", lambda: (size, size + training - 1))
+    monkeypatch.setattr(room, "host_memory", lambda: (size, size + training - 1))
     assert check_room(run)[-1].startswith("warning    the copies (0.5 MiB) and training (")
-    monkeypatch.setattr(room, "_host_memory", lambda: (size - 1, size - 1))
+    monkeypatch.setattr(room, "host_memory", lambda: (size - 1, size - 1))
     with pytest.raises(OSError, match=r"the copies \(0.5 MiB\) of 1 ranks take 0.5 MiB of the host's memory, which has"):
         check_room(run)
-    monkeypatch.setattr(room, "_host_memory", lambda: (0, 0))
+    monkeypatch.setattr(room, "host_memory", lambda: (0, 0))
     assert len(check_room(run)) == 1
 
 
@@ -86,9 +86,9 @@ def test_moments_in_the_hosts_memory_count_beside_their_copies(run_of, monkeypat
     run = run_of(optimizer={"offload": "moments"})
     size = checkpoint_bytes(run)
     needed = size + size * 2 // 3
-    monkeypatch.setattr(room, "_host_memory", lambda: (needed, 10 * needed))
+    monkeypatch.setattr(room, "host_memory", lambda: (needed, 10 * needed))
     assert len(check_room(run)) == 1
-    monkeypatch.setattr(room, "_host_memory", lambda: (needed - 1, 10 * needed))
+    monkeypatch.setattr(room, "host_memory", lambda: (needed - 1, 10 * needed))
     with pytest.raises(OSError, match=r"the copies \(0.5 MiB\) and the moments \(0.3 MiB\) of 1 ranks take 0.8 MiB"):
         check_room(run)
 
