@@ -24,6 +24,7 @@ from engine.distributed.stop import NAMES, Interruption
 from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, step_flops
 from engine.objectives import Objective
 from engine.objectives.heldout import Evaluation, evaluate
+from engine.observe.lineage import begin_log
 from engine.observe.metrics import Metrics, RunFacts, StepRecord, was_evaluated
 from engine.observe.profile import OPTIMIZER
 from engine.observe.spikes import SpikeLog
@@ -98,13 +99,15 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
             print(f"{last}: all {steps} steps are done already")
         return last
     optimizer = AdamW(model.named_parameters(), settings.optimizer, seed=settings.seed)
-    if last is not None:
-        load_optimizer(last, optimizer, run.ranks)
+    if run.continued is not None:
+        load_optimizer(run.continued, optimizer, run.ranks, moments=last is not None or settings.from_optimizer)
     with ExitStack() as stack:
         if run.ranks.main:
             run.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run_lock(run.out))
             write_file(run.out / "config.toml", to_toml(settings))
+            if last is None:
+                begin_log(run)
         watch = Watch(run, model)
         metrics = stack.enter_context(open_metrics(run, watch))
         checkpointer = stack.enter_context(
@@ -169,7 +172,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
 
 def _evaluate_first(run: Run) -> bool:
     """Whether validation comes before this process's first step: in a fresh run, or where a signal cut it off."""
-    if run.start == 0:
+    if run.checkpoint is None:
         return True
     cut = _due(run.start, run.settings.evaluate_every) and not was_evaluated(run.out / "metrics.jsonl", run.start)
     return bool(run.ranks.from_main(cut))

@@ -1,17 +1,21 @@
 """A run before its first step: `open_run` opens and checks everything, so that every mistake is reported before work starts."""
 
 import dataclasses
-import os
-import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from engine.checkpoint.state import TrainingState, checkpoints, model_folder, newest_checkpoint, read_state
+from engine.checkpoint.state import (
+    Parent,
+    TrainingState,
+    checkpoints,
+    fingerprint_of,
+    read_state,
+)
+from engine.continuing import Past, branch_model, check_branch, check_own_folder, check_same_run, named, parent_of
 from engine.data.batch import Batch, Packing, Step, make_step
 from engine.data.chat_template import with_template_of
 from engine.data.dataset import TokenDataset
@@ -23,24 +27,19 @@ from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, choose_dtype, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
+from engine.inputs import check_writable, config_of, folder_of, named_folder, open_dataset, tokenizer_of
 from engine.observe.metrics import check_wandb
 from engine.precision import check_fp8, fp8_layers
-from engine.settings.toml import defaults, to_table
-from engine.settings.training import FREE_ON_RESUME, TrainSettings
-from kernels import padded_to_tiles
+from engine.settings.toml import to_table
+from engine.settings.training import TrainSettings
 from kernels.attention.backends import cannot
 from kernels.attention.backward import in_one_pass
 from model.config import PRESET, MistralConfig, preset
 from model.mistral import Mistral, initial_weights
-from model.vocabulary.chat import end_id
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
 
-# Paths that may change on resuming: the plan's fingerprint covers the content of data and tokenizer.
-_CONTENT_COUNTS = re.compile(r"tokenizer|sources\.\d+\.path")
-# What older runs, which did not know a setting, did otherwise than its default says.
-_EARLIER = {"optimizer.gradients": "parameter"}
 # The memory plan covers the last step and this many steps, evenly spread over the run.
 _PLANNED_STEPS = 8
 
@@ -50,8 +49,9 @@ class Run:
     """Everything the loop needs, opened and checked.
 
     config: the checkpoint's, where there is one. start: steps already done. checkpoint: the folder that holds them; None for a
-        fresh run. starting_model: its folder; None for a preset, and where a resumed run does not find it any more.
+        fresh run. starting_model: its folder; None for a preset, and where a resumed run or a branch does not find it.
         starting_weights: their fingerprint (`weights_sample`) as the run began; None where unknown.
+    parent: of a branch. trial: a trial in `out` that must move aside before this run writes there.
     """
 
     settings: TrainSettings
@@ -66,6 +66,8 @@ class Run:
     start: int
     starting_model: Path | None
     starting_weights: str | None = None
+    parent: Parent | None = None
+    trial: Past | None = None
 
     @property
     def device(self) -> torch.device:
@@ -147,20 +149,32 @@ class Run:
         # The resolved dtype: `auto` may mean another dtype on another machine, which would lose the masters' low bits.
         dtype = str(self.dtype).removeprefix("torch.")
         settings = {**to_table(self.settings), "dtype": dtype}
-        return TrainingState(step, settings, self.plan.fingerprint, self.starting_weights)
+        contents = {f"sources.{number}.path": data.fingerprint for number, data in enumerate(self.datasets)}
+        contents["tokenizer"] = self.tokenizer.fingerprint
+        return TrainingState(step, settings, self.plan.fingerprint, self.starting_weights, contents, self.parent)
+
+    @property
+    def continued(self) -> Path | None:
+        """The checkpoint that the next step goes on from: the run's own, or a new branch's parent; None for any other run."""
+        return self.checkpoint or (Path(self.parent.checkpoint) if self.parent else None)
+
+    @property
+    def first(self) -> int:
+        """Steps that were done before the run's own first step: a branch's parent's, else 0."""
+        return self.parent.step if self.parent and self.settings.from_data else 0
 
     def load_model(self) -> Mistral:
-        """This rank's shard of the model to train: the checkpoint's weights, or the starting model's in a fresh run."""
-        return self.load_initial_model() if self.checkpoint is None else self._load(self.checkpoint)
+        """This rank's shard of the model to train: the weights of `continued`, or the starting model's."""
+        return self.load_initial_model() if self.continued is None else self._load(self.continued)
 
     def load_initial_model(self) -> Mistral:
         """This rank's shard of the starting model. Preference tuning uses it as the reference. All ranks call it together.
 
-        Raises: FileNotFoundError where a resumed run does not find the model any more.
+        Raises: FileNotFoundError where a resumed run or a branch does not find the model.
         """
         if not self.settings.model.startswith(PRESET):
-            fresh = self.starting_model if self.checkpoint is None else None
-            return self._load(fresh or _folder(self.settings.model, self.ranks, weights=True))
+            fresh = self.starting_model if self.continued is None else None
+            return self._load(fresh or folder_of(self.settings.model, self.ranks, weights=True))
         model = self.empty_model()
         parameters = dict(model.named_parameters())
         for name, values in initial_weights(model, self.settings.seed):
@@ -198,7 +212,7 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     """
     if not settings.replay:
         check_writable(Path(settings.out), "out")
-    ranks = join(choose_device(settings.device), settings.parallel, dict(_named(to_table(settings))))
+    ranks = join(choose_device(settings.device), settings.parallel, dict(named(to_table(settings))))
     if ranks.device.type == "cuda":
         use_deterministic_algorithms()
     check_wandb(settings.log)
@@ -207,13 +221,42 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     if problem:
         raise ValueError(f"backend = {settings.backend!r}: {problem}")
     settings.profile.check(ranks.device.type)
-    _check_model(settings)
+    check_own_folder(settings)
     begun = _begun(settings, ranks)
-    model = None if settings.model.startswith(PRESET) else _named_folder("model", settings, ranks, begun)
-    tokenizer = _tokenizer(settings, ranks, model, begun)
-    config = _config(settings, model, tokenizer) if begun is None else fitted_config(begun.checkpoint, tokenizer)
-    datasets = [_open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
-    heldout = {Path(path).name: _open_dataset(path, kinds, tokenizer) for path in settings.heldout}
+    run, failure = None, None
+    try:
+        run = _opened(settings, kinds, ranks, dtype, begun, share_prompts=share_prompts)
+    except ValueError as error:
+        failure = error
+    if begun is not None and begun.is_trial and not settings.replay and ranks.from_main(run is None):
+        anew = _opened(settings, kinds, ranks, dtype, None, share_prompts=share_prompts)
+        if anew.plan.steps > begun.state.settings["steps"]:
+            run, failure = dataclasses.replace(anew, trial=begun), None
+    if failure is not None:
+        raise failure
+    assert run is not None
+    _check_same_content(run)
+    return run
+
+
+def _opened(
+    settings: TrainSettings,
+    kinds: tuple[str, ...],
+    ranks: Ranks,
+    dtype: torch.dtype,
+    begun: Past | None,  # the run's own newest checkpoint; None to begin anew
+    *,
+    share_prompts: bool,
+) -> Run:
+    past = begun or (parent_of(settings, ranks) if settings.from_ else None)
+    if settings.from_ and past is not None and not settings.model:
+        settings = dataclasses.replace(settings, model=branch_model(settings, past))
+    _check_model(settings)
+    model = None if settings.model.startswith(PRESET) else named_folder("model", settings, ranks, past)
+    tokenizer = tokenizer_of(settings, ranks, model, past)
+    config = config_of(settings, model, tokenizer) if past is None else fitted_config(past.checkpoint, tokenizer)
+    datasets = [open_dataset(source.path, kinds, tokenizer) for source in settings.sources]
+    heldout = {Path(path).name: open_dataset(path, kinds, tokenizer) for path in settings.heldout}
     if len(heldout) < len(settings.heldout):
         raise ValueError(f"heldout = {list(settings.heldout)}: two folders share a name, and metrics are named after folders")
     tokenizer = with_template_of([*datasets, *heldout.values()], tokenizer)
@@ -224,10 +267,13 @@ def open_run(settings: TrainSettings, kinds: tuple[str, ...], *, share_prompts: 
     _check_sizes(run)
     if begun is not None:
         run = _resumed(run, begun)
+    elif past is not None:
+        run = _branched(run, past)
     run = with_chosen_gradients(run)
-    if settings.replay > run.plan.steps:
-        raise ValueError(f"replay = {settings.replay}: the run has {run.plan.steps} steps")
-    _check_same_content(run)
+    if settings.replay and not run.start < settings.replay <= run.plan.steps:
+        raise ValueError(f"replay = {settings.replay}: the run has the steps {run.start + 1} to {run.plan.steps}")
+    if begun is None and settings.schedule.start > run.start:
+        raise ValueError(f"schedule.start = {settings.schedule.start}: the run begins after step {run.start}; lower it")
     return run
 
 
@@ -236,7 +282,9 @@ def _check_model(settings: TrainSettings) -> None:
     if settings.model.startswith(PRESET):
         preset(settings.model.removeprefix(PRESET))
     elif not settings.model:
-        raise ValueError("model is empty: name a folder, a hub repository owner/name, or preset:NAME")
+        raise ValueError(
+            "model is empty: name a folder, a hub repository owner/name, or preset:NAME; or set from, for a branch"
+        )
     elif Path(settings.out).resolve() == Path(settings.model).expanduser().resolve():
         raise ValueError(f"out and model are both {settings.out}: the run would write into its starting model; change out")
 
@@ -281,15 +329,7 @@ def _check_sizes(run: Run) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A run that is to go on."""
-
-    checkpoint: Path
-    state: TrainingState
-
-
-def _begun(settings: TrainSettings, ranks: Ranks) -> _Begun | None:
+def _begun(settings: TrainSettings, ranks: Ranks) -> Past | None:
     """The run's newest checkpoint and its state; None for a fresh run."""
     # Rank 0 decides for all ranks, because the folder may change between two reads.
     name = ranks.from_main(_starting_point(settings))
@@ -298,23 +338,54 @@ def _begun(settings: TrainSettings, ranks: Ranks) -> _Begun | None:
     if settings.resume == "never" and not settings.replay:
         raise FileExistsError(f"{settings.out}: holds a run already ({name}); choose another out, or resume = auto")
     checkpoint = seen(Path(settings.out) / name, ranks)
-    return _Begun(checkpoint, read_state(checkpoint))
+    return Past(checkpoint, read_state(checkpoint))
 
 
-def _resumed(run: Run, begun: _Begun) -> Run:
+def _resumed(run: Run, begun: Past) -> Run:
     """The run, continued from its newest checkpoint."""
-    state = begun.state
-    if run.settings.optimizer.gradients == "auto":
-        # Another micro-batch size must not change the dtype of the sums midway.
-        run = _with_gradients(run, {**_EARLIER, **dict(_named(state.settings))}["optimizer.gradients"])
+    state, run = begun.state, _with_past_gradients(run, begun)
     before = run.plan.unmerged()
-    if state.plan == before.fingerprint:
+    same_length = all(state.settings.get(name) == getattr(run.settings, name) for name in ("steps", "epochs"))
+    if same_length and state.plan == before.fingerprint:
         run = dataclasses.replace(run, plan=before)
-    _check_same_run(run, state)
+    _say(run, check_same_run(run.settings, run.state(0), run.plan, begun))
     changes = _changes_of_model(run, state)
-    if changes and run.ranks.main:
-        print(f"note       {run.settings.model}: {changes}; the run keeps its own")
-    return dataclasses.replace(run, checkpoint=begun.checkpoint, start=state.step, starting_weights=state.model)
+    _say(run, changes and f"{run.settings.model}: {changes}; the run keeps its own")
+    return dataclasses.replace(
+        run, checkpoint=begun.checkpoint, start=state.step, starting_weights=state.model, parent=state.parent
+    )
+
+
+def _branched(run: Run, past: Past) -> Run:
+    """A fresh run that goes on from another run's checkpoint."""
+    state, settings, run = past.state, run.settings, _with_past_gradients(run, past)
+    weights = run.starting_weights
+    if settings.model == state.settings["model"]:
+        weights = state.model
+    elif not hasattr(settings, "preference") and (state.model is None or weights != state.model):
+        raise ValueError(
+            f"model = {settings.model}: a branch begins with the weights of from = {settings.from_}, whose own run began with "
+            f"{state.settings['model']}; leave model out"
+        )
+    _say(run, check_branch(settings, run.state(0), run.plan, past))
+    return dataclasses.replace(
+        run,
+        start=state.step if settings.from_data else 0,
+        starting_weights=weights,
+        parent=Parent(str(past.checkpoint), state.step, fingerprint_of(past.checkpoint)),
+    )
+
+
+def _say(run: Run, note: str) -> None:
+    if note and run.ranks.main:
+        print(f"note       {note}")
+
+
+def _with_past_gradients(run: Run, past: Past) -> Run:
+    """The run with its past's `optimizer.gradients`: another micro-batch size must not change the dtype of the sums midway."""
+    if run.settings.optimizer.gradients != "auto":
+        return run
+    return _with_gradients(run, past.settings_of(type(run.settings))["optimizer.gradients"])
 
 
 def _changes_of_model(run: Run, state: TrainingState) -> str:
@@ -350,11 +421,12 @@ def _check_same_content(run: Run) -> None:
         "plan": run.plan.fingerprint,
         "model configuration": str(run.config),
         "steps done": run.start,
+        "parent": str(run.parent),
         **{f"data {source.path}": data.fingerprint for source, data in zip(run.settings.sources, run.datasets, strict=True)},
         **{f"heldout {name}": data.fingerprint for name, data in run.heldout.items()},
     }
-    if run.checkpoint is not None:
-        facts[f"weights {run.checkpoint}"] = weights_sample(run.checkpoint)
+    if run.continued is not None:
+        facts[f"weights {run.continued}"] = weights_sample(run.continued)
     elif run.starting_model is not None:
         facts[f"weights {run.starting_model}"] = run.starting_weights
     check_same(run.ranks, facts, "copy the same files to all machines, or use a disk that they share")
@@ -366,94 +438,3 @@ def _starting_point(settings: TrainSettings) -> str | None:
     if settings.replay:
         names = [name for name in names if name < f"step-{settings.replay:08d}"]
     return names[-1] if names else None
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Refuse a setting's folder that cannot be created or written, before hours of work depend on it."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{folder}: cannot be written: {existing} is not a folder; choose another {setting}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: cannot be written: no permission for {existing}; choose another {setting}")
-
-
-def _folder(name: str, ranks: Ranks, *, weights: bool) -> Path:
-    """The folder of a model's name. Rank 0 decides which checkpoint of a run folder is the newest."""
-    newest = ranks.decided(lambda: str(newest_checkpoint(name) or ""))
-    return seen(Path(newest), ranks) if newest else model_folder(name, weights=weights)
-
-
-def _named_folder(setting: str, settings: TrainSettings, ranks: Ranks, begun: _Begun | None) -> Path | None:
-    """The folder that `model` or `tokenizer` names; None where a run that is to go on has lost it: its checkpoint is enough."""
-    name = getattr(settings, setting)
-    kept = begun is not None and begun.state.settings.get(setting) == name
-    try:
-        return _folder(name, ranks, weights=setting == "model" and not (kept or settings.dry_run))
-    except FileNotFoundError:
-        if kept:
-            return None
-        raise
-
-
-def _tokenizer(settings: TrainSettings, ranks: Ranks, model: Path | None, begun: _Begun | None) -> Tokenizer:
-    if not settings.tokenizer and settings.model.startswith(PRESET):
-        raise ValueError(f"model = {settings.model}: a preset has no tokenizer; name its folder as tokenizer")
-    folder = _named_folder("tokenizer", settings, ranks, begun) if settings.tokenizer else model
-    if folder is None:
-        assert begun is not None
-        folder = begun.checkpoint
-    return Tokenizer.load(folder)
-
-
-def _config(settings: TrainSettings, model: Path | None, tokenizer: Tokenizer) -> MistralConfig:
-    if model is None:
-        return dataclasses.replace(
-            preset(settings.model.removeprefix(PRESET)),
-            vocab_size=padded_to_tiles(tokenizer.vocab_size),
-            unpadded_vocab_size=tokenizer.vocab_size,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=end_id(tokenizer),
-        )
-    return fitted_config(model, tokenizer)
-
-
-def _open_dataset(path: str, kinds: tuple[str, ...], tokenizer: Tokenizer) -> TokenDataset:
-    dataset = TokenDataset.open(path)
-    if dataset.kind not in kinds:
-        raise ValueError(f"{path}: holds {dataset.kind}, this recipe trains on {' or '.join(kinds)}")
-    if dataset.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{path}: was prepared with another tokenizer than the model's; prepare it again with recipes.prepare")
-    return dataset
-
-
-def _check_same_run(run: Run, state: TrainingState) -> None:
-    now = run.state(0)
-    asked, began = (dict(_named(table)) for table in (now.settings, state.settings))
-    # A setting that an older version did not know had the effect of its default.
-    began = dict(_named(defaults(type(run.settings)))) | _EARLIER | began
-    for name in sorted({*asked, *began}):
-        if name in asked and name in began and _CONTENT_COUNTS.fullmatch(name):
-            continue
-        if name == "model" and state.model is not None and state.model == run.starting_weights:
-            # The same weights, moved or copied.
-            continue
-        if asked.get(name) != began.get(name) and not {name, name.split(".")[0]} & FREE_ON_RESUME:
-            others = ", which has other weights" if name == "model" and _other_weights(run, state) else ""
-            raise ValueError(
-                f"{run.out}: holds a run with {name} = {began.get(name)!r}, the settings now say {asked.get(name)!r}{others}; "
-                "choose another out, or restore the settings that the run began with"
-            )
-    if now.plan != state.plan:
-        raise ValueError(f"{run.out}: the prepared data changed since this run began; restore it or choose another out")
-
-
-def _named(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value of nested tables and lists, with its dotted name."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _named(inner, f"{prefix}{key}.")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from _named(inner, f"{prefix}{index}.")
-    else:
-        yield prefix.removesuffix("."), value

@@ -38,15 +38,17 @@ class DpoSettings(TrainSettings):
 
 def run(settings: DpoSettings) -> Path | None:
     """Train; returns the last checkpoint's folder (None for a dry run or a replay)."""
+    from engine.continuing import REFERENCE
+    from engine.inputs import check_writable
     from engine.loop import train
     from engine.objectives.heldout import Evaluation
     from engine.objectives.preference import Preference
     from engine.objectives.reference import reference_tables
     from engine.observe.replay import replay
-    from engine.run import check_writable, open_run
+    from engine.run import open_run
     from recipes.training import announce, fitting_batches, heldout_batches, reporting
 
-    cache = Path(settings.reference_cache) if settings.reference_cache else Path(settings.out) / "reference"
+    cache = Path(settings.reference_cache) if settings.reference_cache else Path(settings.out) / REFERENCE
     if not settings.replay and settings.preference.has_reference:
         check_writable(cache, "reference_cache")
     opened = open_run(settings, ("preferences",), share_prompts=settings.share_prompts)

@@ -123,10 +123,11 @@ def config_of(settings: TrainSettings) -> MistralConfig:
 
     if settings.model.startswith(PRESET):
         return preset(settings.model.removeprefix(PRESET))
-    if not Path(settings.model).exists():
+    name = settings.model or settings.from_
+    if not Path(name).exists() or not name:
         # A hub repository is not downloaded either, just for its shape.
-        raise FileNotFoundError(f"model = {settings.model}: no such folder yet; name its shape: --model preset:shisa-7b")
-    return read_config(model_folder(settings.model, weights=False))
+        raise FileNotFoundError(f"model = {name}: no such folder yet; name its shape: --model preset:shisa-7b")
+    return read_config(model_folder(name, weights=False))
 
 
 def look_ahead(

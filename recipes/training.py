@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.checkpoint.room import check_room
+from engine.continuing import set_aside
 from engine.data.batch import EvaluationBatches, evaluation_batches
 from engine.data.dataset import TokenDataset
 from engine.loop import train
@@ -25,7 +26,13 @@ def announce(run: Run) -> bool:
         if run.settings.dry_run:
             print("\n".join(sample(run)))
             print("dry run: nothing was trained or written")
-    return not run.settings.dry_run
+    if run.settings.dry_run:
+        return False
+    if run.trial is not None:
+        moved = run.ranks.decided(lambda: str(set_aside(run.out)))
+        if run.ranks.main:
+            print(f"note       the trial of {run.trial.state.settings['steps']} steps in {run.out} is now {moved}")
+    return True
 
 
 def train_next_token(run: Run, objective: NextToken) -> Path | None:

@@ -37,7 +37,7 @@ def check_room(run: Run) -> list[str]:
     """
     size = checkpoint_bytes(run)
     lines = [*_disk(run, size), *_memory(run, size)]
-    timed = None if run.checkpoint is None else seconds_to_save(run.checkpoint)
+    timed = None if run.continued is None else seconds_to_save(run.continued)
     seconds, source = (size / _SPEED, "estimated at 0.5 GiB/s") if timed is None else (timed, "the last one took so long")
     warning = shutdown_warning(seconds, source)
     return [*lines, *([warning] if warning else [])]

@@ -1,7 +1,8 @@
 """Checkpoints on disk: a Hugging Face folder that loads as it is, with the training state beside it in `training/`.
 
     step-00000100/config.json, model-*.safetensors, tokenizer files ...
-    step-00000100/training/state.json               step, updates, settings, plan, model; size and SHA-256 of every file
+    step-00000100/training/state.json               step, updates, settings, plan, model, contents, parent; size and SHA-256
+                                                    of every file
     step-00000100/training/optimizer/*.safetensors  moments and master remainders by parameter name, sharded over ranks
 
 A checkpoint appears under its name only when it is complete and on the disk; engine.checkpoint.writing writes it. Any number of
@@ -11,16 +12,18 @@ ranks can read it, each its own rows. Data order and noise are functions of the 
 import hashlib
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from engine.distributed.ranks import Ranks
 from engine.distributed.sharding import local
-from engine.optim.adamw import AdamW
+from engine.optim.adamw import MOMENTS, AdamW
 from model.config import read_json
 from model.folder import write_file
 from model.hub import resolve_folder
@@ -34,6 +37,15 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a branch began from. It may be gone since."""
+
+    checkpoint: str  # its path then
+    step: int
+    fingerprint: str  # `fingerprint_of`
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """A run after a step."""
 
@@ -41,6 +53,8 @@ class TrainingState:
     settings: dict[str, Any]  # resolved
     plan: str  # fingerprint of the data order
     model: str | None = None  # weights_sample of the starting model; None for a preset, or as an older version wrote it
+    contents: dict[str, str] | None = None  # setting -> fingerprint of the data or tokenizer that it names; None as `model`
+    parent: Parent | None = None  # of a branch
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,16 @@ def read_state(folder: Path) -> TrainingState:
             raise FileNotFoundError(f"{path}: missing from the checkpoint; {_remedy(folder)}")
         if path.stat().st_size != fingerprint.size:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, {fingerprint.size} were written; {_remedy(folder)}")
-    return TrainingState(table["step"], table["settings"], table["plan"], table.get("model"))
+    parent = Parent(**table["parent"]) if table.get("parent") else None
+    return TrainingState(table["step"], table["settings"], table["plan"], table.get("model"), table.get("contents"), parent)
+
+
+def fingerprint_of(checkpoint: Path) -> str:
+    """SHA-256 (hex) of a checkpoint's state file, which holds the SHA-256 of all its other files.
+
+    Raises: FileNotFoundError where the folder is no checkpoint.
+    """
+    return Fingerprint.of(checkpoint / STATE).sha256
 
 
 def seconds_to_save(folder: Path) -> float | None:
@@ -138,9 +161,10 @@ def _remedy(folder: Path) -> str:
     return f"delete {folder} to resume from the checkpoint before it"
 
 
-def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
+def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks, *, moments: bool = True) -> None:
     """Load a checkpoint's moments and master remainders into the optimizer of the same model, each rank its own rows.
 
+    moments: False loads the remainders alone, as far as there are some: the moments stay 0, before their first update.
     First compares every file of the checkpoint with its fingerprint; the ranks share that work.
     Raises: ValueError on all ranks, naming the file that changed or the tensor that does not fit.
     """
@@ -150,15 +174,20 @@ def load_optimizer(folder: Path, optimizer: AdamW, ranks: Ranks) -> None:
     if found:
         raise ValueError(f"{found}; {_remedy(folder)}")
     reader = dcp.HuggingFaceStorageReader(str(folder / OPTIMIZER))
-    _check_fits(folder, reader, optimizer)
-    mine = {name: tensor for name, tensor in optimizer.state.items() if local(tensor).numel()}
-    dcp.load(mine, storage_reader=reader, no_dist=ranks.mesh is None)
-    optimizer.updates = _read_table(folder)["updates"]
-
-
-def _check_fits(folder: Path, reader: dcp.HuggingFaceStorageReader, optimizer: AdamW) -> None:
     saved = reader.read_metadata().state_dict_metadata
-    for name, tensor in optimizer.state.items():
+    wanted = optimizer.state
+    if not moments:
+        wanted = {name: tensor for name, tensor in wanted.items() if name in saved and not name.endswith(MOMENTS)}
+    _check_fits(folder, saved, wanted)
+    if wanted:
+        mine = {name: tensor for name, tensor in wanted.items() if local(tensor).numel()}
+        dcp.load(mine, storage_reader=reader, no_dist=ranks.mesh is None)
+    if moments:
+        optimizer.updates = _read_table(folder)["updates"]
+
+
+def _check_fits(folder: Path, saved: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
         stored, wanted = saved.get(name), f"{list(tensor.shape)} {tensor.dtype}"
         found = f"{list(stored.size)} {stored.properties.dtype}" if isinstance(stored, TensorStorageMetadata) else "missing"
         if found != wanted:

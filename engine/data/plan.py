@@ -185,16 +185,20 @@ class Plan:
             for source, table, part in zip(self.sources, self.tables, passes, strict=True)
         ]
         self._rates = [rate / sum(rates) for rate in rates]
-        if epochs is None:
-            assert steps is not None
-            targets = [math.ceil(rate * steps * step_size) for rate in self._rates]
-        else:
-            targets = [max(1, round(part * epochs * table.total)) for table, part in zip(self.tables, passes, strict=True)]
-        self.passes = [target / table.total for target, table in zip(targets, self.tables, strict=True)]
         self._orders = [
             SourceOrder(None if self.paired else table.sizes, len(table), seed, source)
             for source, table in enumerate(self.tables)
         ]
+        self._set_length(steps, epochs)
+
+    def _set_length(self, steps: int | None, epochs: float | None) -> None:
+        if epochs is None:
+            assert steps is not None
+            targets = [math.ceil(rate * steps * self.step_size) for rate in self._rates]
+        else:
+            passes = [epochs if source.passes is None else source.passes * epochs for source in self.sources]
+            targets = [max(1, round(part * table.total)) for table, part in zip(self.tables, passes, strict=True)]
+        self.passes = [target / table.total for target, table in zip(targets, self.tables, strict=True)]
         self._ends = None
         self.merged = False
         if epochs is not None:
@@ -202,20 +206,39 @@ class Plan:
             planned, left = self._planned(self._ends)
             if steps is None:
                 # A number of steps that the user names is kept as it is.
-                self.merged = planned > 1 and 2 * left < step_size
+                self.merged = planned > 1 and 2 * left < self.step_size
                 steps = planned - self.merged
             elif steps > planned:
                 raise ValueError(
-                    f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {step_size}: "
+                    f"steps = {steps}, but {epochs:g} epochs of this data make {planned} steps of {self.step_size}: "
                     "lower steps, raise epochs, or leave epochs out to repeat the data as needed"
                 )
         assert steps is not None
         self.steps = steps
 
+    def of_length(self, steps: int | None, epochs: float | None) -> "Plan":
+        """The plan of the same order with another length."""
+        plan = copy.copy(self)
+        plan._set_length(steps, epochs)
+        return plan
+
+    def continues(self, fingerprint: str) -> bool:
+        """Whether a plan of this fingerprint has the same order, up to its own end."""
+        return fingerprint in (self._fingerprint(ORDER), self._fingerprint(MERGED_ORDER))
+
+    def seam(self, longer: "Plan") -> tuple[int, int]:
+        """(places or pairs that a longer plan of the same order passes over after this one's last step, those it repeats)."""
+        ends, firsts = self._bounds(self.steps - 1)[1], longer._bounds(self.steps)[0]
+        gaps = [order.start(to) - order.start(end) for order, end, to in zip(self._orders, ends, firsts, strict=True)]
+        return sum(gap for gap in gaps if gap > 0), -sum(gap for gap in gaps if gap < 0)
+
     @property
     def fingerprint(self) -> str:
+        return self._fingerprint(MERGED_ORDER if self.merged else ORDER)
+
+    def _fingerprint(self, order: int) -> str:
         described = {
-            "order": MERGED_ORDER if self.merged else ORDER,
+            "order": order,
             "datasets": [dataset.fingerprint for dataset in self.datasets],
             "rates": self._rates,
             "seed": self.seed,

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.checkpoint.state import read_state
+from engine.continuing import REFERENCE
 from engine.data.batch import EvaluationBatches, share_of
 from engine.data.dataset import TokenDataset
 from engine.distributed.ranks import lost_ranks_named
@@ -50,14 +52,16 @@ def reference_tables(
 ) -> tuple[dict[str, Tensor], Mistral]:
     """Log-probabilities of each set's pairs, and the policy to train.
 
+    A branch has the reference of its parent, whose folder may hold the tables already.
+
     Returns: name -> float32 [pairs, 2] of (chosen, rejected), NaN for a pair in no micro-batch; and the model of the run's
-        next step: the reference itself for a fresh run, the checkpoint's model for a resumed run.
+        next step: the reference itself for a fresh run, the checkpoint's model for a resumed run or a branch.
     Raises: ValueError when the reference's configuration has changed since a resumed run began, or its weights where the run
         needs them.
     """
-    manifest, ranks = run.out / MANIFEST, run.ranks
+    ranks, before = run.ranks, _before(run)
     model: Mistral | None = None
-    known = read_json(manifest) if ranks.main and run.checkpoint is not None and manifest.is_file() else None
+    known = read_json(before / MANIFEST) if ranks.main and before and (before / MANIFEST).is_file() else None
     known = ranks.from_main(known)
     if known is None:
         model = run.load_initial_model()
@@ -69,7 +73,9 @@ def reference_tables(
     tables: dict[str, Tensor] = {}
     for name, (dataset, batches) in sets.items():
         path = cache / f"{_key(run, reference, dataset, batches)}.safetensors"
-        table = _read(path, len(dataset) // 2)
+        own = table = _read(path, len(dataset) // 2)
+        if own is None and before:
+            table = _read(before / REFERENCE / path.name, len(dataset) // 2)
         # Each rank reads for itself; if one rank lacks the table, all ranks compute it.
         if ranks.sum_(torch.tensor(float(table is None))) > 0:
             if model is None:
@@ -77,18 +83,30 @@ def reference_tables(
                 if weights_hash(model) != reference.weights:
                     raise ValueError(_changed(run, "weights"))
             table = _compute(run, model, name, dataset, batches)
-            if ranks.main and not run.settings.replay:
-                cache.mkdir(parents=True, exist_ok=True)
-                write_tensor_file(path, {"log_probs": TensorStream.of(table)})
         assert table is not None
+        if own is None and ranks.main and not run.settings.replay:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_tensor_file(path, {"log_probs": TensorStream.of(table)})
         tables[name] = table
-    if run.checkpoint is None:
+    if run.checkpoint is None and ranks.main and not run.settings.replay:
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_file(run.out / MANIFEST, json.dumps(asdict(reference)) + "\n")
+    if run.continued is None:
         assert model is not None
-        if ranks.main and not run.settings.replay:
-            run.out.mkdir(parents=True, exist_ok=True)
-            write_file(manifest, json.dumps(asdict(reference)) + "\n")
         return tables, model
+    model = None  # frees it before the policy is loaded
     return tables, run.load_model()
+
+
+def _before(run: Run) -> Path | None:
+    """The run folder that knows the reference already: the run's own, or that of a branch's parent with the same reference."""
+    if run.checkpoint is not None:
+        return run.out
+    if run.parent is None:
+        return None
+    began = read_state(Path(run.parent.checkpoint)).settings
+    same = "preference" in began and began["model"] == run.settings.model
+    return Path(run.parent.checkpoint).parent if same else None
 
 
 def _starting_model(run: Run, cache: Path) -> Mistral:

@@ -212,8 +212,8 @@ class Metrics:
         if self._skipped_in_a_row == self._facts.skip_limit:
             raise FloatingPointError(
                 f"{what}: training stopped. The weights are from before this step, and no checkpoint holds it. Resuming "
-                "would repeat it: check the data, or start a run in another out with a lower learning rate (schedule.peak), "
-                "from an earlier checkpoint if there is one"
+                "would repeat it: check the data, pass over it (optimizer.nonfinite = skip), or branch off an earlier "
+                "checkpoint (from) with a lower learning rate (schedule.peak)"
             )
 
     def _speed(self) -> Line:
@@ -315,9 +315,7 @@ class _Sink(Protocol):
 
 
 def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: SpikeLog | None) -> list[_Sink]:
-    # A fresh run evaluates before its first step: keep nothing of an earlier attempt, not even step 0.
-    kept = facts.start or -1
-    file = out / "metrics.jsonl"
+    kept, file = facts.start, out / "metrics.jsonl"
     sinks: list[_Sink] = [_JsonLines(file, kept)]
     if spikes is not None:
         sinks.append(_Spikes(spikes))

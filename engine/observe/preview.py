@@ -18,9 +18,29 @@ def describe(run: Run) -> list[str]:
         f"vocabulary {config.unpadded_vocab_size:,} pieces, {config.vocab_size:,} rows{chat}",
         f"memory     {_planned(run)}",
         *(f"data       {line}" for line in run.plan.describe(run.pack_tokens)),
-        f"schedule   {_scheduled(schedule, steps)}",
+        f"schedule   {_scheduled(schedule, steps, run.first)}",
+        *_branch(run),
+        *_trial(run),
         f"start      step {run.start} of {steps}" + (f", from {run.checkpoint}" if run.checkpoint else ""),
     ]
+
+
+def _branch(run: Run) -> list[str]:
+    """What a branch has from its parent."""
+    if run.parent is None:
+        return []
+    taken = {"the optimizer's moments": run.settings.from_optimizer, "the data order": run.settings.from_data}
+    lines = [f"branch     of {run.parent.checkpoint}, step {run.parent.step}: weights"]
+    lines += [f"{name} {'taken over' if given else 'begun anew'}" for name, given in taken.items()]
+    reference = f"; the reference is {run.settings.model}" if run.plan.paired else ""
+    return [", ".join(lines) + reference]
+
+
+def _trial(run: Run) -> list[str]:
+    if run.trial is None:
+        return []
+    steps = run.trial.state.settings["steps"]
+    return [f"trial      {run.out} holds a trial of {steps} steps that this longer run cannot continue; it moves aside"]
 
 
 def _precision(run: Run) -> str:
@@ -29,15 +49,16 @@ def _precision(run: Run) -> str:
     return f"{dtype}, FP8 products in layers {layers[0]} to {layers[-1]}," if layers else dtype
 
 
-def _scheduled(schedule: ScheduleSettings, steps: int) -> str:
-    """The learning rate's course, and whether the run ends before its warm-up does."""
-    first, last = (learning_rate(schedule, step, steps) for step in (0, steps - 1))
-    if schedule.warmup_steps > steps:
+def _scheduled(schedule: ScheduleSettings, steps: int, begin: int) -> str:
+    """The learning rate's course from step `begin` on, and whether the run ends before its warm-up does."""
+    first, last = (learning_rate(schedule, step, steps) for step in (begin, steps - 1))
+    warmed = schedule.start + schedule.warmup_steps
+    if warmed > steps:
         return (
             f"learning rate {first:.2e} to {last:.2e}: the run's {steps:,} steps end within schedule.warmup_steps = "
             f"{schedule.warmup_steps:,}, at {last / schedule.peak:.1%} of the peak; lower warmup_steps to reach it"
         )
-    warm = learning_rate(schedule, min(schedule.warmup_steps, steps - 1), steps)
+    warm = learning_rate(schedule, max(begin, min(warmed, steps - 1)), steps)
     return f"{schedule.kind}: learning rate {first:.2e}, {warm:.2e} after warm-up, {last:.2e} at last"
 
 

@@ -85,7 +85,7 @@ def _worst(documents: Sequence[_Document]) -> list[_Document]:
 
 def _heading(run: Run) -> str:
     number, older = run.settings.replay, run.settings.replay - 1 - run.start
-    where = run.checkpoint or f"{run.settings.model}, as the run began"
+    where = run.continued or f"{run.settings.model}, as the run began"
     remark = f"; they are {older} steps older than the step's own, so its loss differs" if older else ""
     return f"replay     step {number} with the weights of {where}{remark}"
 

@@ -151,11 +151,15 @@ class ScheduleSettings:
     """Steps of the warm-up."""
     final_share: float = 0.0
     """Learning rate at the end of cosine and linear, as a share of the peak."""
+    start: int = 0
+    """Step after which the schedule begins, warm-up included: a branch may give the steps after its checkpoint a schedule of
+    their own. Not above the steps that the branch's checkpoint has."""
 
     def __post_init__(self) -> None:
         check_finite("schedule.peak", self.peak, above=True, remedy=", as it is the learning rate")
-        if self.warmup_steps < 0:
-            raise ValueError(f"schedule.warmup_steps = {self.warmup_steps}: must be 0 or more")
+        for name in ("warmup_steps", "start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} = {getattr(self, name)}: must be 0 or more")
         if not 0 <= self.final_share <= 1:
             raise ValueError(f"schedule.final_share = {self.final_share}: must lie in 0 .. 1")
         if self.kind == "constant" and self.final_share:

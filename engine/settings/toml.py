@@ -9,6 +9,7 @@ incomplete draft that command-line overrides complete.
 
 import dataclasses
 import difflib
+import keyword
 import sys
 import tomllib
 import types
@@ -89,7 +90,7 @@ def _check_no_tables(settings_class: type, arguments: list[str]) -> None:
 def _check_nothing_missing(draft: Any, arguments: list[str], prog: str | None) -> None:
     """Refuse settings that neither file nor options give by one line: tyro would explain each in a box."""
     options = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
-    given = {option.partition(".")[0].replace("-", "_") for option in options}
+    given = {_field_of(option.partition(".")[0]) for option in options}
     fields = {field.name for field in dataclasses.fields(draft)}
     if "-h" in arguments or not given <= fields | {f"no_{name}" for name in fields}:
         # Help, or a misspelt option, which may be the missing one: tyro names the nearest.
@@ -276,14 +277,25 @@ def _values(settings_class: type, table: dict[str, Any], prefix: str) -> dict[st
     fields = {field.name for field in dataclasses.fields(settings_class)}
     values = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = _field_of(key)
         if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+            nearest = difflib.get_close_matches(name, map(key_of, fields), n=1, cutoff=0.0)
             raise ValueError(f"unknown key '{prefix}{key}'; the nearest known one is '{prefix}{nearest[0]}'")
         if name in values:
             raise ValueError(f"'{prefix}{name}' is given twice, spelled with - and with _")
         values[name] = _convert(hints[name], value, prefix + key)
     return values
+
+
+def key_of(field: str) -> str:
+    """The name of a field in files and options: a field that would bear a word of Python's bears it with _ behind."""
+    word = field.removesuffix("_")
+    return word if keyword.iskeyword(word) else field
+
+
+def _field_of(key: str) -> str:
+    name = key.replace("-", "_")
+    return name + "_" if keyword.iskeyword(name) else name
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -316,7 +328,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 def to_table(settings: Any) -> dict[str, Any]:
     """The settings as plain TOML values. Fields that are None are left out: TOML has no null."""
-    return dataclasses.asdict(settings, dict_factory=lambda pairs: {key: value for key, value in pairs if value is not None})
+    return dataclasses.asdict(settings, dict_factory=_table)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key_of(field): value for field, value in pairs if value is not None}
 
 
 def defaults(settings_class: type) -> dict[str, Any]:
@@ -325,7 +341,7 @@ def defaults(settings_class: type) -> dict[str, Any]:
     for field in dataclasses.fields(settings_class):
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value is not dataclasses.MISSING and value is not None:
-            table[field.name] = to_table(value) if dataclasses.is_dataclass(value) else value
+            table[key_of(field.name)] = to_table(value) if dataclasses.is_dataclass(value) else value
     return table
 
 

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from engine.settings.sections import (
     Fp8Settings,
@@ -35,7 +37,9 @@ FREE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "keep_every",
         "log",
+        "optimizer.nonfinite",
         "optimizer.offload",
+        "optimizer.skip_limit",
         "out",
         "pack_tokens",
         "parallel",
@@ -62,8 +66,16 @@ _LEAST = {
 class TrainSettings:
     """Settings that the training recipes share."""
 
-    model: PathName
-    """Run folder (its newest checkpoint), Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights."""
+    model: PathName = ""
+    """Run folder (its newest checkpoint), Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights. A
+    branch (`from`) needs none."""
+    from_: Annotated[PathName, tyro.conf.arg(name="from")] = ""
+    """Branch: start from this checkpoint of another run (or a run folder's newest), with its weights and float32 masters."""
+    from_optimizer: bool = True
+    """A branch takes over the optimizer's moments; otherwise they begin at 0."""
+    from_data: bool = True
+    """A branch goes on at the checkpoint's step: data order, noise, schedule and step numbers are those of the run that it
+    comes from. Otherwise it begins at step 0 of its own data and schedule."""
     out: PathName
     """Run folder: config.toml, metrics.jsonl, tensorboard, checkpoints."""
     sources: tuple[Source, ...]
