@@ -36,6 +36,7 @@ from kernels.attention.backends import cannot
 from kernels.attention.backward import in_one_pass
 from model.config import PRESET, MistralConfig, preset
 from model.mistral import Mistral, initial_weights
+from model.vocabulary.chat import end_id
 from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_rows
