@@ -1,4 +1,4 @@
-"""A prepared dataset: a folder of token shards, opened as memory maps.
+"""A prepared dataset: a folder of token shards, each document read when it is asked for.
 
     dataset.json      format, kind, tokenizer, counts, shards, sources, skipped records
     tokens-00000.bin  raw little-endian uint16 (vocabularies up to 65,536 pieces) or uint32, documents end to end
@@ -8,6 +8,9 @@
 
 No document crosses a shard. Kinds: "text" (every token but the first is trained on), "conversations", and "preferences", where
 document 2i is the chosen and 2i + 1 the rejected side of pair i.
+
+Documents are read by position and not mapped: mapped files would fill each rank's memory with what it has read so far. The
+system caches the files once for all ranks.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 
@@ -99,12 +103,12 @@ class TokenDataset:
         self._starts = np.zeros(documents + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._starts[1:])
         self._shard_starts = [0, *np.cumsum(shard_tokens).tolist()]
-        self._tokens: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
+        self._tokens: list[_Array] = []
+        self._trained: list[_Array] = []
         for shard, count in enumerate(shard_tokens.tolist()):
-            self._tokens.append(_map(folder / tokens_file(shard), dtype, count))
+            self._tokens.append(_Array(folder / tokens_file(shard), dtype, count))
             if self.kind != "text":
-                self._trained.append(_map(folder / trained_file(shard), np.dtype("u1"), (count + 7) // 8))
+                self._trained.append(_Array(folder / trained_file(shard), np.dtype("u1"), (count + 7) // 8))
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenDataset":
@@ -125,9 +129,9 @@ class TokenDataset:
         return len(self.lengths)
 
     def tokens(self, document: int) -> np.ndarray:
-        """The ids of one document: uint16 or uint32 [length], a read-only view of the memory map."""
+        """The ids of one document: uint16 or uint32 [length], read-only."""
         shard, start = self._locate(document)
-        return self._tokens[shard][start : start + int(self.lengths[document])]
+        return self._tokens[shard].read(start, start + int(self.lengths[document]))
 
     def trained(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Whether each of the document's tokens `start` to `stop` is trained on: bool [stop - start]."""
@@ -137,7 +141,7 @@ class TokenDataset:
             return np.ones(max(stop - start, 0), dtype=bool)
         shard, base = self._locate(document)
         first, last = base + start, base + stop
-        packed = self._trained[shard][first // 8 : (last + 7) // 8]
+        packed = self._trained[shard].read(first // 8, (last + 7) // 8)
         bits = np.unpackbits(packed, bitorder="little")
         return bits[first % 8 : first % 8 + last - first].astype(bool)
 
@@ -371,7 +375,19 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    _check_size(path, dtype.itemsize * count)
-    # A plain array: each slice of a memmap object would cost microseconds more.
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray) if count else np.empty(0, dtype=dtype)
+class _Array:
+    """A file of numbers, of which parts are read by position. Threads may read at once."""
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int) -> None:
+        _check_size(path, dtype.itemsize * count)
+        self._path, self._dtype = path, dtype
+        self._file = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self._file)
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """The numbers `first` to `stop`, read-only. Raises: ValueError where the file has been cut since it was opened."""
+        size = max(0, stop - first) * self._dtype.itemsize
+        data = os.pread(self._file, size, first * self._dtype.itemsize)
+        if len(data) < size:
+            raise ValueError(f"{self._path}: cut short while it was being read; restore it and start again")
+        return np.frombuffer(data, dtype=self._dtype)
