@@ -47,7 +47,8 @@ def _attention(direction: str, wide: Grid, narrow: Grid) -> Search:
     """Programs of 128 rows have 8 warps, programs of 64 rows 4; with and without descriptors."""
     both: Grid = {"descriptors": (False, True)}
     grids = ({"rows": (128,), "warps": (8,), **wide, **both}, {"rows": (64,), "warps": (4,), **narrow, **both})
-    return Search("sliding_window_attention", direction, grids)
+    pairs: Grid = {"warpgroups": (True,), "rows": (64,), "block": (64, 128), "stages": (2, 3)}
+    return Search("sliding_window_attention", direction, (*grids, pairs) if direction == "forward" else grids)
 
 
 _STREAMED: Grid = {"block": (512, 1024, 2048, 4096), "warps": (2, 4, 8)}

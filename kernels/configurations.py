@@ -18,6 +18,7 @@ class Configuration:
     programs: int = 0  # programs for each multiprocessor, for a kernel whose programs walk through the rows
     stages: int = 1  # loads in flight of a loop with matrix products
     descriptors: bool = False  # whether the chip's tensor memory accelerator (TMA) reads the rows
+    warpgroups: bool = False  # attention's forward: by `kernels.attention.warpgroups` where it can; never measured so far
     passes: int = 1  # of attention's backward; 2: by "attention_queries" and "attention_keys"
 
     def whole_row(self, width: int) -> tuple[int, int]:

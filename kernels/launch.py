@@ -79,6 +79,7 @@ def launch(
     warps: int,
     stages: int = 1,
     fusion: bool = True,
+    registers: int | None = None,
     **constants: Any,
 ) -> None:
     """Start a kernel on the current stream of `device`, without waiting for it. An empty grid starts nothing.
@@ -88,12 +89,16 @@ def launch(
         arguments: of the kernel, in its order.
         warps, stages: warps of a program, and loads in flight of a loop with matrix products.
         fusion: whether a product and a sum may share one rounding. It is always given, because Triton's default has changed.
+        registers: most registers of a thread; default: as many as it takes.
         constants: the kernel's `tl.constexpr` arguments.
     """
     if 0 in grid:
         return
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    if registers is not None:
+        options["maxnreg"] = registers
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[tuple(grid)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
+        kernel[tuple(grid)](*arguments, **constants, **options)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The backward pass rotates by the negative angle.
 Shapes: T tokens, S heads of a packed query-key-value row (H query, K key, K value), E head size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -129,10 +130,13 @@ def _rotate_back_codes(
     grad_query_THE: Tensor, grad_key_TKE: Tensor, grad_value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
 ) -> tuple[Tensor, Tensor]:
     query_THE, key_TKE, value_TKE = map(unit_stride, (grad_query_THE, grad_key_TKE, grad_value_TKE))
-    given, heads = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE)
     half = cos_TE.shape[1]
-    width = sum(heads.values()) * half
-    return launch_rows(_codes_kernel, given, query_THE, width, chosen="rotary_codes", parts=2, **heads, HALF=half)
+    heads = query_THE.shape[1] + key_TKE.shape[1] + value_TKE.shape[1]
+    strides = (2 * half * heads, 2 * half)
+    given, constants = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, strides, back=True)
+    return launch_rows(
+        _rotary_kernel, given, query_THE, heads * half, chosen="rotary_codes", parts=2, ROWS=1, CODES=True, **constants
+    )
 
 
 def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
@@ -143,21 +147,20 @@ def _packed(query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor) -> Tensor:
 
 
 def _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE, *, back) -> None:
-    given, heads = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE)
+    given, constants = _arguments(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE.stride()[:2], back=back)
     tokens, half = cos_TE.shape
     config = configuration("rotary", out_TSE.device)
     launch(
         _rotary_kernel,
-        (triton.cdiv(tokens * sum(heads.values()), config.rows),),
+        (triton.cdiv(tokens * sum(part.shape[1] for part in (query_THE, key_TKE, value_TKE)), config.rows),),
         *given,
         out_TSE,
-        tokens,
-        *out_TSE.stride()[:2],
-        **heads,
-        HALF=half,
+        cos_TE,
+        WIDTH=half,
         BLOCK=triton.next_power_of_2(half),
         ROWS=config.rows,
-        BACK=back,
+        CODES=False,
+        **constants,
         device=out_TSE.device,
         warps=config.warps,
         fusion=False,  # as in `launch_rows`
@@ -165,16 +168,23 @@ def _launch(query_THE, key_TKE, value_TKE, cos_TE, sin_TE, out_TSE, *, back) -> 
 
 
 def _arguments(
-    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, cos_TE: Tensor, sin_TE: Tensor
+    query_THE: Tensor,
+    key_TKE: Tensor,
+    value_TKE: Tensor,
+    cos_TE: Tensor,
+    sin_TE: Tensor,
+    out_strides: Sequence[int],  # elements from token to token, from head to head
+    *,
+    back: bool,
 ) -> tuple[tuple[Tensor | int, ...], dict[str, int]]:
-    """(first arguments, constants) of both kernels."""
+    """(first arguments of the kernel, constants)."""
     tokens, _, size = query_THE.shape
     parts = {"QUERY_HEADS": query_THE, "KEY_HEADS": key_TKE, "VALUE_HEADS": value_TKE}
     assert query_THE.dtype == key_TKE.dtype == value_TKE.dtype
     assert cos_TE.shape == sin_TE.shape == (tokens, size // 2), f"table {list(cos_TE.shape)} of {list(query_THE.shape)}"
-    strides = [stride for part in parts.values() for stride in part.stride()[:2]]
-    given: list[Tensor | int] = [*parts.values(), cos_TE.contiguous(), sin_TE.contiguous(), *strides]
-    return tuple(given), {name: part.shape[1] for name, part in parts.items()}
+    strides = [*(stride for part in parts.values() for stride in part.stride()[:2]), *out_strides]
+    given: list[Tensor | int] = [*parts.values(), cos_TE.contiguous(), sin_TE.contiguous(), tokens, *strides]
+    return tuple(given), {name: part.shape[1] for name, part in parts.items()} | {"HALF": size // 2, "BACK": back}
 
 
 @_rotate_.register_fake
@@ -204,31 +214,48 @@ def _turned(heads_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads_THE.dtype)
 
 
-@triton.jit
-def _rotated(
+@triton.jit(do_not_specialize=["tokens"])
+def _rotary_kernel(
     query,  # [tokens, QUERY_HEADS, 2 HALF]
     key,  # [tokens, KEY_HEADS, 2 HALF]
     value,  # [tokens, VALUE_HEADS, 2 HALF]
     cos,  # [tokens, HALF] float32
     sin,  # [tokens, HALF] float32
+    tokens,
     query_token_stride,  # elements from token to token
     query_head_stride,  # elements from head to head
     key_token_stride,
     key_head_stride,
     value_token_stride,
     value_head_stride,
-    token,
-    head,
-    column,  # of the pair
-    inside,
+    out_token_stride,
+    out_head_stride,
+    out,  # [tokens, QUERY_HEADS + KEY_HEADS + VALUE_HEADS, 2 HALF], or its codes if CODES
+    scale,  # [tokens] float32, written if CODES
+    WIDTH: tl.constexpr,  # pairs of a row: a row is one head of one token, or one token if CODES
+    BLOCK: tl.constexpr,  # WIDTH up to a power of two
     QUERY_HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     VALUE_HEADS: tl.constexpr,
     HALF: tl.constexpr,  # pairs of a head
+    ROWS: tl.constexpr,  # rows of a program; 1 if CODES
     BACK: tl.constexpr,  # whether to rotate by the negative angle
+    CODES: tl.constexpr,
 ):
-    """(first, second) of pairs, rotated in float32; 0 outside. Shapes broadcast."""
     ROTATED: tl.constexpr = QUERY_HEADS + KEY_HEADS
+    HEADS: tl.constexpr = QUERY_HEADS + KEY_HEADS + VALUE_HEADS
+    if CODES:
+        token = tl.program_id(0).to(tl.int64)
+        pair = tl.arange(0, BLOCK)
+        head = (pair // HALF).to(tl.int64)
+        column = pair % HALF
+        inside = pair < WIDTH
+    else:
+        row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        token = row // HEADS
+        head = row % HEADS
+        column = tl.arange(0, BLOCK)[None, :]
+        inside = (token < tokens) & (column < WIDTH)
     source = query + token * query_token_stride + head * query_head_stride
     if KEY_HEADS > 0:
         keys = key + token * key_token_stride + (head - QUERY_HEADS) * key_head_stride
@@ -246,118 +273,13 @@ def _rotated(
     if BACK:
         s = -s
     # Values are selected, not rotated by 0: an infinite value must not spread to its pair.
-    return tl.where(rotated, first * c - second * s, first), tl.where(rotated, second * c + first * s, second)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _rotary_kernel(
-    query,  # this and the next arguments: see `_rotated`
-    key,
-    value,
-    cos,
-    sin,
-    query_token_stride,
-    query_head_stride,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    out,  # [tokens, QUERY_HEADS + KEY_HEADS + VALUE_HEADS, 2 HALF]
-    tokens,
-    out_token_stride,
-    out_head_stride,
-    QUERY_HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    VALUE_HEADS: tl.constexpr,
-    HALF: tl.constexpr,  # pairs of a head
-    BLOCK: tl.constexpr,  # HALF up to a power of two
-    ROWS: tl.constexpr,  # rows of a program: a row is one head of one token
-    BACK: tl.constexpr,  # whether to rotate by the negative angle
-):
-    HEADS: tl.constexpr = QUERY_HEADS + KEY_HEADS + VALUE_HEADS
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    token = row // HEADS
-    head = row % HEADS
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (token < tokens) & (column < HALF)
-    first, second = _rotated(
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        query_token_stride,
-        query_head_stride,
-        key_token_stride,
-        key_head_stride,
-        value_token_stride,
-        value_head_stride,
-        token,
-        head,
-        column,
-        inside,
-        QUERY_HEADS,
-        KEY_HEADS,
-        VALUE_HEADS,
-        HALF,
-        BACK,
-    )
-    written = out + (token * out_token_stride + head * out_head_stride) + column
-    tl.store(written, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(written + HALF, second.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _codes_kernel(
-    query,  # this and the next arguments: see `_rotated`
-    key,
-    value,
-    cos,
-    sin,
-    query_token_stride,
-    query_head_stride,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    code,  # [tokens, 2 WIDTH]
-    scale,  # [tokens] float32
-    WIDTH: tl.constexpr,  # pairs of a row
-    BLOCK: tl.constexpr,  # WIDTH up to a power of two
-    QUERY_HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    VALUE_HEADS: tl.constexpr,
-    HALF: tl.constexpr,  # pairs of a head
-):
-    """Codes of one token's rows, rotated back."""
-    token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, BLOCK)
-    head = pair // HALF
-    column = pair % HALF
-    inside = pair < WIDTH
-    first, second = _rotated(
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        query_token_stride,
-        query_head_stride,
-        key_token_stride,
-        key_head_stride,
-        value_token_stride,
-        value_head_stride,
-        token,
-        head,
-        column,
-        inside,
-        QUERY_HEADS,
-        KEY_HEADS,
-        VALUE_HEADS,
-        HALF,
-        True,
-    )
-    # Codes are made of rounded values: the same codes as in a pass of their own.
-    first = first.to(query.dtype.element_ty).to(tl.float32)
-    second = second.to(query.dtype.element_ty).to(tl.float32)
-    store_two_parts(first, second, code + token * 2 * WIDTH, scale + token, head * 2 * HALF + column, inside, HALF)
+    turned_first = tl.where(rotated, first * c - second * s, first).to(query.dtype.element_ty)
+    turned_second = tl.where(rotated, second * c + first * s, second).to(query.dtype.element_ty)
+    written = out + token * out_token_stride
+    place = head * out_head_stride + column
+    if CODES:
+        # Of rounded values: the same codes as in a pass of their own.
+        store_two_parts(turned_first.to(tl.float32), turned_second.to(tl.float32), written, scale + token, place, inside, HALF)
+    else:
+        tl.store(written + place, turned_first, mask=inside)
+        tl.store(written + place + HALF, turned_second, mask=inside)

@@ -25,6 +25,7 @@ from kernels.attention.tiles import (
     store_rows,
     within,
 )
+from kernels.configurations import configuration
 
 
 def attention_forward(
@@ -45,6 +46,13 @@ def attention_forward(
     tokens, heads, size = query_THE.shape
     out_THE = torch.empty((tokens, heads, size), dtype=query_THE.dtype, device=query_THE.device)
     log_sum_exp_HT = torch.empty((heads, tokens), dtype=torch.float32, device=query_THE.device)
+    if configuration("attention_forward", work.device).warpgroups:
+        from kernels.attention import warpgroups  # imports experimental parts of Triton, which few runs need
+
+        if warpgroups.can_run(query_THE, key_TKE, value_TKE, tile):
+            lists = (work, query_tiles, query_tiles + key_tiles, window, tile)
+            warpgroups.forward_by_warpgroups(query_THE, key_TKE, value_TKE, *lists, out_THE, log_sum_exp_HT)
+            return out_THE, log_sum_exp_HT
     launch_tiles(
         _forward_kernel,
         "attention_forward",

@@ -59,7 +59,7 @@ def launch_tiles(
     rows, parts = rows_and_parts(tile, config)
     by_tile = [heads_side_by_side(tensor) for tensor in by_tile]
     by_block = [heads_side_by_side(tensor) for tensor in by_block]
-    described = config.descriptors and not blocks_by_pointer and all(_describable(tensor) for tensor in by_block)
+    described = config.descriptors and not blocks_by_pointer and all(describable(tensor) for tensor in by_block)
     (tokens, heads, size), others = by_tile[0].shape, by_block[0].shape[1]
     launch(
         kernel,
@@ -94,7 +94,7 @@ def rows_and_parts(tile: int, config: Configuration) -> tuple[int, int]:
     return rows, whole // rows
 
 
-def _describable(tensor: Tensor) -> bool:
+def describable(tensor: Tensor) -> bool:
     """Whether TMA can read [T, heads, E] as a matrix of T rows: aligned rows, and heads as wide as a kernel's tile."""
     tokens, _, size = tensor.shape
     aligned = tensor.stride(0) * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0

@@ -15,6 +15,7 @@ from kernels.attention import backward as attention_backward
 from kernels.attention import decode as attention_decode
 from kernels.attention import decode_rows as attention_decode_rows
 from kernels.attention import forward as attention_forward
+from kernels.configurations import TABLES, Configuration
 from model.config import preset
 
 CONFIG = preset("shisa-7b")
@@ -60,6 +61,12 @@ def work(tokens):
 
 def attention(dtype, tokens):
     attention_forward.attention_forward(*packed(dtype, tokens), *work(tokens))
+
+
+def attention_by_warpgroups(dtype, tokens):
+    entry = Configuration(rows=64, block=128, stages=2, warpgroups=True)
+    with patch.dict(TABLES[90], attention_forward=entry):
+        attention(dtype, tokens)
 
 
 def attention_gradients(*, passes) -> Launch:
@@ -302,6 +309,7 @@ ALL: dict[str, Launch] = (
         "adamw, float32 gradients": adamw_update(BF16, FP32, FP32),
         "adamw, all float32": adamw_update(FP32, FP32, FP32),
         "attention, gradients in one pass": attention_gradients(passes=1),
+        "attention by warpgroups": attention_by_warpgroups,
         "attention, a few new tokens": decode(20),
         "embedding without noise": plain_embedding,
         "norm": norm,

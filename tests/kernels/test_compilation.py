@@ -36,7 +36,7 @@ SPILLS = {
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
     SPILLS |= {(80, "query_kernel"): 32, (90, "query_kernel"): 72, (90, "key_kernel"): 24}
 # Launches that are made for one chip (`kernels.configurations` says why).
-ONLY = {"attention, gradients in one pass": 90}
+ONLY = {"attention, gradients in one pass": 90, "attention by warpgroups": 90}
 # The instructions of warpgroups' matrix products that a kernel with products must have on these chips: wgmma and tcgen05.
 PRODUCTS = {90: "HGMMA", 100: "UTCHMMA"}
 # Kernels whose tiles may have fewer rows than these instructions take: their cost is reading, not computing.
@@ -114,7 +114,11 @@ def test_kernels_compile_once_without_spills_and_load_16_bytes_at_once(name, chi
         wide = [load for load in loads if load.startswith("ld") and load.endswith(("v4.b32", "v8.b32", "v2.b64", "v4.b64"))]
         copied = "cp.async.bulk.tensor" in binary.asm["ptx"] or "cp.async.cg" in binary.asm["ptx"]
         assert wide or copied or title in NARROW, f"{title} loads {dict(loads)}: nothing 16 bytes wide"
-        if "tt.dot" in binary.asm["ttir"] and chip in PRODUCTS and title not in FEW_ROWS:
+        if (
+            ("tt.dot" in binary.asm.get("ttir", "") or "warp_group_dot" in binary.asm["ttgir"])
+            and chip in PRODUCTS
+            and title not in FEW_ROWS
+        ):
             assert usage[PRODUCTS[chip]], f"{title} has no {PRODUCTS[chip]} instructions"
 
 

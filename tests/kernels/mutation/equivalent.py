@@ -113,14 +113,15 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)": _PROMOTED,
     },
     "rotary": {
-        "_rotated: tl.load(given, mask=inside, other=0.0).to(tl.float32) -> tl.load(given, mask=inside, other=0.0)": _PROMOTED,
-        "_rotated: tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32) -> "
+        "_rotary_kernel: tl.load(given, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(given, mask=inside, other=0.0)": _PROMOTED,
+        "_rotary_kernel: tl.load(given + HALF, mask=inside, other=0.0).to(tl.float32) -> "
         "tl.load(given + HALF, mask=inside, other=0.0)": _PROMOTED,
-        "_rotated: if KEY_HEADS > 0: -> if True:": _QUICKER,
-        "_rotated: KEY_HEADS > 0 -> KEY_HEADS >= 0": _QUICKER,
-        "_rotated: if VALUE_HEADS > 0: -> if True:": _QUICKER,
-        "_rotated: VALUE_HEADS > 0 -> VALUE_HEADS >= 0": _QUICKER,
-        "_rotated: tl.load(cos + angle, mask=rotated, other=1.0) -> tl.load(cos + angle, mask=rotated, other=0)": _HIDDEN,
+        "_rotary_kernel: if KEY_HEADS > 0: -> if True:": _QUICKER,
+        "_rotary_kernel: KEY_HEADS > 0 -> KEY_HEADS >= 0": _QUICKER,
+        "_rotary_kernel: if VALUE_HEADS > 0: -> if True:": _QUICKER,
+        "_rotary_kernel: VALUE_HEADS > 0 -> VALUE_HEADS >= 0": _QUICKER,
+        "_rotary_kernel: tl.load(cos + angle, mask=rotated, other=1.0) -> tl.load(cos + angle, mask=rotated, other=0)": _HIDDEN,
     },
     "row_log_prob": {
         "_move_kernel: x.to(tl.float32) -> x": _PROMOTED,
