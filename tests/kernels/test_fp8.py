@@ -15,6 +15,7 @@ from kernels.fp8 import Codes, column_codes, matrix_codes, row_codes, shifted_co
 from kernels.launch import INTERPRETED
 from kernels.rotary import rotary_table, rotate_back, rotate_back_codes
 from tests.kernels.error_rule import far_apart, random
+from tests.kernels.last_program import launch_last_program, vast
 
 EPS = 1e-5
 
@@ -333,6 +334,20 @@ def test_offsets_may_exceed_31_bits(triton_device):
         assert same(rotate_back_codes(*given, table), expected)
     grad, far_grad = hidden[:, :16], far[:, :16]
     assert same(products.swiglu_backward_codes(far, far_grad), products.swiglu_backward_codes(hidden, grad))
+
+
+def test_codes_may_exceed_31_bits(triton_device, monkeypatch):
+    """17 rows of 2^27 codes: both offsets of the last tile, in the codes and in the transposed codes, pass 2^31."""
+    monkeypatch.setattr(fp8, "launch", launch_last_program)
+    tokens, width = 17, 2**27
+    end = row_codes(random(tokens, 16, dtype=torch.float32, device=triton_device, seed=0)).code_TK.view(torch.uint8)
+    code = vast(tokens * width, torch.uint8, triton_device).view(tokens, width)
+    code[:, -16:] = end
+    scale = torch.ones(tokens, device=triton_device)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    shifted, _ = shifted_columns(Codes(code.view(fp8.E4M3), scale), scale)
+    assert torch.equal(shifted[-16:, :tokens].view(torch.uint8), end.T)
+    assert not shifted[-16:, tokens:].float().any()
 
 
 def test_custom_operators_pass_torchs_checks(triton_device):

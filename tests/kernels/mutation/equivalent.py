@@ -6,6 +6,7 @@ _QUICKER = "the condition only saves time: without it the masks give the same"
 _WIDENED = "the value lies within a row, which fits 32 bits, and the operand that it is added to has 64"
 _FEW_SPLITS = "splits times rows is at most the rows of all programs that a chip runs at once, which fits 32 bits"
 _ZEROS = "the rows behind the range's end are zeros, whatever their weight"
+_NO_ROWS = "the rows behind the last are zeros, whatever their scale"
 _HIDDEN = "the value is never stored, or is replaced where it is masked"
 _MASKED = "the bound only decides which blocks are masked: those that it moves are masked needlessly, and give the same"
 _MORE = "the tokens that the bound adds are masked"
@@ -92,6 +93,15 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "tl.load(sorted_tokens + at, mask=same, other=-1) == token": "a masked load gives -1, which is no token",
         "_backward_kernel: tl.load(sorted_tokens + at, mask=same, other=-1) -> "
         "tl.load(sorted_tokens + at, mask=same, other=0)": _HIDDEN,
+    },
+    "fp8": {
+        "inverse_of: bits < 2139095040 -> bits <= 2139095040": "a scale is a power of two or NaN, never infinity",
+        "_column_kernel: tl.load(value + at * value_stride + column[None, :], mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(value + at * value_stride + column[None, :], mask=inside, other=0.0)": _PROMOTED,
+        "_column_kernel: tl.load(scale + row, mask=row < tokens, other=1.0) -> "
+        "tl.load(scale + row, mask=row < tokens, other=0)": _NO_ROWS,
+        "_shift_kernel: tl.load(code + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)"
+        ".to(tl.float32) -> tl.load(code + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)": _PROMOTED,
     },
     "gradient_norm": {
         "_sum_squares_kernel: if (block + 1) * BLOCK <= elements: -> if False:": _QUICKER,
