@@ -101,7 +101,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_column_kernel: tl.load(scale + row, mask=row < tokens, other=1.0) -> "
         "tl.load(scale + row, mask=row < tokens, other=0)": _NO_ROWS,
         "_shift_kernel: tl.load(code + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)"
-        ".to(tl.float32) -> tl.load(code + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)": _PROMOTED,
+        ".to(tl.float32) -> tl.load(code + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=inside, "
+        "other=0.0)": _PROMOTED,
     },
     "gradient_norm": {
         "_sum_squares_kernel: if (block + 1) * BLOCK <= elements: -> if False:": _QUICKER,
@@ -109,6 +110,18 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_total_kernel: tl.sqrt(tl.sum(total, axis=0)).to(tl.float32) -> tl.sqrt(tl.sum(total, axis=0))": _STORED,
     },
     "rms_norm": {
+        "_columns_kernel: tl.load(total + row.to(tl.int64)[:, None] * total_stride + column[None, :], mask=inside, other=0.0)"
+        ".to(tl.float32) -> tl.load(total + row.to(tl.int64)[:, None] * total_stride + column[None, :], mask=inside, "
+        "other=0.0)": _PROMOTED,
+        "_columns_kernel: tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32) -> "
+        "tl.load(weight + column, mask=column < WIDTH, other=0.0)": _PROMOTED,
+        "_columns_kernel: (x * s[:, None] * w[None, :]).to(total.dtype.element_ty).to(tl.float32) -> "
+        "(x * s[:, None] * w[None, :]).to(total.dtype.element_ty)": _PROMOTED,
+        "_columns_kernel: tl.load(code_scale + row, mask=row < tokens, other=1.0) -> "
+        "tl.load(code_scale + row, mask=row < tokens, other=0)": _NO_ROWS,
+        "_backward_kernel: program.to(tl.int64) -> program": (
+            "a chip runs a few hundred programs, whose sums of one row each fit 32 bits"
+        ),
         "_backward_kernel: tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) -> "
         "tl.load(weight + column, mask=inside, other=0.0)": _PROMOTED,
         "_backward_kernel: tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32) -> "
@@ -141,6 +154,18 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "tl.load(logits + column, mask=column < COLUMNS, other=0)": _HIDDEN,
     },
     "swiglu": {
+        "_codes_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside, other=0.0)": _PROMOTED,
+        "_codes_kernel: tl.load(gate_up + row * row_stride + column, mask=inside, other=0.0) -> "
+        "tl.load(gate_up + row * row_stride + column)": (
+            "behind the gate stands the same row's up: it meets an up of 0, and where it is not finite, the row is NaN anyway"
+        ),
+        "_columns_kernel: tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32) -> "
+        "tl.load(at + WIDTH, mask=inside, other=0.0)": _PROMOTED,
+        "_columns_kernel: (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty).to(tl.float32) -> "
+        "(gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)": _PROMOTED,
+        "_columns_kernel: tl.load(scale + row, mask=row < tokens, other=1.0) -> "
+        "tl.load(scale + row, mask=row < tokens, other=0)": _NO_ROWS,
         "_backward_kernel: tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside).to(tl.float32) -> "
         "tl.load(gate_up + row * row_stride + WIDTH + column, mask=inside)": _PROMOTED,
         "_backward_kernel: tl.load(grad + row * grad_stride + column, mask=inside).to(tl.float32) -> "
