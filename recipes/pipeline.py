@@ -12,10 +12,12 @@ Under torchrun all ranks train; the other stages run on rank 0 while the others 
 import dataclasses
 import gc
 import os
+import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -69,6 +71,8 @@ def run(
     Raises: ValueError naming every mistake before anything starts, or the stale stages; what a stage raises. SystemExit with
         the status of a training stage that a signal stopped.
     """
+    if settings.out:
+        start = f"{start} --out {shlex.quote(settings.out)}"
     chain, mistakes = read_chain(settings.stages, root=settings.root, out=settings.folder, options=options or {})
     if not mistakes:
         chain.called([*settings.from_], "--from")
@@ -201,6 +205,9 @@ def _terminated() -> Iterator[None]:
     def end(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
@@ -234,8 +241,9 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[s
 
 def main(argv: Sequence[str] | None = None) -> None:
     own, options = split_options(sys.argv[1:] if argv is None else argv)
-    files: Collection[str] = [argument for argument in own if argument.endswith(".toml")]
-    command(PipelineSettings, partial(run, options=options, start=" ".join([PROG, *files])), own, PROG)
+    given = [f"--{name}.{part[2:]}" if part.startswith("--") else part for name, parts in options.items() for part in parts]
+    start = shlex.join([*(argument for argument in own if argument.endswith(".toml")), *given])
+    command(PipelineSettings, partial(run, options=options, start=f"{PROG} {start}"), own, PROG)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from engine.data.sources import HUB, check_hub_access
 from engine.estimate.devices import DEVICES
 from kernels import padded_to_tiles
 from model.config import PRESET, MistralConfig, preset, read_config
-from model.hub import check_access
+from model.hub import check_access, hub_repository
 from recipes.chain.markers import Markers
 from recipes.chain.stages import Chain, Stage
 from recipes.chain.staleness import Verdict, judge, refusal
@@ -117,7 +117,7 @@ class _Checker:
         elif path.startswith(HUB):
             check_hub_access(path)
             self.say(f"    {path}: the hub gives it")
-        else:
+        elif hub_repository(path):
             check_access(path)
             self.say(f"    {path}: the hub gives it, or it lies in the cache")
 

@@ -129,10 +129,10 @@ class Markers:
         ]
         now = self.inputs(stage)
         for name in sorted({*now, *marker.inputs}):
-            found += _changes_of_input(name, marker.inputs.get(name), now.get(name))
+            found += _changes_of_input(stage, name, marker.inputs.get(name), now.get(name))
         outputs = self.outputs(stage) if marker.state == "done" else {}
         for name in sorted({*outputs, *marker.outputs}):
-            found += _changes_of_output(name, marker.outputs.get(name), outputs.get(name))
+            found += _changes_of_output(stage, name, marker.outputs.get(name), outputs.get(name))
         return found
 
     def has_begun(self, stage: Stage) -> bool:
@@ -160,7 +160,11 @@ def _shown(value: Any) -> str:
     return "left out" if value is None else repr(value)
 
 
-def _changes_of_input(name: str, before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+# A path of this machine with its content (`Contents.of`), or a name on the hub with None.
+_Entry = dict[str, Any]
+
+
+def _changes_of_input(stage: Stage, name: str, before: _Entry | None, now: _Entry | None) -> list[str]:
     if before is None or now is None:
         path = (now or before or {})["path"]
         return [f"{name} = {path!r} is {'new' if before is None else 'left out'}"]
@@ -169,15 +173,15 @@ def _changes_of_input(name: str, before: dict[str, Any] | None, now: dict[str, A
         if differing is None:
             return []
         if before["path"] == now["path"]:
-            return [f"{now['path']} changed ({name}): {differing}"]
+            return [f"{stage.as_now(now['path'])} changed ({name}): {differing}"]
     return [f"{name} = {now['path']!r}, was {before['path']!r}"] if before["path"] != now["path"] else []
 
 
-def _changes_of_output(name: str, before: dict[str, Any] | None, now: dict[str, Any] | None) -> list[str]:
+def _changes_of_output(stage: Stage, name: str, before: _Entry | None, now: _Entry | None) -> list[str]:
     if before is None or now is None or before["path"] != now["path"]:
-        return [f"{name} = {now and now['path']!r}, was {before and before['path']!r}"]
+        return [f"{name} = {_shown(now and now['path'])}, was {_shown(before and before['path'])}"]
     differing = difference(before["files"], now["files"]) if now["files"] is not None else None
-    return [f"{now['path']} was changed after the stage had made it: {differing}"] if differing else []
+    return [f"{stage.as_now(now['path'])} was changed after the stage had made it: {differing}"] if differing else []
 
 
 def _move_aside(path: Path) -> None:

@@ -292,7 +292,8 @@ def test_options_reach_their_stage(finished):
     said = refused("--sft.steps", "1", "--pretrain.schedule.peak", "0.002")
     assert "pretrain: schedule.peak = 0.002, was 0.003" in said
     assert "sft: steps = 1, was 2" in said
-    assert "--from pretrain sft" in said
+    # The remedy is a command that can be copied.
+    assert "chain.toml --sft.steps 1 --pretrain.schedule.peak 0.002 --from pretrain sft" in said
 
 
 def test_a_dry_run_writes_nothing_and_shows_memory_and_disk_of_stages_whose_model_is_not_there_yet(chain, capsys):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.settings.sections import LogSettings, OptimizerSettings, PreferenceSettings, ScheduleSettings, Source
-from engine.settings.toml import from_table, parse, read_toml, to_toml
+from engine.settings.toml import from_table, named, parse, read_toml, to_toml
 from engine.settings.training import TrainSettings
 from recipes.chat import ChatSettings
 from recipes.dpo import DpoSettings
@@ -366,3 +366,13 @@ def test_a_list_of_tables_as_an_option_is_refused_in_one_line(tmp_path):
     path = written(tmp_path, BASE + SOURCE)
     with pytest.raises(SystemExit, match=r"^error: --sources: add sources in the TOML file, each as a table"):
         parse(PretrainSettings, [str(path), "--sources", "data/x"])
+
+
+def test_every_value_has_a_dotted_name_and_paths_are_told_apart():
+    found = {name: (value, is_path) for name, value, is_path in named(PretrainSettings(**TRAIN, heldout=("a", "b"), steps=3))}
+    assert found["sources.0.path"] == ("data/en", True)
+    assert found["sources.0.share"] == (0.25, False)
+    assert found["heldout.1"] == ("b", True)
+    assert found["schedule.peak"] == (ScheduleSettings().peak, False)
+    assert found["steps"] == (3, False)
+    assert "epochs" not in found
