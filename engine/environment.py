@@ -67,6 +67,24 @@ def use_deterministic_algorithms() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def host_memory() -> tuple[int, int]:
+    """Bytes of the host's memory: all, and available now, within the limit of this container; 0 where unknown."""
+    table = {}
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            table[name] = 1024 * int(value.split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0, 0
+    total, available = table.get("MemTotal", 0), table.get("MemAvailable", 0)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return total, available
+    return min(total, limit), min(available, max(0, limit - used))
+
+
 def nvidia_driver() -> str | None:
     """Version of the loaded NVIDIA kernel driver, None without a driver."""
     try:

@@ -23,9 +23,11 @@ from engine.distributed.sharding import reduce_after
 from engine.distributed.stop import NAMES, Interruption
 from engine.estimate.flops import peak_flops, product_ceiling, recomputed_flops, step_flops
 from engine.objectives import Objective
-from engine.objectives.heldout import Evaluation, evaluate
+from engine.objectives.heldout import Evaluation
+from engine.observe.evaluating import Extras, Signs, examine
 from engine.observe.lineage import begin_log
-from engine.observe.metrics import Metrics, RunFacts, StepRecord, was_evaluated
+from engine.observe.logged import was_evaluated
+from engine.observe.metrics import Metrics, RunFacts, StepRecord
 from engine.observe.profile import OPTIMIZER
 from engine.observe.spikes import SpikeLog
 from engine.observe.watch import Watch
@@ -36,6 +38,7 @@ from engine.settings.toml import to_table, to_toml
 from model.folder import write_file
 from model.mistral import Mistral
 
+NOTHING_MORE = Extras()
 # Exit status after a signal, by the shell's convention: this plus the signal's number.
 STOPPED = 128
 
@@ -82,7 +85,13 @@ def accumulate(model: Mistral, objective: Objective, step: Step) -> dict[str, Te
 
 
 @lost_ranks_named()
-def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[Evaluation] = ()) -> Path:
+def train(
+    run: Run,
+    model: Mistral,
+    objective: Objective,
+    evaluations: Sequence[Evaluation] = (),  # held-out sets
+    extras: Extras = NOTHING_MORE,  # what an evaluation does beside them
+) -> Path:
     """Train from the run's first step, or from where its checkpoint ended, to the last.
 
     Returns: the folder of the last checkpoint.
@@ -130,12 +139,15 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
 
         def evaluated(done: int) -> bool:
             """Evaluate. Returns: False where a signal came meanwhile, so that nothing is logged."""
-            values = evaluate(model, evaluations, run.ranks, watch.alive, interruption.stopping)
-            if values is not None:
-                metrics.evaluation(done, values)
-            return values is not None
+            metrics.flush()
+            found = examine(model, run.ranks, evaluations, extras, signs)
+            if found is not None:
+                metrics.evaluation(done, *found)
+            return found is not None
 
-        if evaluations and _evaluate_first(run) and not evaluated(run.start):
+        signs = Signs(watch.alive, interruption.stopping, metrics.message)
+        evaluates = bool(evaluations or extras)
+        if evaluates and _evaluate_first(run) and not evaluated(run.start):
             number = interruption.answer().stop
             metrics.message(f"stopped by {NAMES[number]} after step {run.start}, before anything was trained")
             raise SystemExit(STOPPED + number)
@@ -146,7 +158,7 @@ def train(run: Run, model: Mistral, objective: Objective, evaluations: Sequence[
                 values = train_step(model, objective, optimizer, step, rate, watch.ranks)
             metrics.step(record_of(run, step, rate, values, waited))
             whole = True
-            if evaluations and (done == steps or _due(done, settings.evaluate_every)):
+            if evaluates and (done == steps or _due(done, settings.evaluate_every)):
                 whole = evaluated(done)
             wishes = interruption.answer()
             again = saving.due_again(wishes.failed)
@@ -205,6 +217,7 @@ def record_of(run: Run, step: Step, rate: float, values: dict[str, Tensor], wait
         trained_tokens=step.trained,
         flops=step_flops(run.config, step, len(run.fp8_layers)),
         data_wait=waited,
+        epoch=run.plan.epoch(step.index + 1),
         tokens_saved=step.tokens_saved if run.plan.share_prompts else None,
         recomputed_flops=recomputed_flops(
             run.config,

@@ -28,7 +28,7 @@ from engine.distributed.sharding import first_row, local, shard
 from engine.environment import choose_device, choose_dtype, use_deterministic_algorithms
 from engine.estimate.memory import MemoryPlan, Training, plan
 from engine.inputs import check_writable, config_of, folder_of, named_folder, open_dataset, tokenizer_of
-from engine.observe.metrics import check_wandb
+from engine.observe.sinks import check_wandb
 from engine.precision import check_fp8, fp8_layers
 from engine.settings.toml import to_table
 from engine.settings.training import TrainSettings
@@ -105,17 +105,22 @@ class Run:
     @cached_property
     def planned(self) -> MemoryPlan:
         """The largest memory plan of this rank over a sample of the run's steps."""
+        return max((plan(training) for training in self.trainings), key=lambda found: found.peak)
+
+    @cached_property
+    def trainings(self) -> list[Training]:
+        """What the memory of this rank's micro-batches depends on, over a sample of the run's steps."""
         last = self.plan.steps - 1
         start = min(self.start, last)
-        plans = []
+        found = []
         for index in sorted({start + (last - start) * part // _PLANNED_STEPS for part in range(_PLANNED_STEPS + 1)}):
             first, *later = self.step(index).batches
             # No gradients exist during a step's first micro-batch, so a smaller later micro-batch may need more memory.
             # Sharded gradients stay whole until the last micro-batch reduces them.
-            plans.append(plan(self._training([first], accumulates=bool(later) and self.ranks.ranks > 1)))
+            found.append(self._training([first], accumulates=bool(later) and self.ranks.ranks > 1))
             if later:
-                plans.append(plan(self._training(later, accumulates=True)))
-        return max(plans, key=lambda found: found.peak)
+                found.append(self._training(later, accumulates=True))
+        return found
 
     @property
     def fp8_layers(self) -> range:

@@ -44,7 +44,7 @@ def command(settings_class: type[Settings], run: Callable[[Settings], Any], argv
         leave()
     except BrokenPipeError:
         _end_unread()
-    except (ValueError, OSError, FloatingPointError, DeviceError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, DeviceError) as error:
         # A library's own error class was not written for our user.
         if type(error).__module__ not in ("builtins", DeviceError.__module__):
             raise

@@ -237,13 +237,13 @@ def _llm_jp_rows(found: dict[str, Any], samples: Mapping[str, Sequence[Mapping[s
     """The means of llm-jp-eval's data sets; they are added to the results too."""
     from recipes.evaluation.comparison import Row
     from recipes.evaluation.llm_jp import DATASETS
-    from recipes.evaluation.llm_jp_tasks import NAME, SHOTS, means, weights
+    from recipes.evaluation.llm_jp_tasks import NAME, SHOTS, item_scores, means, weights
     from recipes.evaluation.statistics import bootstrap_weighted_means
 
-    names = [name for name, (group, _) in DATASETS.items() if group and f"{NAME}/{name}" in samples]
+    own = item_scores(samples)
+    names = list(own)
     if not names:
         return []
-    own = {name: [sample[DATASETS[name][1]] for sample in samples[f"{NAME}/{name}"]] for name in names}
     found[NAME] = means({name: sum(values) / len(values) for name, values in own.items()})
     return [
         Row(

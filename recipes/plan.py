@@ -30,6 +30,7 @@ from recipes.pretrain import PretrainSettings
 from recipes.sft import SftSettings
 
 if TYPE_CHECKING:
+    from engine.estimate.fitting import Fitting
     from engine.estimate.memory import MemoryPlan, Training
     from engine.estimate.throughput import Speed
 
@@ -56,6 +57,7 @@ class Outlook:
     least: int  # tokens of the smallest micro-batch that a document fits
     curve: list[Speed]  # speed on 1, 2, 4 ... GPUs and the run's own number, where the run fits
     left_out: dict[int, str]  # other numbers of GPUs -> why they are not in `curve`
+    fitting: list[Fitting]  # settings that would fit, where the run does not
 
     @property
     def free(self) -> float:
@@ -102,6 +104,7 @@ class Outlook:
             "basis": self.basis(self.gpus),
             "scaling": scaling,
             "left_out": self.left_out,
+            "fitting": [fitting.settings for fitting in self.fitting],
             "assumptions": self.assumptions,
         }
 
@@ -147,6 +150,7 @@ def look_ahead(
     """
     import torch
 
+    from engine.estimate.fitting import fitting_settings
     from engine.estimate.memory import Training, largest_micro_batch
     from engine.estimate.throughput import speed
     from engine.precision import fp8_layers
@@ -217,7 +221,12 @@ def look_ahead(
             left_out[number] = f"step_size has fewer micro-batches of {tokens:,} tokens"
         else:
             curve.append(speed(there, device, gpus=number, replicas=copies, **asked))
-    return Outlook(training, device, gpus, limit, found, overhead, largest, speeds, least, curve, left_out)
+
+    def fits(memory: MemoryPlan) -> bool:
+        return _free(limit, memory, _overhead(memory, gpus)) >= 0
+
+    fitting = [] if fits(found) else fitting_settings([training], fits, least=least, fresh=True)
+    return Outlook(training, device, gpus, limit, found, overhead, largest, speeds, least, curve, left_out, fitting)
 
 
 def _memory(training: Training, gpus: int) -> tuple[MemoryPlan, dict[str, float]]:
@@ -225,7 +234,12 @@ def _memory(training: Training, gpus: int) -> tuple[MemoryPlan, dict[str, float]
     from engine.estimate.memory import plan
 
     found = plan(training)
-    return found, {
+    return found, _overhead(found, gpus)
+
+
+def _overhead(found: MemoryPlan, gpus: int) -> dict[str, float]:
+    """GiB outside a plan, by name."""
+    return {
         "context": _CONTEXT + (_NCCL if gpus > 1 else 0.0),
         "fragmentation": _FRAGMENTATION * (found.peak - _held(found)) / 2**30,
     }
@@ -260,6 +274,9 @@ def lines_of(outlook: Outlook, name: str) -> list[str]:
     lines += [f"  {item + ' (assumed)':<24}{size:>9.2f}" for item, size in outlook.overhead.items()]
     free = outlook.free
     lines += [f"  {'free' if free >= 0 else 'DOES NOT FIT: too much by':<24}{abs(free):>{9 if free >= 0 else 8}.2f}", ""]
+    if free < 0:
+        found = [f"{fitting} ({fitting.peak / 2**30:.2f} GiB)" for fitting in outlook.fitting]
+        lines += [f"these would fit: {', or '.join(found)}" if found else "no setting is lean enough on so many GPUs", ""]
     lines += _modes(outlook)
     if optimizer.offload != "none":
         moment = getattr(torch, optimizer.moments).itemsize

@@ -23,7 +23,7 @@ def run(settings: PretrainSettings) -> Path | None:
     from engine.run import open_run
     from recipes.training import train_next_token
 
-    return train_next_token(open_run(settings, ("text",)), NextToken())
+    return train_next_token(open_run(settings, ("text",)), NextToken(), chat=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

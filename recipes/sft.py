@@ -32,7 +32,7 @@ def run(settings: SftSettings) -> Path | None:
     from recipes.training import train_next_token
 
     objective = NextToken(neftune_alpha=settings.neftune_alpha, seed=settings.seed)
-    return train_next_token(open_run(settings, ("conversations", "text")), objective)
+    return train_next_token(open_run(settings, ("conversations", "text")), objective, chat=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from pathlib import Path
 
 from engine.checkpoint.state import checkpoints, seconds_to_save
 from engine.distributed.torchrun import shutdown_warning
+from engine.environment import host_memory
+from engine.estimate.account import amount
 from engine.estimate.sizes import FLOAT32
-from engine.observe.metrics import logged_steps
+from engine.observe.logged import logged_steps
 from engine.run import Run
 
 # Bytes a second at which a checkpoint is assumed to be written and read back for its SHA-256, where none was timed yet.
@@ -115,25 +116,3 @@ def _memory(run: Run, size: int) -> list[str]:
 
 def _listed(parts: dict[str, int]) -> str:
     return " and ".join(f"{name} ({amount(size)})" for name, size in parts.items())
-
-
-def host_memory() -> tuple[int, int]:
-    """Bytes of the host's memory: all, and available now, within the limit of this container; 0 where unknown."""
-    table = {}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            table[name] = 1024 * int(value.split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0, 0
-    total, available = table.get("MemTotal", 0), table.get("MemAvailable", 0)
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return total, available
-    return min(total, limit), min(available, max(0, limit - used))
-
-
-def amount(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

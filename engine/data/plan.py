@@ -185,6 +185,7 @@ class Plan:
             for source, table, part in zip(self.sources, self.tables, passes, strict=True)
         ]
         self._rates = [rate / sum(rates) for rate in rates]
+        self._epoch_size = sum(part * table.total for table, part in zip(self.tables, passes, strict=True))
         self._orders = [
             SourceOrder(None if self.paired else table.sizes, len(table), seed, source)
             for source, table in enumerate(self.tables)
@@ -255,6 +256,14 @@ class Plan:
         return self.step_size * sum(
             rate * float(table.sizes.mean()) for rate, table in zip(self._rates, self.tables, strict=True)
         )
+
+    def epoch(self, done: int) -> float:
+        """Passes over the data after `done` steps: their places (pairs) over those of all sources, each times its `passes`."""
+        places = done * self.step_size
+        if self._ends is not None and done == self.steps:
+            # The data may end before the step is full, or a little after it.
+            places = sum(order.start(stop) for order, stop in zip(self._orders, self._bounds(done - 1)[1], strict=True))
+        return places / self._epoch_size
 
     def unmerged(self) -> "Plan":
         """The plan with a last step of its own for what is left, however little: the order of runs that began that way."""

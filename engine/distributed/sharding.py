@@ -1,6 +1,8 @@
 """A model sharded over ranks with FSDP2 (`fully_shard`), and this rank's rows of a sharded tensor."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from engine.distributed.ranks import SHARD, Ranks
 from engine.settings.sections import ParallelSettings
 from model.mistral import Mistral
 
-# The attribute of a sharded model that says whether its gradients are reduced once a step.
-_ONCE = "_reduces_once"
+# Attributes of a sharded model: whether its gradients are reduced once a step, and the units that reshard after their forward
+# pass.
+_ONCE, _RESHARDING = "_reduces_once", "_resharding_units"
 
 
 def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
@@ -27,7 +30,8 @@ def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
         return model
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     *blocks, last = model.layers
-    for inner in (*blocks, model.embed_tokens):
+    inners: list[Any] = [*blocks, model.embed_tokens]
+    for inner in inners:
         fully_shard(inner, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=settings.reshard)
     # The backward pass begins with these units: resharding them would gather their weights twice in a row.
     for outer in (last, model.lm_head, model):
@@ -40,6 +44,8 @@ def shard(model: Mistral, ranks: Ranks, settings: ParallelSettings) -> Mistral:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     setattr(model, _ONCE, settings.reduce_once)
+    # A tuple, because nn.Module would take a list of modules for its own.
+    setattr(model, _RESHARDING, tuple(inners) if settings.reshard else ())
     return model
 
 
@@ -68,6 +74,26 @@ def reshard(model: nn.Module) -> None:
     """Free the gathered weights that a forward pass without a backward pass has left behind."""
     for unit in _units(model):
         unit.reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole weights on every rank: forward passes inside, without gradients, wait for no other rank.
+
+    All ranks enter together. Each then needs memory for the whole model's weights beside its shards.
+    """
+    units, resharding = _units(model), getattr(model, _RESHARDING, ())
+    with torch.no_grad():
+        for unit in units:
+            unit.unshard()
+    for unit in resharding:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in resharding:
+            unit.set_reshard_after_forward(True, recurse=False)
+        reshard(model)
 
 
 def local(tensor: Tensor) -> Tensor:

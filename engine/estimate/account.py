@@ -19,6 +19,11 @@ ITEMS = (
 )
 
 
+def amount(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """The peak of a step."""

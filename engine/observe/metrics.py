@@ -4,38 +4,35 @@ All ranks call the same methods after the same steps; rank 0 writes. engine/READ
 """
 
 import contextlib
-import importlib.util
 import itertools
-import json
 import math
 import resource
-import secrets
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from engine.distributed.ranks import Ranks
 from engine.distributed.stragglers import slowest
-from engine.observe.line_file import LineFile
+from engine.observe.logged import SAMPLES, Line, done_before
+from engine.observe.sinks import Sink, open_sinks
 from engine.observe.spikes import SpikeLog
 from engine.observe.timing import mark, seconds_between
 from engine.settings.sections import LogSettings
-from model.folder import write_file
 
 # Recent steps whose durations give step_seconds_p50 and step_seconds_p95.
 _RECENT_STEPS = 100
 # Report the largest value over ranks: it is what training lost.
 _LARGEST = frozenset({"data_wait_seconds", "checkpoint_blocked_seconds"})
-
-Line = dict[str, Any]  # a line of metrics.jsonl: name -> value
+# Answers of an evaluation that the console shows, and characters of each.
+_SHOWN_SAMPLES, _SHOWN_CHARACTERS = 3, 200
 
 
 @dataclass(eq=False)
@@ -49,6 +46,7 @@ class StepRecord:
     trained_tokens: int  # of all ranks; tokens that have a weight in the loss
     flops: int  # of all ranks, without recomputation
     data_wait: float  # seconds that this rank waited for the step's data
+    epoch: float = 0.0  # passes over the data so far
     tokens_saved: int | None = None  # tokens that shared prompts saved; None, and not logged, where no prompt can be shared
     recomputed_flops: int = 0  # of all ranks; matrix products that the backward pass repeats
 
@@ -68,7 +66,7 @@ class RunFacts:
 
 
 class Metrics:
-    """Collects step records and writes them every `log.every` steps.
+    """Collects step records. Writes them at this process's first step, at each multiple of `log.every`, and at the last step.
 
     Steps are numbered from 1; the evaluation before the first step is step 0. Lines that an earlier attempt wrote after the
     step this run starts from are removed first.
@@ -88,8 +86,12 @@ class Metrics:
     ) -> None:
         self._settings, self._ranks, self._facts, self._waits = settings, ranks, facts, waits
         self._spikes = spikes if ranks.main else None
-        self._sinks: list[_Sink] = _open_sinks(out, settings, facts, self._spikes) if ranks.main else []
-        self._refusing: list[_Sink] = []  # that could not write last time
+        self._sinks: list[Sink] = []
+        if ranks.main:
+            self._sinks = open_sinks(out, settings, start=facts.start, config=facts.config, spikes=self._spikes)
+        self._seconds_before, self._tokens = done_before(out / "metrics.jsonl") if ranks.main else (0.0, 0)
+        self._begun = time.perf_counter()
+        self._refusing: list[Sink] = []  # that could not write last time
         self._pending: list[StepRecord] = []
         self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._blocked_seconds, self._skipped_in_a_row = 0.0, 0
@@ -104,11 +106,11 @@ class Metrics:
         )
 
     def step(self, record: StepRecord) -> bool:
-        """Take a step's record. Returns True when it was written: every `log.every` steps and at the last step."""
+        """Take a step's record. Returns True when it was written."""
         self._pending.append(record)
         self._marks.append(mark(self._ranks.device))
         self.bar.update()
-        due = len(self._pending) == self._settings.every or record.step == self._facts.steps
+        due = record.step % self._settings.every == 0 or record.step in (self._facts.start + 1, self._facts.steps)
         if due:
             self.flush()
         return due
@@ -126,7 +128,10 @@ class Metrics:
         if self._ranks.device.type == "cuda":
             # The pending values are computed before the last update is; wait for the update to time it.
             self._marks[-1].synchronize()
-        lines, speed = [_step_line(record) for record in self._pending], self._speed()
+        lines = [_step_line(record) for record in self._pending]
+        seconds = list(itertools.starmap(seconds_between, itertools.pairwise(self._marks)))
+        speed = self._speed(seconds)
+        self._add_sums(lines, seconds)
         self._write([{**line, **speed} for line in lines])
         self.message(_console_line(lines[-1], speed, self._facts.steps))
         self._pending, self._blocked_seconds = [], 0.0
@@ -134,12 +139,22 @@ class Metrics:
         for line in lines:
             self._judge(line)
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Write validation values. The time that they took does not count in the training speed."""
+    def evaluation(
+        self,
+        step: int,
+        values: dict[str, float],  # held-out values and scores of tasks, by their names in the log
+        samples: Sequence[dict[str, str]] = (),  # each with `prompt` and `answer`
+    ) -> None:
+        """Write an evaluation. Flush before it begins: then its time does not count in the training speed."""
         self.flush()
-        self._write([{"step": step, **values}])
-        text = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in values.items())
-        self.message(f"step {step:>6}  held-out  {text}")
+        lines: list[Line] = [{"step": step, **values}] if values else []
+        self._write([*lines, {"step": step, SAMPLES: [*samples]}] if samples else lines)
+        for kind, title in (("eval/", "held-out"), ("scores/", "scores")):
+            found = {name.removeprefix(kind): value for name, value in values.items() if name.startswith(kind)}
+            if found:
+                self.message(f"step {step:>6}  {title}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        for sample in samples[:_SHOWN_SAMPLES]:
+            self.message(f"step {step:>6}  sample  {_shown(sample['prompt'])} -> {_shown(sample['answer']) or '(nothing)'}")
         self.restart_clock()
 
     def message(self, text: str) -> None:
@@ -188,7 +203,7 @@ class Metrics:
                 sink.write(lines)
 
     @contextlib.contextmanager
-    def _reported(self, sink: "_Sink") -> Iterator[None]:
+    def _reported(self, sink: Sink) -> Iterator[None]:
         """A sink that cannot write, as on a full disk, is reported once and does not end the run."""
         try:
             yield
@@ -216,23 +231,34 @@ class Metrics:
                 "checkpoint (from) with a lower learning rate (schedule.peak)"
             )
 
-    def _speed(self) -> Line:
-        """Speed, waits and memory of the pending steps, over all ranks."""
+    def _add_sums(self, lines: list[Line], seconds: list[float]) -> None:
+        """Add what each pending step has in sum since the run's first start. seconds: that each step took."""
+        now = self._seconds_before + time.perf_counter() - self._begun
+        for number, (line, record) in enumerate(zip(lines, self._pending, strict=True), 1):
+            self._tokens += record.tokens
+            line.update(wall_seconds=now - sum(seconds[number:]), tokens_seen=self._tokens, epoch=record.epoch)
+
+    def _speed(self, step_seconds: list[float]) -> Line:
+        """Speed, waits and memory of the pending steps, over all ranks. Values that are not known are left out."""
         facts, ranks, steps = self._facts, self._ranks.ranks, len(self._pending)
         seconds = time.perf_counter() - self._interval_start
         tokens, trained, flops, recomputed, data_wait = (
             sum(getattr(record, name) for record in self._pending)
             for name in ("tokens", "trained_tokens", "flops", "recomputed_flops", "data_wait")
         )
-        self._recent_seconds.extend(itertools.starmap(seconds_between, itertools.pairwise(self._marks)))
+        self._recent_seconds.extend(step_seconds)
         flops_per_gpu, recomputed_per_gpu = flops / seconds / ranks, recomputed / seconds / ranks
+        shares: Line = {}
+        if facts.peak_flops is not None:
+            shares["mfu"] = flops_per_gpu / facts.peak_flops
+            shares["hfu"] = (flops_per_gpu + recomputed_per_gpu) / facts.peak_flops
+        if facts.ceiling is not None:
+            shares["of_ceiling"] = flops_per_gpu / facts.ceiling
         speed = {
             "tokens_per_second": tokens / seconds,
             "tokens_per_second_per_gpu": tokens / seconds / ranks,
             "trained_tokens_per_second": trained / seconds,
-            "mfu": None if facts.peak_flops is None else flops_per_gpu / facts.peak_flops,
-            "hfu": None if facts.peak_flops is None else (flops_per_gpu + recomputed_per_gpu) / facts.peak_flops,
-            "of_ceiling": None if facts.ceiling is None else flops_per_gpu / facts.ceiling,
+            **shares,
             "step_seconds": seconds / steps,
             "step_seconds_p50": statistics.median(self._recent_seconds),
             "step_seconds_p95": sorted(self._recent_seconds)[math.ceil(0.95 * len(self._recent_seconds)) - 1],
@@ -258,7 +284,7 @@ class Metrics:
         table[self._ranks.rank] = torch.tensor(mine, dtype=torch.float64)
         *columns, ceilings, waits = self._ranks.sum_(table).T.tolist()
         speed.update({name: max(column) for name, column in zip(names, columns, strict=True)})
-        if speed["of_ceiling"] is not None:
+        if "of_ceiling" in speed:
             speed["of_ceiling"] *= (self._facts.ceiling or 0.0) / statistics.mean(ceilings)
         rank, lead = slowest(waits)
         if self._facts.lag and lead > self._facts.lag * speed["step_seconds"]:
@@ -288,165 +314,22 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 def _console_line(line: Line, speed: Line, steps: int) -> str:
-    mfu, ceiling = ("n/a" if speed[name] is None else f"{speed[name]:.1%}" for name in ("mfu", "of_ceiling"))
-    rewards = "".join(f"  {name} {line[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in line)
-    memory = ""
-    if "memory_allocated_gib" in speed:
-        memory = f"memory {speed['memory_allocated_gib']:.1f} of {speed['memory_planned_gib']:.1f} GiB planned  "
     left = speed["step_seconds"] * (steps - line["step"])
-    return (
-        f"step {line['step']:>6}/{steps}  loss {line['loss']:.4f}{rewards}  lr {line['learning_rate']:.2e}  "
-        f"grad {line['gradient_norm']:.3f}  {speed['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
-        f"of ceiling {ceiling}  {memory}left {tqdm.format_interval(left)}"
-    )
+    parts = [
+        f"step {line['step']:>6}/{steps}",
+        f"loss {line['loss']:.4f}",
+        *(f"{name} {line[name]:.3f}" for name in ("rewards/margins", "rewards/accuracies") if name in line),
+        f"lr {line['learning_rate']:.2e}",
+        f"grad {line['gradient_norm']:.3f}",
+        f"{speed['tokens_per_second']:,.0f} tok/s",
+        *(f"{title} {speed[name]:.1%}" for title, name in (("MFU", "mfu"), ("of ceiling", "of_ceiling")) if name in speed),
+    ]
+    if "memory_allocated_gib" in speed:
+        parts.append(f"memory {speed['memory_allocated_gib']:.1f} of {speed['memory_planned_gib']:.1f} GiB planned")
+    return "  ".join([*parts, f"left {tqdm.format_interval(left)}"])
 
 
-class _Sink(Protocol):
-    """A destination of lines, besides the console.
-
-    after_refusal: what becomes of lines that could not be written, in words.
-    """
-
-    after_refusal: str
-
-    def write(self, lines: list[Line]) -> None: ...
-
-    def close(self, status: int) -> None: ...
-
-
-def _open_sinks(out: Path, settings: LogSettings, facts: RunFacts, spikes: SpikeLog | None) -> list[_Sink]:
-    kept, file = facts.start, out / "metrics.jsonl"
-    sinks: list[_Sink] = [_JsonLines(file, kept)]
-    if spikes is not None:
-        sinks.append(_Spikes(spikes))
-        _drop_lines_after(spikes.file, kept)
-        spikes.resume(line["loss"] for line in logged_steps(file) if "skipped" not in line)
-    if settings.tensorboard:
-        try:
-            sinks.append(_TensorBoard(out / "tensorboard", kept))
-        except ImportError:
-            print("tensorboard is not installed: no event files (pip install tensorboard, or log.tensorboard = false)")
-    check_wandb(settings)
-    if settings.wandb:
-        sinks.append(_WeightsAndBiases(settings.wandb, out, facts))
-    return sinks
-
-
-class _JsonLines:
-    after_refusal = "they come with the next ones, once there is room"
-
-    def __init__(self, file: Path, kept: int) -> None:
-        _drop_lines_after(file, kept)
-        self._file = LineFile(file)
-
-    def write(self, lines: list[Line]) -> None:
-        self._file.add(json.dumps({name: _finite(value) for name, value in line.items()}) for line in lines)
-
-    def close(self, status: int) -> None:
-        self._file.add()
-
-
-class _Spikes:
-    """Gives spikes that could not be written another chance; `SpikeLog.check` adds them."""
-
-    after_refusal = _JsonLines.after_refusal
-
-    def __init__(self, spikes: SpikeLog) -> None:
-        self._spikes = spikes
-
-    def write(self, lines: list[Line]) -> None:
-        self._spikes.write()
-
-    def close(self, status: int) -> None:
-        self._spikes.write()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def logged_steps(file: Path) -> Iterator[Line]:
-    """The training steps in a metrics.jsonl, without evaluations and without a line that a kill has cut short."""
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if "loss" in line:
-                yield line
-
-
-def was_evaluated(file: Path, step: int) -> bool:
-    """Whether a metrics.jsonl holds the validation values of a step, or no longer holds the step itself."""
-    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    mine = [line for line in lines if line["step"] == step]
-    return not mine or any(name.startswith("eval/") for line in mine for name in line)
-
-
-def _drop_lines_after(file: Path, step: int) -> None:
-    """Remove the lines of later steps, and a line that a kill has cut short."""
-    if not file.is_file():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    write_file(file, "".join(kept))
-
-
-class _TensorBoard:
-    """Raises: ImportError when tensorboard is not installed."""
-
-    # Its writing thread ends with the first error.
-    after_refusal = "no further TensorBoard events from this process"
-
-    def __init__(self, folder: Path, kept: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=kept + 1)
-
-    def write(self, lines: list[Line]) -> None:
-        for line in lines:
-            for name, value in _numbers(line).items():
-                self._writer.add_scalar(name, value, line["step"])
-
-    def close(self, status: int) -> None:
-        self._writer.close()
-
-
-def check_wandb(settings: LogSettings) -> None:
-    """Raises: ValueError when `log.wandb` is set and wandb is not installed."""
-    if settings.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("log.wandb is set but wandb is not installed: pip install wandb, or leave it empty")
-
-
-class _WeightsAndBiases:
-    """The run folder keeps the run's id, so that a resumed run continues the same run of Weights & Biases."""
-
-    after_refusal = "Weights & Biases lacks them"
-
-    def __init__(self, project: str, out: Path, facts: RunFacts) -> None:
-        import wandb
-
-        file = out / "wandb-id"
-        if facts.start == 0 or not file.is_file():
-            write_file(file, secrets.token_hex(8) + "\n")
-        self._run = wandb.init(
-            project=project,
-            id=file.read_text(encoding="utf-8").strip(),
-            name=out.name,
-            dir=str(out),
-            config=facts.config,
-            resume="allow",
-        )
-
-    def write(self, lines: list[Line]) -> None:
-        for line in lines:
-            self._run.log(_numbers(line), step=line["step"])
-
-    def close(self, status: int) -> None:
-        self._run.finish(exit_code=status)
-
-
-def _numbers(line: Line) -> Line:
-    return {name: value for name, value in line.items() if name != "step" and value is not None}
+def _shown(text: str) -> str:
+    """A text on one line, cut to what a console line holds."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."

@@ -12,7 +12,7 @@ from engine.data.batch import Batch, Step
 from engine.distributed.ranks import lost_ranks_named
 from engine.distributed.sharding import reshard
 from engine.loop import accumulate
-from engine.observe.metrics import logged_steps
+from engine.observe.logged import logged_steps
 from engine.optim.adamw import norm_of_gradients
 from engine.run import Run
 from model.mistral import Mistral

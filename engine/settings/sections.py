@@ -1,4 +1,4 @@
-"""The sections of a run's settings: data mixture, ranks, optimizer, schedule, preference loss, log, guard, profiler.
+"""The sections of a run's settings: data mixture, ranks, optimizer, schedule, preference loss, evaluation, log, guard, profile.
 
 Each class checks its own ranges and raises ValueError. Nothing here imports torch, so `--help` and a wrong setting answer at
 once.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.settings.toml import PathName
+from model.sampling import Sampling
 
 # Sums of more gradients than this are not rounded to bfloat16 after each addition.
 FEW_MICRO_BATCHES = 4
@@ -209,11 +210,65 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation does beside the held-out losses: answers to prompts, scores of benchmark tasks."""
+
+    prompts: PathName = ""
+    """File of prompts to answer: .txt with a prompt a line, or JSON Lines with `prompt` or `messages`. Fine-tuning and
+    preference tuning ask through the chat template, pre-training continues the text."""
+    new_tokens: int = 128
+    """Longest answer to a prompt, in tokens."""
+    temperature: float = 0.0
+    """Divides the scores of the next token; 0 takes the most likely one (greedy)."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the smallest set of likely tokens that has this probability; 1: from all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this many times as likely as the most likely one; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and the answer so far less likely; 1 changes nothing."""
+    seed: int = 0
+    """Seed of sampled answers: every evaluation draws the same numbers."""
+    tasks: tuple[str, ...] = ()
+    """Benchmark tasks to score, by the names and task files that recipes.evaluate --tasks takes."""
+    task_limit: int = 100
+    """Only the first items of each task; 0: all."""
+    task_data: PathName = ""
+    """Folder of the files that task files read; default: each task file's own."""
+    task_chat: bool = False
+    """Ask the tasks through the chat template, examples as earlier turns."""
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise ValueError(f"evaluate.new_tokens = {self.new_tokens}: must be at least 1")
+        if self.task_limit < 0:
+            raise ValueError(f"evaluate.task_limit = {self.task_limit}: must be at least 1, or 0 for all items")
+        try:
+            _ = self.sampling
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from None
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampler of answers to prompts."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.new_tokens,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
 class LogSettings:
     """Metrics of the run."""
 
     every: int = 10
-    """Steps between log lines. A log line also writes the losses of the steps before it."""
+    """Steps between log lines, beside the first step's. A log line also writes the losses of the steps before it."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
     wandb: str = ""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from engine.settings.sections import (
+    EvaluationSettings,
     Fp8Settings,
     GuardSettings,
     LogSettings,
@@ -29,7 +30,9 @@ FREE_ON_RESUME = frozenset(
         "checkpoint_minutes",
         "device",
         "dry_run",
+        "evaluate",
         "evaluate_every",
+        "force",
         "fp8.keep_weights",
         "guard",
         "heldout",
@@ -130,9 +133,12 @@ class TrainSettings:
     """Repeat this step of the run in `out` from the newest checkpoint before it, print its losses, write nothing."""
     dry_run: bool = False
     """Check everything, print the plan and a sample, train nothing, write nothing."""
+    force: bool = False
+    """Start although the memory plan exceeds the device."""
     fp8: Fp8Settings = field(default_factory=Fp8Settings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    evaluate: EvaluationSettings = field(default_factory=EvaluationSettings)
     log: LogSettings = field(default_factory=LogSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
@@ -155,9 +161,13 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be above 0")
-        for name in ("evaluate_every", "heldout_limit"):
-            if getattr(self, name) and not self.heldout:
-                raise ValueError(f"{name} has no effect without heldout; name prepared folders there or leave it out")
+        if self.heldout_limit and not self.heldout:
+            raise ValueError("heldout_limit has no effect without heldout; name prepared folders there or leave it out")
+        if self.evaluate_every and not (self.heldout or self.evaluate.prompts or self.evaluate.tasks):
+            raise ValueError(
+                "evaluate_every has no effect without heldout, evaluate.prompts or evaluate.tasks; give one of them, or leave "
+                "it out"
+            )
 
     @property
     def checkpoint_seconds(self) -> float:

@@ -121,8 +121,14 @@ def load_suite(names: Sequence[str], data: Path | None, form: llm_jp_tasks.Form 
     for task in suite.loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)  # the harness's own default
+    reset_examples(suite)
     return suite
+
+
+def reset_examples(suite: Suite) -> None:
+    """Let the next evaluation draw the same examples as the first: the harness goes on drawing where it ended."""
+    for task in suite.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=1234)  # the harness's own default
 
 
 def _add_official(suite: Suite, names: Mapping[str, tuple[int | None, str | None]]) -> None:

@@ -16,7 +16,7 @@ from model.sampling import Sampling
 from model.vocabulary.chat import prompt_text
 from model.vocabulary.tokenizer import Tokenizer
 from recipes.evaluation.encoding import Encoder, Pair, StopTexts, cut_at
-from recipes.evaluation.ledger import Ledger
+from recipes.evaluation.ledger import Results
 
 # The harness's own default.
 _MOST_NEW_TOKENS = 256
@@ -43,7 +43,7 @@ class KomainuLM(TemplateLM):
         self,
         model: Mistral,
         tokenizer: Tokenizer,
-        ledger: Ledger,
+        ledger: Results,
         *,
         pack_tokens: int,
         rows: int,

@@ -6,11 +6,21 @@ journal belongs to; each kind of request has a line with the hash of its plan, t
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.inference.journal import Journal
+
+
+class Results(Protocol):
+    """Where an evaluation's results are kept, pack by pack; `Ledger` explains the methods."""
+
+    def plan(self, kind: str, requests: Iterable[Any], packs: int) -> Mapping[int, Any]: ...
+
+    def add(self, kind: str, pack: int, results: Any) -> None: ...
+
+    def results(self, kind: str) -> Iterator[Any]: ...
 
 
 class Ledger:

@@ -150,6 +150,15 @@ def read_template(path: str | Path) -> str:
     return text
 
 
+def item_scores(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[float]]:
+    """The scores of a data set's items, by each data set that counts in a mean. samples: by task, as the harness keeps them."""
+    return {
+        name: [sample[metric] for sample in samples[f"{NAME}/{name}"]]
+        for name, (group, metric) in DATASETS.items()
+        if group and f"{NAME}/{name}" in samples
+    }
+
+
 def means(scores: Mapping[str, float]) -> dict[str, float]:
     """MC, NLI, QA, RC, and AVR where all four are there: means of the data sets' scores, then of these.
 

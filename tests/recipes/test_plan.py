@@ -91,6 +91,16 @@ def test_the_text_names_every_item(capsys):
     assert "DOES NOT FIT: too much by" in text
 
 
+def test_a_run_that_does_not_fit_names_settings_that_do(capsys):
+    given = [str(SHISA / "pretrain.toml"), *MODEL, "--pack-tokens", "8192", "--gpu", "h100"]
+    main(given)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("these would fit: "))
+    for proposal in said.removeprefix("these would fit: ").split(", or "):
+        changes = proposal.rpartition(" (")[0].replace('"', "").split(" with ")
+        main([*given, *(word for change in changes for word in (f"--{change.split(' = ')[0]}", change.split(" = ")[1]))])
+        assert "DOES NOT FIT" not in capsys.readouterr().out, proposal
+
+
 def rows(capsys, *arguments):
     """The printed rows of numbers of GPUs, and the lines of what is left out."""
     main([str(SHISA / "pretrain.toml"), *MODEL, *arguments])

@@ -290,6 +290,29 @@ def test_a_plan_of_any_number_of_steps_costs_no_more_than_its_data(write_dataset
     assert held < 20 * len(dataset) + 2**17
 
 
+@pytest.mark.parametrize(
+    ("sources", "changes"),
+    [
+        ([Source("0"), Source("1")], {"epochs": 2.0}),
+        ([Source("0", passes=2.0), Source("1", passes=0.5)], {"epochs": 1.0}),
+        ([Source("0"), Source("1")], {"epochs": None, "steps": 40}),
+        ([Source("0", share=3.0), Source("1", share=1.0)], {"epochs": None, "steps": 40}),
+    ],
+    ids=["epochs", "passes", "steps", "shares"],
+)
+def test_epochs_are_the_places_so_far_over_those_of_all_sources(write_dataset, random_documents, sources, changes):
+    """Within a segment, as a step begins with the first segment at or after its place; exact where the data ends."""
+    datasets = [write_dataset(random_documents(40, 70)), write_dataset(random_documents(9, 30, seed=1))]
+    plan = make_plan(datasets, sources, **changes)
+    total = sum((source.passes or 1.0) * table.total for source, table in zip(sources, plan.tables, strict=True))
+    places = 0
+    for step in range(plan.steps):
+        places += int(plan.units(step).sizes.sum())
+        assert plan.epoch(step + 1) == pytest.approx(places / total, abs=2 * 16 / total)
+    if plan.passes and changes["epochs"]:
+        assert plan.epoch(plan.steps) == places / total == pytest.approx(changes["epochs"], abs=16 / total)
+
+
 def test_the_summary_counts_the_places_of_the_steps(write_dataset, random_documents):
     datasets = [write_dataset(random_documents(80, 40)), write_dataset(random_documents(20, 15, seed=3))]
     plan = make_plan(datasets, [Source("a"), Source("b", passes=2)], steps=5)

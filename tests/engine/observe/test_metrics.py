@@ -61,9 +61,6 @@ SPEED = {
     "tokens_per_second",
     "tokens_per_second_per_gpu",
     "trained_tokens_per_second",
-    "mfu",
-    "hfu",
-    "of_ceiling",
     "step_seconds",
     "step_seconds_p50",
     "step_seconds_p95",
@@ -71,6 +68,7 @@ SPEED = {
     "checkpoint_blocked_seconds",
     "memory_peak_rss_gib",
     "memory_planned_gib",
+    "wall_seconds",
 }
 
 
@@ -113,13 +111,12 @@ def test_each_step_has_a_line(tuned):
     assert [line.keys() for line in evaluations] == [{"step", "eval/conversations-heldout/loss"}] * 3
     for line in tuned.lines:
         if "loss" in line:
-            assert line.keys() == SPEED | {"step", "loss", "learning_rate", "gradient_norm", "tokens"}
-            assert line["mfu"] is None
+            assert line.keys() == SPEED | {"step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_seen", "epoch"}
             assert line["trained_tokens_per_second"] < line["tokens_per_second"] == line["tokens_per_second_per_gpu"]
             assert line["step_seconds"] > line["data_wait_seconds"] >= 0
     shown = [line for line in tuned.console if line.startswith("step ") and "held-out" not in line]
-    assert [line.split()[1] for line in shown] == ["4/6", "6/6"]
-    assert all("MFU n/a" in line and "tok/s" in line and "left" in line for line in shown)
+    assert [line.split()[1] for line in shown] == ["1/6", "4/6", "6/6"]
+    assert all("MFU" not in line and "n/a" not in line and "tok/s" in line and "left" in line for line in shown)
 
 
 def test_logged_tokens_are_the_plans_without_padding(tuned):
@@ -163,7 +160,7 @@ def test_a_preference_run_reports_the_tokens_that_shared_prompts_save(preferred,
     dataset = open_run(preferred.settings, ("preferences",)).datasets[0]
     assert dataset.shared_places.all()
     for shared, whole in zip(preferred.lines, unshared.lines, strict=True):
-        for name in whole.keys() - SPEED - {"tokens"}:
+        for name in whole.keys() - SPEED - {"tokens", "tokens_seen"}:
             assert shared[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-4), name
         if "loss" in whole:
             assert shared.keys() - whole.keys() == {"tokens_saved"}
@@ -266,21 +263,24 @@ def record(step, **changes):
 
 
 def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
-    """Two steps in four seconds. Evaluation and checkpoints in between do not count."""
+    """The second and third step in four seconds. Evaluation and checkpoints in between do not count in the speed."""
     now = [100.0]
     monkeypatch.setattr("engine.observe.metrics.time.perf_counter", lambda: now[0])
-    metrics = metrics_of(peak_flops=10_000.0, ceiling=8_000.0)
+    metrics = metrics_of(peak_flops=10_000.0, ceiling=8_000.0, steps=5, log={"every": 3})
+    now[0] += 2
+    assert metrics.step(record(1)), "the first step is logged at once"
     now[0] += 1
-    metrics.step(record(1, recomputed_flops=2_000))
+    assert not metrics.step(record(2, recomputed_flops=2_000))
     now[0] += 3
-    metrics.step(record(2, tokens=300, trained_tokens=60, flops=7_000, data_wait=0.75))
+    assert metrics.step(record(3, tokens=300, trained_tokens=60, flops=7_000, data_wait=0.75))
     now[0] += 1000
     metrics.restart_clock()
-    metrics.step(record(3))
+    metrics.step(record(4, epoch=0.5))
     now[0] += 1
-    metrics.step(record(4))
+    metrics.step(record(5))
     lines = lines_of(tmp_path)
-    for line in lines[:2]:
+    assert lines[0]["tokens_per_second"] == 50
+    for line in lines[1:3]:
         assert line["tokens_per_second"] == 100
         assert line["trained_tokens_per_second"] == 25
         assert line["mfu"] == pytest.approx(12_000 / 4 / 10_000)
@@ -288,11 +288,31 @@ def test_speed_is_work_over_time(tmp_path, metrics_of, monkeypatch, capsys):
         assert line["of_ceiling"] == pytest.approx(12_000 / 4 / 8_000)
         assert (line["step_seconds"], line["step_seconds_p50"], line["step_seconds_p95"]) == (2, 2, 3)
         assert line["data_wait_seconds"] == 0.5
-    assert lines[3]["tokens_per_second"] == 200
-    assert [line["tokens"] for line in lines] == [100, 300, 100, 100]
+    assert lines[4]["tokens_per_second"] == 200
+    assert [line["tokens"] for line in lines] == [100, 100, 300, 100, 100]
+    assert [line["tokens_seen"] for line in lines] == [100, 200, 500, 600, 700]
+    assert [line["wall_seconds"] for line in lines] == [2, 3, 6, 1006, 1007]
+    assert lines[3]["epoch"] == 0.5
     console = capsys.readouterr().out
     assert "MFU 30.0%  of ceiling 37.5%" in console
     assert "left 00:04" in console
+
+
+def test_wall_time_and_tokens_go_on_after_a_restart(tmp_path, metrics_of, monkeypatch):
+    """Lines of an older version have neither; then the tokens of its steps are added up."""
+    now = [100.0]
+    monkeypatch.setattr("engine.observe.metrics.time.perf_counter", lambda: now[0])
+    older = [{"step": step, "loss": 2.0, "tokens": 100} for step in (1, 2)]
+    for before, start, expected in [
+        ([*older, {"step": 2, "eval/x/loss": 2.0}], 2, (5, 300)),
+        ([{**older[0], "wall_seconds": 7.5, "tokens_seen": 100}, {**older[1], "wall_seconds": 9.0}], 1, (12.5, 200)),
+    ]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+        metrics = metrics_of(start=start)
+        now[0] += 5
+        metrics.step(record(start + 1))
+        last = lines_of(tmp_path)[-1]
+        assert (last["step"], last["wall_seconds"], last["tokens_seen"]) == (start + 1, *expected)
 
 
 def test_the_flops_of_a_step_do_not_depend_on_packing(tiny_settings, tmp_path):
