@@ -105,9 +105,10 @@ def _token_bytes(config: MistralConfig, fp8_layers: int) -> int:
     # Reads and writes, forward and backward. Norm with residual sum, twice: 4 and 6 of the width. SwiGLU: 3 and 6 of the inner
     # width. Rotation: 2 and 2 of the packed heads.
     layer = 2 * (20 * width + 9 * inner + 4 * packed)
-    # Norms and SwiGLU write codes of 1 byte instead of rows: 7 + 11 bytes of the width, 5 + 13 of the inner width. Passes of
-    # their own: codes of attention's output, 3 + 3, and of the gradients of three outputs, 3; shifts of all four, 2 each.
-    fp8 = 36 * width + 18 * inner + 8 * packed + 6 * query + 5 * (2 * width + packed) + 4 * inner
+    # Norms and SwiGLU write codes of 1 byte instead of rows, and norms those of their gradients too: 7 + 12 bytes of the width,
+    # 5 + 13 of the inner width. Rotation: 4 and 3 of the packed heads. Passes of their own: codes of attention's output, 3 + 3,
+    # and shifts of the codes of all four outputs' gradients, 2 each.
+    fp8 = 38 * width + 18 * inner + 7 * packed + 6 * query + 2 * (2 * width + packed) + 4 * inner
     return config.num_hidden_layers * layer + fp8_layers * (fp8 - layer)
 
 
