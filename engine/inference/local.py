@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any
 
+from engine.distributed.agreement import weights_sample
 from engine.environment import choose_device
 from engine.inference import generation
 from engine.inference.asking import Answer, Asker, ChatRequest, RunStopped, Unanswered
@@ -55,9 +56,8 @@ class LocalModel:
         """Load the model. Raises: FileNotFoundError, ValueError or DeviceError, each naming the fault."""
         folder, self.tokenizer, self._model = open_model(name, choose_device(device))
         self._ends = frozenset({self.tokenizer.eos_id, *self._model.config.end_ids})
-        # A folder whose weights change is another model to the journal.
-        sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
-        self.model = f"{folder} {sizes}"
+        # A folder whose weights or tokenizer change is another model to the journal.
+        self.model = f"{folder} {weights_sample(folder)} {self.tokenizer.fingerprint}"
         self._waiting: deque[_Row] = deque()
         self._growing: dict[int, _Row] = {}  # by the numbers that generation knows them by
         self._worker: asyncio.Task[None] | None = None

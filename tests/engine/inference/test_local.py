@@ -1,6 +1,8 @@
 """A folder in an endpoint's place: its answers are those of generation, drawn again the same way."""
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +85,18 @@ def test_parameters_have_the_samplers_meaning():
     assert (sampling, stop) == (Sampling(max_new_tokens=5, min_p=0.1, seed=7), ("x",))
     # Greedy: the filters change nothing.
     assert read_parameters({"temperature": 0, "top_p": 0.9}, 7)[0] == Sampling(temperature=0, seed=7)
+
+
+def test_a_folder_of_other_weights_is_another_model_to_the_journal_and_a_copied_file_is_not(tiny_model, model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    first = LocalModel(str(folder), device="cpu").model
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    assert LocalModel(str(folder), device="cpu").model == first
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert LocalModel(str(folder), device="cpu").model != first
 
 
 def test_settings_without_an_address_name_a_folder(tiny_model, model):

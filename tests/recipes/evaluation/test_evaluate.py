@@ -19,6 +19,7 @@ pytest.importorskip("rapidfuzz", reason="rapidfuzz comes with the extra eval")
 
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from engine.inference.scoring import Request, score
 from model.mistral import initialize
@@ -26,7 +27,7 @@ from model.vocabulary.fitting import fitted_config
 from model.vocabulary.tokenizer import Tokenizer
 from model.weights import load_model, save_model
 from recipes.evaluate import EvaluateSettings, run
-from recipes.evaluation.benchmarks import LEADERBOARD, load_suite
+from recipes.evaluation.benchmarks import LEADERBOARD, OFFICIAL, load_suite
 from recipes.evaluation.harness import KomainuLM
 from recipes.evaluation.ledger import Ledger
 
@@ -202,6 +203,30 @@ def test_the_leaderboard_has_the_model_cards_shots_and_metrics(tiny_model, small
     pooled = [sample["acc"] for task in ("mmlu_one", "mmlu_two") for sample in samples_of(out, task)]
     assert results["groups"]["mmlu"]["acc,none"] == pytest.approx(sum(pooled) / 4)
     assert results["intervals"]["mmlu"]["acc,none"]["method"].endswith("by cluster")
+
+
+def test_the_installed_harness_defines_the_leaderboard_with_these_metrics():
+    """Its own index and task files, which need no data. Shots are the model card's: the harness leaves most open."""
+    index = TaskIndex.build(
+        OFFICIAL / folder for folder in ("arc", "hellaswag", "mmlu/default", "truthfulqa", "winogrande", "gsm8k")
+    )
+    splits = ("test_split", "validation_split")
+    for name, (shots, metric) in LEADERBOARD.items():
+        entry = index[name]
+        tasks = [entry] if entry.kind is Kind.TASK else [task for task in index.values() if task.tags & _tags_of(entry, index)]
+        assert len(tasks) == (57 if name == "mmlu" else 1)
+        for task in tasks:
+            assert metric in [listed["metric"] for listed in task.cfg["metric_list"]]
+            assert task.cfg.get("num_fewshot") in (None, shots)
+            # Examples come from another split than questions, where there are any.
+            asked = next(task.cfg[split] for split in splits if task.cfg.get(split))
+            assert not shots or (task.cfg.get("fewshot_split") or task.cfg.get("training_split") or asked) != asked
+    assert index["mmlu"].cfg["aggregate_metric_list"] == [{"metric": "acc", "weight_by_size": True}]
+
+
+def _tags_of(group: Entry, index: dict[str, Entry]) -> set[str]:
+    """The tags that MMLU's four groups gather their subjects by."""
+    return {tag for part in group.cfg["task"] for tag in index[part].cfg["task"]}
 
 
 @pytest.mark.parametrize(
