@@ -130,9 +130,11 @@ def _foreign_runs(text: str, prompt: str, own: set[str]) -> list[Span]:
         if any(first <= start and end <= last for first, last in quotes):
             continue
         inside = any(first <= start and end <= last for first, last in excused)
-        if (_PARTICLES.fullmatch(match[0]) or not inside) and reasons.folded(match[0]) not in known:
+        if inside and not _PARTICLES.fullmatch(match[0]):
+            continue
+        if reasons.folded(match[0]) not in known and not _is_sign(text, start, end):
             found.append((start, end))
-    return [span for span in _joined(text, found) if not _is_sign(text, *span)]
+    return _joined(text, found)
 
 
 def _is_sign(text: str, start: int, end: int) -> bool:

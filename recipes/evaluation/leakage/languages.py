@@ -73,8 +73,10 @@ _NAMES = {
 # Words that are frequent in one language and rare in the others of its script, "romaji" being Japanese in Latin letters. A line
 # "language: words" goes on in indented lines.
 _FUNCTION_WORDS = Path(__file__).with_name("function_words.txt")
-# Characters and words that the Japanese code holds and Japanese text does not: none of them is in 16 million characters of it.
-_ONLY_CHINESE = re.compile(
+_CHINESE_WORDS = Path(__file__).with_name("chinese_words.txt")
+# Words of traditional Chinese, and some of simplified Chinese beside those of chinese_words.txt, which `word_lists` makes:
+# Japanese codes hold their characters, and 16 million characters of Japanese text hold none of them.
+_MORE_CHINESE = (
     "[它么从說對妳嗎]|可以|什麼|甚麼|沒有|我們|他們|這個|那個|因為|如果|但是|就是|不是|還是|已經|為了|是的|不會|知道|"
     "我个|一个|首先|其次|以及|價值|當地|那就|看出|只是|而且|並且|并且|只要|只有|也是|一些|很多|那些|由于|對於|能夠|應該|覺得"
 )
@@ -162,12 +164,21 @@ def language_of(text: str) -> str | None:
 
 def is_chinese(text: str) -> bool:
     """Whether a text holds words or characters of Chinese that Japanese does not have."""
-    return bool(_ONLY_CHINESE.search(text)) or bool(simplified(text))
+    return bool(_only_chinese().search(text)) or bool(simplified(text))
 
 
 def chinese_words(text: str) -> list[tuple[int, int]]:
     """Places of Chinese words that Japanese does not have."""
-    return [match.span() for match in _ONLY_CHINESE.finditer(text)]
+    return [match.span() for match in _only_chinese().finditer(text)]
+
+
+@lru_cache
+def _only_chinese() -> re.Pattern[str]:
+    listed = _CHINESE_WORDS.read_text(encoding="utf-8").split()
+    words = "|".join(word for word in listed if len(word) > 1)
+    characters = "".join(word for word in listed if len(word) == 1)
+    # Within a run of kanji, the end of one Japanese word and the beginning of the next may look like a Chinese word.
+    return re.compile(f"{_MORE_CHINESE}|(?<![\u3005\u3400-\u9fff])(?:{words})|[{characters}]")
 
 
 @lru_cache(maxsize=65536)

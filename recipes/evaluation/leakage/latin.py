@@ -11,14 +11,19 @@ from recipes.evaluation.leakage import reasons
 from recipes.evaluation.leakage.languages import function_words, latin_language, latin_letters
 from recipes.evaluation.leakage.reasons import Span
 
-# Words that Japanese text writes in Latin letters, and those of texts about programs; frequent English words in small letters,
-# without most inflections.
+# English words that Japanese text writes in Latin letters, and those of texts about programs; English words in small letters,
+# without most inflections, the ordinary ones in the first paragraph. `word_lists` makes all three.
 _TERMS = Path(__file__).with_name("latin_terms.txt")
 _PROGRAM_TERMS = Path(__file__).with_name("latin_terms_of_programs.txt")
 _WORDS = Path(__file__).with_name("english_words.txt")
 _UNITS = re.compile(
     "[mcdk]m|[mk]g|[mdk]l|k?wh?|[kmg]?hz|[dkmgt]b|bits?|bytes?|[bf]ps|rpm|px|pt|em|sec|min|hr|[mn]s|k?cal|pp[mb]|mol|atm|[hkm]?pa|"
     "ev|nm|ha|oz|lb|ft|in|[ap]m|th|st|nd|rd|dpi"
+)
+# Names of functions and values in formulas and programs.
+_SYMBOLS = re.compile(
+    "log|ln|exp|sin|cos|tan|sinh|cosh|tanh|lim|max|min|maximum|minimum|mod|dim|deg|det|dev|arg|gcd|lcm|sum|num|"
+    "null|true|false|nil|int|str|float|double|bool|char|void|var|func|foo|bar|baz"
 )
 _ENDINGS = (
     ("ies", ("y",)),
@@ -36,10 +41,21 @@ _ENDINGS = (
 # A command with its options.
 _COMMAND = re.compile(r"(?:^|\s)--?[A-Za-z]|\s[|>&]{1,2}\s|\bgit \w+|[A-Za-z]/[A-Za-z]+/")
 _SMALL = re.compile("of|the|and|in|for|to|an?|on|at|by|de|la|le|du|von|van|der|und|et|y|e|with|from|vs|or|as|is")
-# "と" and a verb of saying, which quote what stands before them.
-_SAID = re.compile(r"[?!.]?\s?と(?:いう|いった|いって|いい|言|表示|呼|書|入力|記|名付)")
+# "と" and a verb of saying, which quote what stands before them, and what is said of songs, groups and games, which have names.
+_SAID = re.compile(
+    r"[?!.]?\s?(?:と(?:いう|いった|いって|いい|言|表示|呼|書|入力|記|名付)|って(?:いう|言|曲|歌|人|ゲーム|アプリ|店|お店|映画|バンド)|が(?:大?好き)|のファン)"
+)
 # Signs of a statement of code.
-_STATEMENT = re.compile(r"[=(){};_]|\bimport\b|\w\.\w+\.\w")
+_STATEMENT = re.compile(r"[=(){};_←]|\bimport\b|\w\.\w+\.\w")
+# A reading in brackets, which a name or a title has, and a translation, which an example of English has.
+_READING = re.compile(r"[.!?]?\s?[（(][\u30a1-\u30ff・=＝\s]+[)）]")
+_TRANSLATED = re.compile(r"[.!?]?\s?[（(][^()（）\n]*[\u3041-\u30ff][^()（）\n]*[)）]")
+_OF_ENGLISH = re.compile("英語|英単語|英文|英会話|英熟語|英訳|和訳")
+_JAPANESE = re.compile("[\u3041-\u30ff\u3400-\u9fff]")
+_LABEL = re.compile(r"^[A-Z][a-z]+(?:[:：,]|\s?\[|\s*$)", re.M)  # a word alone in a line, or before what it announces
+_HALF = 4  # letters of half a word
+_GLOSS = 200  # characters of a bracket
+_NAME_WORDS = 4  # of a name that a text gives
 _CHAPTER = 6000  # characters
 _FEW = 0.01  # of the characters
 
@@ -51,12 +67,23 @@ def foreign_latin(text: str, prompt: str, language: str) -> list[Span]:
     known = set(re.findall(r"[^\W\d_]+", reasons.folded(prompt)))
     known = {piece for word in known for piece in re.findall(f"[{latin_letters()}]+", word)} | known
     signs = reasons.technical_signs(text)
-    if signs:
+    if signs or reasons.names_programs(text):
         known |= _program_terms()
-    spans: list[Span] = []
+    explained = _TRANSLATED if _OF_ENGLISH.search(prompt) or _OF_ENGLISH.search(text) else _READING
+    heads = reasons.item_heads(text)
+    phrases = []
     for match in _phrases().finditer(text):
+        if explained.match(text, match.end()) or (_SAID.match(text, match.end()) and match[0].count(" ") < _NAME_WORDS):
+            known |= {reasons.folded(word) for word in _word().findall(match[0])}
+        else:
+            phrases.append(match)
+    spans: list[Span] = []
+    for match in phrases:
         for start, end in _outside(match.span(), excused):
-            spans += _leaks(text, start, end, known, signs >= 2)
+            found = _leaks(text, start, end, known, signs >= 2)
+            if not found and not signs:
+                found = _capitals(text, start, end, known, prompt, heads)
+            spans += found
     # In a text as long as a chapter, a few English words are a quotation.
     few = len(text) > _CHAPTER and sum(end - start for start, end in spans) < _FEW * len(text)
     return [] if few else spans
@@ -122,6 +149,60 @@ def _is_name(words: list[str]) -> bool:
     return all(word[0].isupper() or _SMALL.fullmatch(word.lower()) for word in words) or len(words) == 2
 
 
+def _capitals(text: str, start: int, end: int, known: set[str], prompt: str, heads: list[Span]) -> list[Span]:
+    """Words with capitals that are no name: ordinary English ones, alone or as a sentence begins, and half a word.
+
+    A name in the head of an item, or one that the prompt writes so, stays. One that the prompt writes in katakana does not.
+    """
+    words = [match.span() for match in _word().finditer(text, start, end)]
+    if not words:
+        return []
+    said = [text[first:last] for first, last in words]
+    whole = [(words[0][0], words[-1][1])]
+    ordinary = all(is_english(reasons.folded(word)) for word in said if not _SMALL.fullmatch(word.lower()))
+    if said[0].istitle() and ordinary and reasons.writes_in_katakana(prompt, " ".join(said)):
+        return whole
+    if any(first <= start < last for first, last in heads) or re.match(r"[\w&＆/’'+-]", text[end : end + 1], re.A):
+        return []
+    plain = [_is_plain(word, known) for word in said]
+    if len(said) == 2 and said[0].istitle() and said[1].islower() and plain[1] and _is_plain(said[0], known, ordinary=False):
+        return whole
+    if len(said) == 1 and said[0].istitle() and all(plain) and (_LABEL.match(text, start) or _amid_japanese(text, start, end)):
+        return whole
+    return [
+        (first, last) for (first, last), word in zip(words, said, strict=True) if _is_half(text[first - 1 : first], word, known)
+    ]
+
+
+def _amid_japanese(text: str, start: int, end: int) -> bool:
+    """Whether Japanese letters touch both ends of a word."""
+    return bool(_JAPANESE.match(text[start - 1 : start]) and _JAPANESE.match(text[end : end + 1]))
+
+
+def _is_plain(word: str, known: set[str], *, ordinary: bool = True) -> bool:
+    """Whether an English word is ordinary (or any), and no term that Japanese text writes in Latin letters."""
+    small = reasons.folded(word)
+    return (
+        len(word) > 3
+        and is_english(small, ordinary=ordinary)
+        and not any(small in words for words in (known, _terms(), _program_terms(), function_words("en")))
+    )
+
+
+def _is_half(before: str, word: str, known: set[str]) -> bool:
+    """Whether Latin letters after a Japanese one are the end of an English word that Japanese began."""
+    small = reasons.folded(word)
+    if (
+        not _JAPANESE.match(before)
+        or len(word) < (_HALF if word.islower() else _HALF + 2)
+        or not (word.islower() or word.isupper())
+    ):
+        return False
+    return (
+        small in _ends() and not is_english(small) and not any(small in words for words in (known, _terms(), _program_terms()))
+    )
+
+
 def _is_leak(text: str, start: int, end: int, word: str, known: set[str]) -> bool:
     """Whether a word alone is one: in small letters, no term, no unit, no word of the prompt, no part of code."""
     small = reasons.folded(word)
@@ -132,6 +213,7 @@ def _is_leak(text: str, start: int, end: int, word: str, known: set[str]) -> boo
         or small in _terms()
         or not is_english(small)
         or small in function_words("en")
+        or _SYMBOLS.fullmatch(small)
     ):
         return False
     before, after = text[start - 1 : start], text[end : end + 1]
@@ -148,7 +230,7 @@ def _short(spans: list[Span], text: str) -> list[Span]:
 
 
 def _bracketed(text: str) -> list[Span]:
-    return [(start, end) for start, end in reasons.brackets(text) if end - start <= 120]
+    return [(start, end) for start, end in reasons.brackets(text) if end - start <= _GLOSS]
 
 
 def _outside(span: Span, excused: list[Span]) -> list[Span]:
@@ -161,19 +243,25 @@ def _outside(span: Span, excused: list[Span]) -> list[Span]:
     return parts
 
 
-def is_english(word: str) -> bool:
-    """Whether a word in small letters is a frequent English word, or an inflection of one."""
-    words = _words()
-    return word in words or any(stem in words for stem in _stems(word))
+def is_english(word: str, *, ordinary: bool = False) -> bool:
+    """Whether a word in small letters is an English word, or an inflection of one. ordinary: of one that is no name."""
+    words = _words()[0 if ordinary else 1]
+    return word in words or any(stem in words for stem in stems(word))
 
 
-def _stems(word: str) -> Iterator[str]:
+def stems(word: str) -> Iterator[str]:
     for ending, others in _ENDINGS:
         stem = word.removesuffix(ending)
         if stem != word and len(stem) >= 3:
             yield from (stem + other for other in others)
             if stem[-1] == stem[-2]:
                 yield stem[:-1]
+
+
+@lru_cache
+def _ends() -> frozenset[str]:
+    """The ends of frequent English words, which lack a letter or more."""
+    return frozenset(word[place:] for word in _words()[1] for place in range(1, len(word) - _HALF + 1))
 
 
 @lru_cache
@@ -187,5 +275,7 @@ def _program_terms() -> frozenset[str]:
 
 
 @lru_cache
-def _words() -> frozenset[str]:
-    return frozenset(_WORDS.read_text(encoding="utf-8").split())
+def _words() -> tuple[frozenset[str], frozenset[str]]:
+    """Ordinary English words, and all English words."""
+    ordinary, rare = (frozenset(paragraph.split()) for paragraph in _WORDS.read_text(encoding="utf-8").split("\n\n"))
+    return ordinary, ordinary | rare

@@ -5,9 +5,12 @@ Each function gives places of an answer, as [start, end) in characters.
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 
 Span = tuple[int, int]
 
@@ -39,12 +42,40 @@ _CODE_LIKE = re.compile(
     r"\b[A-Za-z]\w*(?:\.[A-Za-z]\w+)+\b|\b\w+::\w+|[{}]|==|=>|->|<=|\+=",
     re.ASCII,
 )
+# Words that are less sure signs; `word_lists` makes the list.
+_TRADE_WORDS = Path(__file__).with_name("trade_words.txt")
+_KATAKANA = re.compile("[\u30a1-\u30fa\u30fc]{3,}")
 _TRADE = re.compile(
     "関数|引数|変数|文字列|戻り値|返り値|構文|配列|実装|メソッド|モジュール|オブジェクト|インスタンス|プロパティ|ライブラリ|パッケージ|"
     "サーバ|コマンド|ブラウザ|コンポーネント|デバッグ|デバッガ|スレッド|バイト|ディレクトリ|パラメータ|データベース|"
     "リポジトリ|ファイル|メモリ|インタプリタ|コンソール|バージョン|オプション|コード|開発者|イテレータ|デコード|エンコード|ソケット|トランザクション|コンパイ|ポインタ|マクロ|レジストリ|コンストラクタ|"
     "(?<![A-Za-z])(?:Python|Java|JavaScript|Rust|React|Vue|Unix|Linux|API|URL|HTML|CSS|SQL|UTF|ASCII|HTTP|SDK|DLL|DOM)(?![A-Za-z])"
 )
+
+# Consonants as katakana tells them apart. What English writes in two letters comes first; an R that is not spoken goes.
+_ENGLISH_SOUNDS = (
+    ("[scz]h|tch|th|dg|c(?=[eiy])|g(?=[ey])|[szj]", "S"),
+    ("ph|[bfpv]", "P"),
+    ("x", "KS"),
+    ("ck|[ckgq]", "K"),
+    ("[td]", "T"),
+    ("r(?![aeiouy])|[aeiouyhw\\W]", ""),
+    ("[rl]", "R"),
+    ("n", "N"),
+    ("m", "M"),
+)
+_KANA_SOUNDS = {
+    "K": "カキクケコ",
+    "S": "サシスセソチツ",
+    "T": "タテト",
+    "N": "ナニヌネノン",
+    "P": "ハヒフヘホ",
+    "M": "マミムメモ",
+    "R": "ラリルレロ",
+}
+_KANA_CLASSES = {kana: sound for sound, row in _KANA_SOUNDS.items() for kana in row}
+_CONSONANTS = 5  # so many tell two names apart
+_HEARD = 0.85
 
 
 def code(text: str) -> list[Span]:
@@ -89,9 +120,39 @@ def technical_signs(text: str) -> int:
     return bool(_MARKED.search(text)) + len(set(_CODE_LIKE.findall(text))) + len(set(_TRADE.findall(text)))
 
 
+def names_programs(text: str) -> bool:
+    """Whether words that texts about programs prefer are dense in a text: two different ones, and one in 200 characters."""
+    return len(_trade_words() & set(_KATAKANA.findall(text))) >= max(2, len(text) / 200)
+
+
+@lru_cache
+def _trade_words() -> frozenset[str]:
+    return frozenset(_TRADE_WORDS.read_text(encoding="utf-8").split())
+
+
 def folded(text: str) -> str:
     """A text as words are compared: compatible forms and case are the same."""
     return unicodedata.normalize("NFKC", text).casefold()
+
+
+def writes_in_katakana(text: str, words: str) -> bool:
+    """Whether a text writes English words in katakana: both have about the same consonants, at least five."""
+    spoken = words.lower()
+    for letters, sound in _ENGLISH_SOUNDS:
+        spoken = re.sub(letters, sound, spoken)
+    spoken = _once(spoken)
+    if len(spoken) < _CONSONANTS:
+        return False
+    for match in re.finditer("[\u30a1-\u30ff・]{4,}", text):
+        kana = unicodedata.normalize("NFD", match[0].replace("ヴ", "フ"))
+        heard = _once("".join(_KANA_CLASSES.get(character, "") for character in kana))
+        if difflib.SequenceMatcher(None, spoken, heard).ratio() >= _HEARD:
+            return True
+    return False
+
+
+def _once(sounds: str) -> str:
+    return re.sub(r"(.)\1+", r"\1", sounds)
 
 
 def _inside(place: int, spans: Iterable[Span]) -> bool:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 
 import pytest
 
@@ -42,6 +43,13 @@ JA, EN = "日本の夏について教えてください。", "Tell me about summ
         ),
         (JA, "夏は더운暑いです。", ["더운"]),
         (JA, "夏は暑\ufffd\ufffdいです。", ["\ufffd\ufffd"]),
+        (JA, "成本管理が大切です。", ["成本"]),
+        (JA, "夏は热くて、一种の祭りです。", ["热", "种"]),
+        ("レインボーブリッジの工事は？", "Rainbow Bridgeは東京にあります。", ["Rainbow Bridge"]),
+        (JA, "Foggy morningsは、山の朝です。", ["Foggy mornings"]),
+        (JA, "どういうStepsがあるかを考えます。", ["Steps"]),
+        (JA, "Dear [友人],\n夏の会のお知らせです。", ["Dear"]),
+        (JA, "住宅のフurnitureを選びます。", ["urniture"]),
         ("여름에 대해 알려 주세요.", "여름은 とても 덥습니다.", ["とても"]),
         ("Расскажи о лете.", "Летом очень 热, и люди едут на море.", ["热"]),
         ("请介绍一下日本的夏天。", "日本的夏天很热，とても人们喜欢去海边。", ["とても"]),
@@ -92,6 +100,11 @@ def test_a_whole_answer_in_the_wrong_language_is_one_span(question, response):
         ("夏について英語で答えてください。", "In Japan the summer is hot and humid."),
         (JA, "ロシア語ではлетоといい、ギリシア語のκαλοκαίριも夏です。"),
         (JA, "漢字の「说」は中国の字です。"),
+        (JA, "応用力学と信用力の話です。"),
+        (JA, "μ1、μ2、μ3の和は0です。y = cos t とします。"),
+        (JA, "back number（バックナンバー）の曲です。generationsが好きです。Grabというアプリです。Grabは安いです。"),
+        (JA, "英語の例です。It's all in the mind.（気の持ちよう。）mindは心です。"),
+        (JA, "Rainbow Bridgeは東京にあります。"),
         (JA, ""),
         (EN, "42"),
     ],
@@ -147,6 +160,14 @@ def paragraphs(path, count):
     return [line for line in read(path) if len(line) > 40][:count]
 
 
+def documents(path):
+    return "".join(read(path)).split("\n\n")
+
+
+def alarms(question, texts):
+    return sum(detect(ask(question), text).leak for text in texts)
+
+
 @pytest.mark.parametrize(
     ("name", "question", "count"),
     [
@@ -158,27 +179,50 @@ def paragraphs(path, count):
 )
 def test_human_text_gives_few_alarms(shared_data, name, question, count):
     texts = paragraphs(shared_data / name, count)
-    alarms = sum(detect(ask(question), text).leak for text in texts)
-    assert alarms <= 0.006 * len(texts)
+    assert alarms(question, texts) <= 0.005 * len(texts)
 
 
-def test_words_spliced_into_human_text_are_found(shared_data):
+@pytest.mark.slow
+@pytest.mark.parametrize(("language", "question"), [("ja", JA), ("en", EN)])
+def test_whole_documents_and_encyclopedia_and_questions_give_few_alarms(shared_data, language, question):
+    sets = {"documents": documents(shared_data / "text" / f"{language}_heldout.txt.gz")}
+    if language == "ja":
+        for name, key in (("jsquad_valid", "context"), ("jmmlu_test", "question")):
+            records = map(json.loads, read(shared_data / "bench" / f"{name}.jsonl.gz"))
+            sets[name] = sorted({record[key].partition("[SEP]")[2] or record[key] for record in records})
+    for name, texts in sets.items():
+        assert alarms(question, texts) <= 0.005 * len(texts), name
+
+
+def test_words_and_sentences_spliced_into_human_text_are_found(shared_data):
+    """The words are those of questions that the word lists were not made from."""
     draw = random.Random(3)
+    records = map(json.loads, read(shared_data / "bench" / "social_i_qa_test.jsonl.gz", 300))
+    english = " ".join(record["instruction"].partition(":")[2].partition("\n")[0] for record in records)
+    sentences = [sentence for sentence in english.split(". ") if sentence.count(" ") > 4]
+    japanese = [line for line in paragraphs(shared_data / "text" / "ja_heldout.txt.gz", 3000) if line.isascii() is False]
+    runs = [run for line in japanese for run in re.findall("[\u3041-\u30ff\u4e00-\u9fff]{2,14}", line)]
     foreign = {
-        "ja": ["используется", "그리고", "应该说", "सुंदर", "making"],
-        "en": ["予告なく", "そのため", "которые", "우리는", "이것"],
+        "ja": (
+            ["используется", "그리고", "应该说", "सुंदर"],
+            [word for word in english.split() if re.fullmatch("[a-z]{5,}", word)],
+            sentences,
+        ),
+        "en": (["которые", "우리는", "无效的"], runs, runs),
     }
     for language, question in (("ja", JA), ("en", EN)):
-        texts = paragraphs(shared_data / "text" / f"{language}_heldout.txt.gz", 400)
+        texts = [text for text in paragraphs(shared_data / "text" / f"{language}_heldout.txt.gz", 1500) if len(text) < 400]
+        texts = [text for text in texts if not re.search(r"[A-Za-z_]{2}|`" if language == "ja" else r"[`_(){}]", text)]
         spliced = found = 0
-        for text in texts[::4]:
-            word = draw.choice(foreign[language])
+        for text in texts[: len(texts) // 2 : 3]:
+            word = draw.choice(draw.choice(foreign[language]))
             place = draw.choice([place for place, mark in enumerate(text) if mark in "、。 はを"] or [0])
             changed = text[: place + 1] + word + text[place + 1 :]
             spliced += 1
             found += any(
                 start < place + 1 + len(word) and place + 1 < end for start, end in detect(ask(question), changed).spans
             )
+        assert spliced >= 50
         assert found >= 0.9 * spliced
 
 
