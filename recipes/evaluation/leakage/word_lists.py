@@ -144,8 +144,8 @@ def _japanese(paths: Sequence[str]) -> _Japanese:
             words |= {(technical, word.islower(), word.lower()) for word in _bare_latin(passage)}
             katakana |= {(technical, word) for word in _KATAKANA.findall(passage)}
             passages[technical] += 1
-        for technical, small, word in words:
-            counts[technical][0 if small else 1][word] += 1
+        for technical, lower, word in words:
+            counts[technical][0 if lower else 1][word] += 1
         for technical, word in katakana:
             spoken[technical][word] += 1
         for kanji in _KANJI.findall(text):
