@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -72,16 +72,18 @@ def lengths() -> Lengths:
     return Lengths(**json.loads(LENGTHS.read_text(encoding="utf-8")))
 
 
-def sentences(text: str) -> list[str]:
+@lru_cache(maxsize=16)
+def sentences(text: str) -> tuple[str, ...]:
     """The sentences of a text in English or Japanese; a list item, and a line before a blank line, is one too."""
     ends = [0]
     for match in _END.finditer(text):
         if match[0][0] != "." or not _ABBREVIATED.search(text, max(0, match.start() - 8), match.start() + 1):
             ends.append(match.end())
     ends.append(len(text))
-    return [part for start, end in pairwise(ends) if any(map(str.isalnum, part := text[start:end].strip()))]
+    return tuple(part for start, end in pairwise(ends) if any(map(str.isalnum, part := text[start:end].strip())))
 
 
+@lru_cache(maxsize=16)
 def prose_length(text: str) -> int:
     """Characters of a text, white space as one."""
     return len(" ".join(text.split()))
@@ -107,13 +109,28 @@ class Sentence:
 
     text: str
     words: frozenset[str]
-    anchors: Counter[str]
+    anchors: dict[str, int]
 
 
 def sentence(text: str) -> Sentence:
-    known = lexicon()
-    anchors = Counter(_MARKED.findall(text)) | Counter(name for name in _ANCHOR.findall(text) if _ANCHORED.search(name))
-    return Sentence(text, frozenset(word for word in english_words(text) if word in known), anchors)
+    marked = _counts(_MARKED.findall(text)) if "`" in text or "*" in text else {}
+    anchors = _counts(filter(_is_anchor, _ANCHOR.findall(text)))
+    for name, count in marked.items():
+        anchors[name] = max(count, anchors.get(name, 0))
+    return Sentence(text, frozenset(lexicon().keys() & english_words(text)), anchors)
+
+
+@lru_cache(maxsize=100_000)
+def _is_anchor(name: str) -> bool:
+    return _ANCHORED.search(name) is not None
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    # A Counter costs more than the few names of a sentence.
+    found: dict[str, int] = {}
+    for name in names:
+        found[name] = found.get(name, 0) + 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,9 +169,10 @@ class _Pair:
         for part in self.parts:
             for word in part.words:
                 self.uses[word] = self.uses.get(word, 0) + 1
-        self.named: Counter[str] = Counter()
+        self.named: dict[str, int] = {}
         for part in self.parts:
-            self.named.update(part.anchors)
+            for name, count in part.anchors.items():
+                self.named[name] = self.named.get(name, 0) + count
         self.hits: set[str] = set()
         self.odds: dict[str, float] = {}
         self.expected = 0.0
@@ -208,9 +226,10 @@ class _Pair:
                     continue
                 words = Counter(word for clause in inside[start:end] for word in clause.words)
                 own = [word for word, times in words.items() if self.uses.get(word) == 1 and times == uses[word]]
-                anchors: Counter[str] = Counter()
+                anchors: dict[str, int] = {}
                 for clause in inside[start:end]:
-                    anchors.update(clause.anchors)
+                    for name, times in clause.anchors.items():
+                        anchors[name] = anchors.get(name, 0) + times
                 text = " ".join(clause.text for clause in inside[start:end])
                 yield self._omitted(own, anchors, text), text
 
@@ -220,7 +239,7 @@ class _Pair:
         gone = sum(self.japanese.count(name) < self.named[name] for name in part.anchors)
         return missed + 2.0 * gone + self.most_by_length
 
-    def _omitted(self, own: list[str], anchors: Counter[str], text: str) -> float:
+    def _omitted(self, own: list[str], anchors: dict[str, int], text: str) -> float:
         """Evidence of a part's own words, of names and of length that the part has no counterpart."""
         known, table = lexicon(), lengths()
         mine = Counter(piece for word in own if word in self.hits for piece in known[word].pieces if piece in self.pieces)

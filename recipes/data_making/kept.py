@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _URL = re.compile(
@@ -21,6 +22,8 @@ _PLACEHOLDER = re.compile(
     r"[\u27e6\u300a\u2983][^\u27e7\u300b\u2984\n]{1,30}[\u27e7\u300b\u2984]"
 )
 _FORMULA = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$[^\s$](?:[^$\n]{0,80}[^\s$])?\$(?!\d)", re.DOTALL)
+# Every formula, and every placeholder, has one of these.
+_FORMULA_MARKS, _PLACEHOLDER_MARKS = re.compile(r"[$\\]"), re.compile("[{%<\\[\u27e6\u300a\u2983]")
 _ITEM = re.compile(
     r"^[ \t]*(?:(?:[-*+•]|\d{1,3}[.)]|[(]\d{1,3}[)])[ \t\u3000]+|(?:[・●○]|\d{1,3}[）．]|（\d{1,3}）)\s?)(?=\S)", re.MULTILINE
 )
@@ -72,18 +75,25 @@ def kept(text: str) -> Kept:
         spans.update(_span(match) for match in _INLINE.finditer(text))
         text = _INLINE.sub(" \u25a1 ", text)
     placeholders: Counter[str] = Counter()
-    for pattern, marks in ((_FORMULA, "$\\"), (_PLACEHOLDER, "{%<[\u27e6\u300a\u2983")):
-        if any(mark in text for mark in marks):
+    for pattern, marks in ((_FORMULA, _FORMULA_MARKS), (_PLACEHOLDER, _PLACEHOLDER_MARKS)):
+        if marks.search(text):
             placeholders.update(match[0] for match in pattern.finditer(text))
             text = pattern.sub(" ", text)
-    names = Counter(name for name in _NAME.findall(text) if _NAMED.search(name))
+    names = Counter(filter(_is_name, _NAME.findall(text)))
     return Kept(fences, spans, urls, placeholders, names, items, text)
+
+
+@lru_cache(maxsize=100_000)
+def _is_name(word: str) -> bool:
+    return _NAMED.search(word) is not None
 
 
 def lost_code(source: Kept, target: Kept, source_text: str, target_text: str) -> list[str]:
     """Code of the source that is not in the target as it was, or that the target has and the source has not."""
     if found := _changed_fences(source.fences, target.fences):
         return found
+    if source.spans == target.spans and source.names == target.names:
+        return []
     gone = [span for span in source.spans if span not in target.spans and not _stands(span, target_text)]
     new = [span for span in target.spans if span not in source.spans and not _JAPANESE.search(span)]
     if altered := [span for span in new if _resembles(span, gone)]:
@@ -104,6 +114,8 @@ def lost_code(source: Kept, target: Kept, source_text: str, target_text: str) ->
 
 def lost_urls(source: Kept, target: Kept) -> list[str]:
     """Addresses that the target lacks; the same site in another language's form counts."""
+    if not source.urls:
+        return []
     gone = list((source.urls - target.urls).elements())
     new = list((target.urls - source.urls).elements())
     found = []
@@ -118,6 +130,8 @@ def lost_urls(source: Kept, target: Kept) -> list[str]:
 
 def lost_placeholders(source: Kept, target: Kept, target_text: str) -> list[str]:
     """Placeholders, tags and formulas that the target lacks."""
+    if not source.placeholders:
+        return []
     gone = source.placeholders - target.placeholders
     return [item for item in gone if target_text.count(item) < source.placeholders[item]]
 
@@ -150,7 +164,18 @@ def _lines(code: str) -> list[str]:
 
 def _stands(name: str, text: str) -> bool:
     """Whether a name stands in a text, not as part of a longer one; case does not matter."""
-    return re.search(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])", text, re.IGNORECASE) is not None
+    name, text = name.lower(), text.lower()
+    start = text.find(name)
+    while start >= 0:
+        end = start + len(name)
+        if not (_is_letter(text[start - 1 : start]) or _is_letter(text[end : end + 1])):
+            return True
+        start = text.find(name, start + 1)
+    return False
+
+
+def _is_letter(character: str) -> bool:
+    return character == "_" or (character.isascii() and character.isalnum())
 
 
 def _resembles(name: str, others: list[str]) -> bool:

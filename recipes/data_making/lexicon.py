@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("lexicon_en_ja.tsv")
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 _SUFFIXES = re.compile(r"(?:ingly|edly|ings|ing|ed|ly|ies|es|s|e|y|'s|n't)$")
 # Runs of one kind, in which pieces lie: kanji, katakana, hiragana, Latin words.
-_RUN = re.compile("([\u3005\u4e00-\u9fff]+)|([\u30a1-\u30ff]+)|([\u3041-\u3096]+)|([A-Za-z]{2,})")
+_RUN = re.compile("[\u3005\u4e00-\u9fff]+|[\u30a1-\u30ff]+|[\u3041-\u3096]+|[A-Za-z]{2,}")
 _MOST_PIECES = 8
 _LEAST_RATE = 0.25
 _LEAST_CHANCE = 1e-6  # a character
@@ -36,11 +36,16 @@ class Entry:
     rate: float
     chance: float
 
+    @cached_property
+    def without(self) -> float:
+        """Evidence of a text without a piece."""
+        return max(-_MOST_ODDS, math.log1p(-self.rate))
+
     def log_odds(self, characters: int) -> tuple[float, float]:
         """Evidence, in nats, that the word was translated: from a text of so many characters with a piece, and without."""
         by_chance = -math.expm1(-self.chance * max(1, characters))
         hit = math.log((1 - (1 - self.rate) * (1 - by_chance)) / by_chance)
-        return min(_MOST_ODDS, hit), max(-_MOST_ODDS, math.log1p(-self.rate))
+        return min(_MOST_ODDS, hit), self.without
 
 
 @lru_cache(maxsize=100_000)
@@ -60,17 +65,19 @@ def english_words(text: str) -> list[str]:
 
 def japanese_pieces(text: str) -> set[str]:
     """The pieces of a text: 1 or 2 kanji, 3 katakana, 2 or 3 hiragana (shorter runs whole), and stems of Latin words."""
-    found: set[str] = set()
-    for match in _RUN.finditer(text):
-        run = match[0]
-        kind = match.lastindex or 0
-        if kind == 4:
-            found.add(stem(run))
-            continue
-        least, most = ((1, 2), (3, 3), (2, 3))[kind - 1] if len(run) > 2 else (1 if kind == 1 else 2, 2)
-        for size in range(least, most + 1):
-            found.update([run[start : start + size] for start in range(len(run) - size + 1)])
-    return found
+    return set().union(*map(_pieces_of_run, set(_RUN.findall(text))))
+
+
+@lru_cache(maxsize=50_000)
+def _pieces_of_run(run: str) -> frozenset[str]:
+    if run[0].isascii():
+        return frozenset((stem(run),))
+    kanji = not "\u3041" <= run[0] <= "\u30ff"
+    if len(run) <= 2:
+        sizes = range(1 if kanji else 2, 3)
+    else:
+        sizes = range(1, 3) if kanji else range(3, 4) if run[0] >= "\u30a1" else range(2, 4)
+    return frozenset(run[start : start + size] for size in sizes for start in range(len(run) - size + 1))
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,7 @@ _LOOSE = {
 }
 _MONTHS = _NAME.findall("january february march april may june july august september october november december")
 _MONTH = {name[:size]: number for number, name in enumerate(_MONTHS, 1) for size in (3, len(name))} | {"sept": 9}
+_WORDS = _UNITS.keys() | _ORDINALS.keys() | _SCALES.keys() | _LOOSE.keys() | _MONTH.keys()
 _DIGITS = re.compile(r"\d{1,3}(?:,\d{3})+(?![\d,])|\d+(?:\.\d+)*")
 _ENGLISH = re.compile(r"[A-Za-z]+")
 _SCALED = re.compile(r"[\s-]{0,2}(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
@@ -148,6 +149,8 @@ def _read_english(text: str, named: set[str], loose: set[str]) -> None:
     running = False
     for word in [*_ENGLISH.findall(text), ""]:
         name = word.lower()
+        if name not in _WORDS and not running:
+            continue
         unit = _UNITS.get(name)
         if unit is not None:
             current = current + unit if running and (current % 100 == 0 or (current % 10 == 0 and unit < 10)) else unit

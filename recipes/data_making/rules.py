@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from recipes.data_making.evidence import JAPANESE, LIKELY_PART, LIKELY_SENTENCE, Judged, judge, lengths, prose_length, sentences
 from recipes.data_making.kept import Kept, kept, lost_code, lost_placeholders, lost_urls, without_notes
@@ -180,7 +181,8 @@ def repetition(source: str, target: str) -> str:
         theirs = _tail_run(source)
         if not theirs or theirs[1] < times - 1:
             return f"{times} times at the end: {_cut(unit)}"
-    parts = Counter(key for part in sentences(target) if len(key := _key(part)) >= 6)
+    said = sentences(target)
+    parts = Counter(key for part in said if len(key := _key(part)) >= 6) if len(said) > 1 else None
     if parts and (most := max(parts.values())) > 1:
         allowed = max(Counter(key for part in sentences(source) if len(key := _key(part)) >= 6).values(), default=1)
         if most > allowed:
@@ -209,8 +211,7 @@ def _tail_run(text: str) -> tuple[str, int] | None:
     """(unit, times) of what stands at least three times at the end, or twice where it is long."""
     text = text.rstrip()
     for size in range(1, min(200, len(text) // 2) + 1):
-        unit = text[-size:]
-        if text[-2 * size : -size] != unit:
+        if text[-1 - size] != text[-1] or text[-2 * size : -size] != (unit := text[-size:]):
             continue
         times = 2
         while text[-(times + 1) * size : -times * size] == unit:
@@ -252,6 +253,7 @@ def _same(source: str, target: str) -> bool:
     return _key(source) == _key(target)
 
 
+@lru_cache(maxsize=16)
 def _translatable(prose: str) -> bool:
     """Whether a text holds words to translate beside names and code."""
     if JAPANESE.search(prose):
@@ -346,7 +348,8 @@ def _cut_off(source: str, target: str, one: Kept, other: Kept, uncovered: float)
     shown = f"ends with {end[-12:]!r}"
     for opening, closing in ("()", "（）", "「」", "『』", "[]"):
         if (
-            end.count(opening) > end.count(closing)
+            opening in end
+            and end.count(opening) > end.count(closing)
             and theirs.count("(") <= theirs.count(")")
             and theirs.count("[") <= theirs.count("]")
         ):
