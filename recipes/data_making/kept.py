@@ -96,6 +96,8 @@ def lost_code(source: Kept, target: Kept, source_text: str, target_text: str) ->
         return []
     gone = [span for span in source.spans if span not in target.spans and not _stands(span, target_text)]
     new = [span for span in target.spans if span not in source.spans and not _JAPANESE.search(span)]
+    # "extension modules" becomes `extension module`.
+    new = [span for span in new if " " not in span or span + "s" not in source.spans]
     if altered := [span for span in new if _resembles(span, gone)]:
         return altered
     # A span of plain words may be translated, or lose its marks.
@@ -108,7 +110,9 @@ def lost_code(source: Kept, target: Kept, source_text: str, target_text: str) ->
     if altered := [span for span in new if _resembles(span, fewer)]:
         return altered
     gone = [name for name in source.names if name not in target_text]
-    new = [name for name in target.names if not _stands(name, source_text) and not _stands(name + "s", source_text)]
+    # As it is, in the plural, or without its hyphens.
+    forms = [(name, (name, name + "s", name.replace("-", ""))) for name in target.names]
+    new = [name for name, written in forms if not any(_stands(form, source_text) for form in written)]
     return [name for name in new if _resembles(name, gone)]
 
 
@@ -140,7 +144,7 @@ def _span(match: re.Match[str]) -> str:
     written = match[2] or match[3]
     label = _LABEL.match(written) if match[1] or match[4] else None
     plain = label[1] if label else written
-    return " ".join(plain.split()).lstrip("!~.").rstrip(".;,").replace("\u200b", "")
+    return " ".join(plain.replace('"', "'").split()).lstrip("!~.").rstrip(".;,").replace("\u200b", "")
 
 
 def _changed_fences(source: list[str], target: list[str]) -> list[str]:

@@ -45,6 +45,8 @@ _NEGATION = re.compile(
 )
 # Of the words, and half a word: 5 % of a text, rounded, are always fewer.
 _MOST_CHANGED = 0.06
+# Of fewer words, one is more than 5 %: a short request with one other word is another request.
+_LEAST_LENGTH = 20
 _LEAST_WORD = 1 / 3  # that a token is
 # The share of words that differ: in a near-duplicate, and in a sentence that is another one.
 _BY_CHANCE, _ANOTHER = 0.06, 0.6
@@ -149,7 +151,10 @@ class _Text:
 
         if self.tokens == other.tokens:
             return True
-        most = _MOST_CHANGED * max(self.length, other.length) + 0.5
+        length = max(self.length, other.length)
+        if length < _LEAST_LENGTH:
+            return False
+        most = _MOST_CHANGED * length + 0.5
         if Levenshtein.distance(self.tokens, other.tokens, score_cutoff=(furthest := int(most / _LEAST_WORD))) > furthest:
             return False
         total = 0.0

@@ -44,6 +44,8 @@ _MOST_OMITTED = 2.3
 _MOST_PART = 5.5
 _MOST_UNCOVERED = 4.0  # standard deviations, about
 _DOUBTFUL_UNCOVERED = 2.5
+_LEAST_CUT = 0.3
+_LEAST_OPEN = 0.8
 _ENDS = frozenset(".!?。！？．…‥:：;；)）]」』】》\"'”’`*|>~♪♡☆w}")
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)）\]」』*_`]*\s*\Z")
 _COLON_END = re.compile(r"[:：][\s*_]*\Z")
@@ -62,7 +64,7 @@ _FUNCTION = frozenset(
     )
 )
 _LATIN = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|「[^」]*」|\*[^*]+\*")
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|「[^」]*」|\*[^*]+\*|[(（][^()（）]*[)）]")
 _FOREIGN = re.compile("[\u0400-\u052f\u0590-\u08ff\u0900-\u0fff\u1100-\u11ff\uac00-\ud7a3\ufffd]")
 _ASKED = {"ja": "日本語で答えてください。", "en": "Answer in English."}
 _KANA = re.compile("[\u3041-\u30ff]")
@@ -359,11 +361,16 @@ def _cut_off(source: str, target: str, one: Kept, other: Kept, uncovered: float)
     if theirs.count("``") % 2 == 0 and end.count("``") % 2:
         return "a backtick is never closed"
     stopped = bool(_SENTENCE_END.search(theirs))
-    if _SENTENCE_END.search(end) or last in _ENDS:
+    if _SENTENCE_END.search(end):
+        return ""
+    if stopped and (last in _ENDS or ("。" in end and _COMPLETE.search(end))):
+        # Code, or a verb, may be the end; where words are missing too, the sentence goes on.
+        return shown if uncovered > _LEAST_CUT else ""
+    if last in _ENDS:
         return ""
     if (stopped or _COLON_END.search(theirs)) and not _COMPLETE.search(end):
         return shown
-    if _OPEN.search(end) and uncovered > 0.8 and not theirs.endswith(end[-1]):
+    if _OPEN.search(end) and uncovered > _LEAST_OPEN and not theirs.endswith(end[-1]):
         return shown
     return ""
 

@@ -108,6 +108,16 @@ def test_japanese_questions_on_one_passage_are_distinct_and_a_particle_is_no_dif
     assert seen.seen(f"質問: 標高はいくつですか。\n{again}\n三千七百メートル", "c") == "a"
 
 
+def test_a_short_request_with_another_word_is_another_request():
+    pytest.importorskip("datasketch")
+    for one, other in (
+        ("日本の戦国時代について説明してください。", "日本の江戸時代について説明してください。"),
+        ("Name a red fruit.", "Name a red bird."),
+    ):
+        seen = NearDuplicates()
+        assert [seen.seen(text, text) for text in (one, other, one)] == [None, None, one]
+
+
 def test_the_name_of_the_earlier_text_is_given_and_a_text_repeats_itself():
     pytest.importorskip("datasketch")
     seen = NearDuplicates()

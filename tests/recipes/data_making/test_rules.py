@@ -143,3 +143,21 @@ def test_other_languages_are_judged_without_tables():
 def test_code_and_names_alone_need_no_translation():
     for text in ("42", "`print(x)`", "https://example.org", "```\nx = 1\n```"):
         assert reasons(text, text) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("An image is sent over XMLRPC.", "画像を XML-RPC で送信します。"),
+        ("Such `extension modules` add new types.", "この `extension module` は新しい型を追加します。"),
+        ('Added support for the `"x"` mode.', "`'x'` モードのサポートが追加されました。"),
+    ],
+)
+def test_hyphens_plurals_and_the_kind_of_quotation_marks_are_no_change_of_code(source, target):
+    assert "code altered" not in reasons(source, target)
+
+
+def test_a_text_that_ends_with_code_where_words_are_missing_is_cut_off():
+    source = "This function returns the names of files. An error is raised by `open()` if the directory does not exist."
+    assert "cut off" in reasons(source, "この関数はファイル名を返します。 `open()`")
+    assert "cut off" not in reasons("See the list of files in `a()`.", "ファイルのリストは次を参照: `a()`")
