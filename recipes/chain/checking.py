@@ -126,8 +126,8 @@ class _Checker:
     def _shape_made_by(self, stage: Stage) -> MistralConfig | None:
         """The shape of the model that a stage trains, resizes or exports; None where it makes no model, or nobody can know."""
         settings = stage.settings
-        setting = "source" if hasattr(settings, "source") and not hasattr(settings, "model") else "model"
-        if setting not in stage.inputs or not (stage.trains or hasattr(settings, "model_out") or setting == "source"):
+        setting = next((name for name in ("model", "from_", "source") if name in stage.inputs), None)
+        if setting is None or not (stage.trains or hasattr(settings, "model_out") or setting == "source"):
             return None
         config = self._shape(stage, setting)
         if config is None or not hasattr(settings, "model_out"):
