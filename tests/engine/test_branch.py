@@ -77,6 +77,7 @@ def test_an_unchanged_branch_ends_as_its_parent(tiny_settings, parents, assert_s
     assert not list(problems(checkpoint(out, 6)))
 
 
+@pytest.mark.slow
 def test_a_branch_without_the_optimizer_keeps_the_masters_and_begins_its_moments(tiny_settings, parents, tmp_path):
     parent = parents("sft", **NARROW)
     settings = branch_settings(tiny_settings, "sft", parent, tmp_path / "run", steps=7, from_optimizer=False, **NARROW)
@@ -103,6 +104,7 @@ def _optimizer(folder):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_a_branch_may_begin_other_data_at_step_0(tiny_settings, tiny_data, parents, tmp_path, capsys):
     """From the run folder's newest checkpoint, with the optimizer's moments."""
     out = tmp_path / "run"
@@ -129,6 +131,7 @@ def test_a_branch_gives_the_steps_to_come_a_schedule(tiny_settings, parents, tmp
     assert message == "schedule.start = 7: the run begins after step 6; lower it"
 
 
+@pytest.mark.slow
 def test_a_stopped_branch_resumes_without_its_parent(tiny_settings, parents, assert_same_end, tmp_path):
     """Or with its parent's checkpoint elsewhere; another checkpoint is refused."""
     parent = Path(shutil.copytree(parents("sft"), tmp_path / "parent"))
@@ -149,6 +152,7 @@ def test_a_stopped_branch_resumes_without_its_parent(tiny_settings, parents, ass
     assert_same_end(tmp_path / "whole", tmp_path / "torn")
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_settings, parents, tmp_path):
     """Its log has each line once."""
     out = tmp_path / "run"
@@ -159,6 +163,7 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_begins_anew(tiny_s
     assert [line["step"] for line in metric_lines(out)] == [4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_branch_is_its_parents(tiny_settings, tiny_model, parents, tmp_path, capsys):
     """Where the parent's folder lacks the tables, its starting model computes them; another model may be named."""
     parent = Path(shutil.copytree(parents("dpo"), tmp_path / "parent"))
@@ -175,6 +180,7 @@ def test_the_reference_of_a_branch_is_its_parents(tiny_settings, tiny_model, par
     assert not torch.allclose(ours["log_probs"], theirs["log_probs"], equal_nan=True)
 
 
+@pytest.mark.slow
 def test_preference_tuning_that_branches_off_another_kind_of_run_has_the_checkpoint_as_its_reference(
     tiny_settings, parents, tmp_path
 ):
@@ -223,6 +229,7 @@ def test_a_branch_needs_a_checkpoint_and_a_folder_of_its_own(tiny_settings, tiny
     assert f"the prepared data in {tiny_data.conversations_heldout} is other data than its own; restore it" in message
 
 
+@pytest.mark.slow
 def test_a_branch_names_its_parents_model_or_none(tiny_settings, tiny_model, parents, tmp_path):
     """The parent's configuration with --from and --out is enough; the model may have moved."""
     moved = shutil.copytree(tiny_model, tmp_path / "moved")

@@ -25,7 +25,11 @@ def no_trials(monkeypatch):
     monkeypatch.setattr(engine.continuing, "TRIAL_STEPS", 0)
 
 
-@pytest.mark.parametrize("changes", [CONSTANT, {"schedule": {"peak": 3e-3, "warmup_steps": 2}}], ids=["constant", "warm-up"])
+@pytest.mark.parametrize(
+    "changes",
+    [CONSTANT, pytest.param({"schedule": {"peak": 3e-3, "warmup_steps": 2}}, marks=pytest.mark.slow)],
+    ids=["constant", "warm-up"],
+)
 def test_a_lengthened_run_ends_as_one_of_that_length(tiny_settings, assert_same_end, tmp_path, changes, capsys):
     """A finished run goes on where a longer run would be: in a constant schedule, or before the warm-up ends."""
     sft.run(tiny_settings("sft", tmp_path / "whole", steps=5, **changes, **QUIET))
@@ -55,6 +59,7 @@ def test_a_run_is_not_made_shorter_than_it_is(tiny_settings, tmp_path):
     assert message.startswith(f"{out}: has done 4 steps, and the settings now ask for 3 in all; raise steps or epochs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True], ids=["short", "long"])
 def test_more_epochs_say_what_the_seam_leaves_out_or_repeats(tiny_settings, tmp_path, capsys, merged):
     """The last step of the shorter run took what was left: less than a step, or more."""
@@ -113,7 +118,9 @@ def test_a_run_that_stopped_at_a_bad_step_passes_over_it(tiny_settings, metric_l
     assert skipped == [None, None, None, 1.0, None, None]
 
 
-@pytest.mark.parametrize("rest", [{}, {"steps": None, "epochs": 2.0}], ids=["steps", "epochs"])
+@pytest.mark.parametrize(
+    "rest", [{}, pytest.param({"steps": None, "epochs": 2.0}, marks=pytest.mark.slow)], ids=["steps", "epochs"]
+)
 def test_a_trial_moves_aside_for_the_real_run(tiny_settings, assert_same_end, tmp_path, capsys, rest):
     """Nothing of it is lost, and the real run is as without it. A dry run moves nothing."""
     out, options = tmp_path / "run", {**rest, **FALLING, **QUIET}
@@ -130,6 +137,7 @@ def test_a_trial_moves_aside_for_the_real_run(tiny_settings, assert_same_end, tm
     assert_same_end(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_steps_are_the_real_runs_is_continued(tiny_settings, assert_same_end, tmp_path):
     sft.run(tiny_settings("sft", tmp_path / "run", steps=3, **CONSTANT, **QUIET))
     sft.run(tiny_settings("sft", tmp_path / "run", **CONSTANT, **QUIET))
@@ -138,6 +146,7 @@ def test_a_trial_whose_steps_are_the_real_runs_is_continued(tiny_settings, asser
     assert not Path(f"{tmp_path / 'run'}-trial").exists()
 
 
+@pytest.mark.slow
 def test_only_a_longer_run_takes_a_trials_folder(tiny_settings, tmp_path):
     out = tmp_path / "run"
     sft.run(tiny_settings("sft", out, steps=3, **QUIET))
@@ -148,6 +157,7 @@ def test_only_a_longer_run_takes_a_trials_folder(tiny_settings, tmp_path):
     assert open_run(tiny_settings("sft", out, steps=9, seed=1, **QUIET), ("conversations",)).trial.checkpoint.parent == out
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_the_references_log_probabilities(tiny_settings, tmp_path, monkeypatch):
     """A second trial gets another name."""
     out = tmp_path / "run"
@@ -158,6 +168,7 @@ def test_a_trial_leaves_the_references_log_probabilities(tiny_settings, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-trial", "run-trial-2"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_elsewhere_with_its_data_and_tokenizer_copied(
     tiny_settings, tiny_data, tiny_model, assert_same_end, tmp_path
 ):
