@@ -19,7 +19,8 @@ small. C stays on the device: the host waits for nothing.
 
 What it costs in precision. E4M3 rounds by at most 1/16 of a value, at random: a product of two rounded factors has a relative
 error of 3.7 % where its terms have random signs (bf16: 0.3 %). The scales are made from the numbers at hand, never from earlier
-steps, so there is no state to save, to lose or to reduce over ranks, and a resumed run continues with the same bits.
+steps, so there is no state to save, to lose or to reduce over ranks, and a resumed run continues with the same bits. What it
+does to the loss is measured for small models alone: benchmarks/README.md, "Does FP8 change the loss?".
 
 What stays in bf16: embedding, head, norms, attention, and the layers that the settings name (by default the first and the
 last). The optimizer never sees FP8; checkpoints hold what they hold otherwise.
