@@ -76,6 +76,11 @@ UNSTATED = {
     "guard",
     "profile",
     "replay",
+    "evaluate",
+    "force",
+    "from_",
+    "from_data",
+    "from_optimizer",
 }
 
 
