@@ -59,12 +59,15 @@ def train(recipe, config: str, folder: Path, export: Path, *more: str) -> None:
 def test_translated_conversations_are_validated_prepared_and_trained_on(export, server, tmp_path):
     countries = ["France", "Italy", "Japan", "Spain", "Egypt", "Peru", "Kenya", "Norway", "Chile", "India"]
     records = [
-        {"id": number, "messages": [
-            {"role": "user", "content": f"What is the capital of {country}? See https://example.org/{number}."},
-            {"role": "assistant", "content": f"`capital({country!r})` gives the answer."},
-        ]}
+        {
+            "id": number,
+            "messages": [
+                {"role": "user", "content": f"What is the capital of {country}? See https://example.org/{number}."},
+                {"role": "assistant", "content": f"`capital({country!r})` gives the answer."},
+            ],
+        }
         for number, country in enumerate(countries * 2)
-    ]  # fmt: skip
+    ]
     write(tmp_path / "en.jsonl", records)
     with FaultProxy(server, share=0.3, hang=20.0) as proxy:
         attempt = f'[[attempts]]\nmodel = "{export}"\nurl = "{proxy.url}"\ntimeout = 20\nmax_tokens = 40\n'
