@@ -21,7 +21,7 @@ from engine.settings.toml import PathName
 from model.sampling import Sampling
 from model.vocabulary.chat import Message, encode_prompt
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
-from recipes.chat_lines import Conversation, questions, remark
+from recipes.chat_lines import HISTORY, Conversation, questions, remark
 from recipes.command import command, with_first
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class ChatSettings:
     """Continue plain text, without the chat template: for base models."""
     show_speed: bool = False
     """Print tokens per second after each answer."""
-    history: PathName = "~/.local/state/komainu/chat_history"
-    """File that keeps the questions asked at a terminal for the arrow keys of later conversations; empty: none."""
+    history: PathName | None = None
+    """File that keeps the questions asked at a terminal for the arrow keys of later conversations; empty: none; default:
+    ~/.local/state/komainu/chat_history."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA if there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -223,7 +224,7 @@ def run(settings: ChatSettings) -> None:
     if settings.prompt is not None:
         conversation.ask(settings.prompt)
         return
-    for line in questions(settings.history):
+    for line in questions(HISTORY if settings.history is None else settings.history):
         try:
             if not conversation.take(line):
                 return

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from model.sampling import Sampling
 from model.vocabulary.chat import Message
 
+HISTORY = "~/.local/state/komainu/chat_history"
 _KEPT_LINES = 1000
 _HELP = """\
 /set              the sampler's settings
