@@ -23,7 +23,7 @@ def test_regions_are_filled_and_everything_else_stays():
     assert once.endswith("<!-- end -->\nafter\n")
     assert "old" not in once
     assert filled(once) == once
-    with pytest.raises(ValueError, match="no such table; choose from .*head"):
+    with pytest.raises(ValueError, match=r"no such table; choose from .*head"):
         filled(page.replace("head", "nothing"))
 
 
