@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import engine.inputs
 import engine.run
 from engine.distributed import agreement
 from engine.distributed.agreement import check_same, difference_in, seen, weights_sample
@@ -62,9 +63,9 @@ def test_rank_0_decides_which_checkpoint_of_a_model_is_the_newest(monkeypatch, t
     """The second rank's listing is old: it does not show the newest checkpoint yet."""
     for name in ("step-00000001", "step-00000002"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(engine.run, "newest_checkpoint", lambda name: tmp_path / "step-00000001")
+    monkeypatch.setattr(engine.inputs, "newest_checkpoint", lambda name: tmp_path / "step-00000001")
     monkeypatch.setattr(Ranks, "from_main", lambda self, value: [str(tmp_path / "step-00000002"), None])
-    assert engine.run._folder(str(tmp_path), SECOND, weights=True) == tmp_path / "step-00000002"
+    assert engine.inputs.folder_of(str(tmp_path), SECOND, weights=True) == tmp_path / "step-00000002"
 
 
 def test_an_error_of_rank_0_reaches_every_rank(monkeypatch):

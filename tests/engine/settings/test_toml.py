@@ -48,7 +48,7 @@ EVERY = [
     ExportSettings(source="runs/dpo", out="exports/x", dtype="float16", overwrite=True),
     VocabularySettings(text=("a.txt", "b.txt"), out="t", new_pieces=100),
     PrepareSettings(kind="conversations", paths=("a.jsonl",), out="d"),
-    ChatSettings(model="m"),
+    ChatSettings(model="m", history="chat_history"),
 ]
 
 
