@@ -3,14 +3,17 @@
     python -m recipes.precision_comparison recipes/tiny/base.toml recipes/tiny/cpt.toml recipes/tiny/sft1.toml \\
         recipes/tiny/sft2.toml recipes/tiny/dpo.toml --fp8.bf16-first 0 --fp8.bf16-last 0
 
-Each configuration is a training recipe's, with `heldout`; dotted overrides for all of them may follow. A run whose folder is
-there is continued, or read where it is finished. OUT/comparison.json has every loss, the differences to float32, the commit and
-the versions; OUT/comparison.svg draws the differences.
+Each configuration is a training recipe's, with `heldout`; dotted overrides for all of them may follow. "again" is float32 once
+more, with a learning rate that differs in the seventh digit: where it ends elsewhere, training itself multiplies rounding, and
+a difference of that size says nothing about a precision. A run whose folder is there is continued, or read where it is
+finished. OUT/comparison.json has every loss, the differences to float32, the commit and the versions; OUT/comparison.svg draws
+the differences.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import statistics
@@ -20,7 +23,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.environment import choose_device, commit, machine
 from engine.settings.toml import read_table
 from engine.settings.training import TrainSettings
 from model.folder import write_file
@@ -31,10 +33,12 @@ from recipes.plan import settings_of
 # Name -> the settings that it changes. The others are compared with the first.
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "float32": ("--dtype", "float32", "--precision", "dtype"),
+    "again": ("--dtype", "float32", "--precision", "dtype"),
     "bfloat16": ("--dtype", "bfloat16", "--precision", "dtype"),
     "fp8": ("--dtype", "bfloat16", "--precision", "fp8"),
 }
-EXACT = next(iter(PRECISIONS))
+EXACT, AGAIN = list(PRECISIONS)[:2]
+_DISTURBED = 1 + 2e-7  # times the learning rate of AGAIN
 # The largest difference of a held-out loss that FP8 is meant to make.
 TARGET = 0.005
 
@@ -80,7 +84,11 @@ def compare(
         for seed in seeds:
             for precision, changes in PRECISIONS.items():
                 run = ("--out", str(out / f"{name}-{precision}-{seed}"), "--seed", str(seed), *changes)
-                losses[name][precision].append(train_one(settings_of(config, [*overrides, *run])))
+                chosen = settings_of(config, [*overrides, *run])
+                if precision == AGAIN:
+                    disturbed = dataclasses.replace(chosen.schedule, peak=chosen.schedule.peak * _DISTURBED)
+                    chosen = dataclasses.replace(chosen, schedule=disturbed)
+                losses[name][precision].append(train_one(chosen))
                 rows = rows_of(losses)
                 complete = len(losses) == len(configs) and all(len(of) == len(seeds) for of in losses[name].values())
                 content = {**origin, "settings": settings, "complete": complete, "rows": rows}
@@ -132,7 +140,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     names = list(dict.fromkeys(row["run"] for row in rows))
     for column, precision in enumerate(list(PRECISIONS)[1:]):
         shown = [row for row in rows if row["precision"] == precision]
-        places = [names.index(row["run"]) + 0.3 * column - 0.15 for row in shown for _ in row["differences"]]
+        places = [names.index(row["run"]) + 0.2 * (column - 1) for row in shown for _ in row["differences"]]
         axes.plot(places, [100 * value for row in shown for value in row["differences"]], "o", label=precision)
     for level in (-TARGET, TARGET):
         axes.axhline(100 * level, color="#a9b4bd", linestyle="--")
@@ -154,15 +162,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     given = sys.argv[1:] if argv is None else list(argv)
     arguments, overrides = parser.parse_known_args(given)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    origin = {
-        "benchmark": "precision",
-        "command": shlex.join(["python", "-m", "recipes.precision_comparison", *given]),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(choose_device("auto")),
-    }
     try:
+        for config in arguments.configs:
+            read_table(Path(config))
+        # Loads torch: not before the configurations are known to be there.
+        from engine.environment import choose_device, commit, machine
+
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        origin = {
+            "benchmark": "precision",
+            "command": shlex.join(["python", "-m", "recipes.precision_comparison", *given]),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(choose_device("auto")),
+        }
         rows = compare(arguments.configs, overrides, arguments.seeds, arguments.out, origin)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -203,7 +203,7 @@ def test_a_run_continues_after_a_fault(faults, assert_same_end, fault):
     codes, newest = FAULTS[fault]
     resumed = [] if then == "restart" else [0] * then
     assert (result["codes"], result["newest"], result["resumed"]) == (codes, f"step-{newest:08d}", resumed), result["output"]
-    assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "latest", "step-00000005"}
+    assert {path.name for path in out.iterdir()} == {"config.toml", "metrics.jsonl", "latest", "report.html", "step-00000005"}
     whole, _ = faults["never", 0, 1 if ranks == 1 or then == 1 else 2, 0]
     if then in (0, ranks, "restart"):
         assert_same_end(whole, out)

@@ -24,7 +24,7 @@ def config(tiny_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path, capsys):
+def test_runs_in_every_precision_start_alike_and_are_compared(config, tmp_path, capsys):
     main([config(), "--fp8.bf16-first", "0", "--out", str(tmp_path / "out"), "--seeds", "3"])
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     losses = {row["precision"]: row["losses"] for row in result["rows"]}
@@ -34,7 +34,7 @@ def test_runs_in_three_precisions_start_alike_and_are_compared(config, tmp_path,
     assert result["command"].startswith("python -m recipes.precision_comparison ")
     assert result["machine"]["torch"] == torch.__version__
     assert list(losses) == list(PRECISIONS)
-    assert len({tuple(values) for values in losses.values()}) == 3
+    assert len({tuple(values) for values in losses.values()}) >= 3
     for values in losses.values():
         assert values == pytest.approx(losses["float32"], rel=0.01)
     for precision, dtype, products in (("bfloat16", "bfloat16", "dtype"), ("fp8", "bfloat16", "fp8")):

@@ -81,6 +81,7 @@ UNSTATED = {
     "from_",
     "from_data",
     "from_optimizer",
+    "start",
 }
 
 

@@ -104,6 +104,7 @@ def test_the_newest_and_every_second_checkpoint_are_kept_and_latest_names_the_ne
         "config.toml",
         "metrics.jsonl",
         "tensorboard",
+        "report.html",
         "latest",
         "step-00000002",
         "step-00000004",
@@ -254,7 +255,7 @@ def test_nothing_that_a_run_writes_is_a_pickle(tiny_settings, tmp_path):
     dpo.run(tiny_settings("dpo", tmp_path / "run", steps=2, checkpoint_every=1))
     files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     suffixes = {file.suffix for file in files if not file.name.startswith("events.out.tfevents")}
-    assert suffixes == {".json", ".jsonl", ".toml", ".safetensors", ".jinja", ".model", ""}
+    assert suffixes == {".json", ".jsonl", ".toml", ".safetensors", ".jinja", ".model", ".html", ""}
     assert [file.name for file in files if not file.suffix] == ["latest"]
     for file in files:
         head = file.read_bytes()[:4]

@@ -84,5 +84,5 @@ def test_a_spike_is_replayed_to_the_bit(tiny_settings, tmp_path, monkeypatch, ca
 
 
 def test_a_step_beyond_the_run_cannot_be_replayed(tiny_settings, tmp_path):
-    with pytest.raises(ValueError, match=r"replay = 9: the run has 6 steps"):
+    with pytest.raises(ValueError, match=r"replay = 9: the run has the steps 1 to 6"):
         pretrain.run(tiny_settings("pretrain", tmp_path / "run", replay=9))
