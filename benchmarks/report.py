@@ -31,6 +31,7 @@ _PRECISION |= {"difference to float32, mean %": "difference %", "largest %": "la
 TABLES: dict[str, Table] = {
     "precision-text": Table("precision-text-intel-xeon", _PRECISION),
     "precision-quickstart": Table("precision-quickstart-intel-xeon", _PRECISION),
+    "precision-tuning": Table("precision-tuning-intel-xeon", _PRECISION),
     "head": Table(
         "kernels-nvidia-h200",
         {"forward and backward": "provider", "ms": "seconds ms", "of the floor %": "floor_fraction %", "peak MiB": "peak_mib"}
