@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.data.languages import is_in
-from engine.data.records import Pair, Turn, Unusable, read_conversation, read_pair, read_text
+from engine.data.records import Pair, Turn, Unusable, read_conversation, read_pair, read_text, said_in
 from engine.data.sources import Record
 from engine.data.too_long import TooLong, parts_of_conversation, parts_of_text
 from model.vocabulary.chat import EncodedChat, Message, encode_chat
@@ -80,10 +80,10 @@ class Reader:
             content = said = read_text(value, self.text_field)
         elif self.kind == "conversations":
             content = read_conversation(value)
-            said = _said(content)
+            said = said_in(content)
         else:
             content = read_pair(value)
-            said = f"{_said(content.prompt)}\n{content.chosen}"
+            said = f"{said_in(content.prompt)}\n{content.chosen}"
         if self.language and not is_in(said, self.language):
             raise Unusable(f"not in the language {self.language!r}", repr(said[:60]))
         return content
@@ -181,8 +181,3 @@ class Reader:
             raise ValueError(f"{self.last_skip}: mend or remove the record, or prepare without strict to skip such records")
         first = {"count": 0, "first": place, "detail": unusable.detail}
         self.skipped.setdefault(unusable.reason, first)["count"] += 1
-
-
-def _said(messages: Sequence[Message]) -> str:
-    """What user and assistant say."""
-    return "\n".join(message["content"] for message in messages if message["role"] != "system")

@@ -6,7 +6,7 @@ meaning is honoured, or the record is skipped and counted: nothing of the kind i
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +166,11 @@ def read_pair(value: Any) -> Pair:
     if not checked or checked[-1]["role"] != "user":
         raise Unusable("roles do not alternate", "the prompt does not end with a user message")
     return Pair(_untrained(checked), chosen, rejected)
+
+
+def said_in(messages: Sequence[Message]) -> str:
+    """What user and assistant say, without the system message."""
+    return "\n".join(message["content"] for message in messages if message["role"] != "system")
 
 
 def listed_field(value: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from engine.data.languages import share
-from engine.data.records import Unusable, read_conversation, read_text
+from engine.data.records import Unusable, read_conversation, read_text, said_in
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
 from engine.settings.toml import PathName
 from model.folder import complete_folder, write_file
@@ -110,8 +110,7 @@ def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
         text = read_text(value, settings.text_field)
         return {"text": text}, text
     messages = read_conversation(value)
-    said = "\n".join(message["content"] for message in messages if message["role"] != "system")
-    return {"messages": messages}, _CODE.sub(" ", said)
+    return {"messages": messages}, _CODE.sub(" ", said_in(messages))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
