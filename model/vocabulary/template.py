@@ -19,6 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 BOS, EOS = "<s>", "</s>"
+# Names of the special tokens that a template may write.
+SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 # The generation block marks the assistant's part, for transformers' `return_assistant_tokens_mask` and TRL's
 # `assistant_only_loss`. Every tag trims both sides: environments differ in what they do with blank lines around tags.
@@ -155,6 +157,16 @@ class FolderTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ValueError(f"the folder's own chat template{line}: {reason}") from None
+
+
+def own_template(source: str, specials: Sequence[str], named: Mapping[str, str]) -> FolderTemplate | None:
+    """A chat template that is not ours; None for ours.
+
+    Args:
+        specials: `<s>`, `</s>` and `<unk>` as the tokenizer spells them, in this order, for tokens without a name in `named`.
+        named: special tokens by name, such as bos_token, which go first.
+    """
+    return None if is_ours(source) else FolderTemplate(source, dict(zip(SPECIALS, specials, strict=False)) | dict(named))
 
 
 class _Generation(Extension):

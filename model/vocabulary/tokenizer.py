@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_pb2
 from model.config import read_json
 from model.vocabulary.proto import ModelProto
 from model.vocabulary.scripts import SPACE
-from model.vocabulary.template import CHAT_TEMPLATE, FolderTemplate, is_ours
+from model.vocabulary.template import CHAT_TEMPLATE, FolderTemplate, own_template
 from model.vocabulary.tokenizer_folder import (
     added_tokens,
     check_flags,
@@ -115,21 +115,16 @@ class Tokenizer:
 
     def extended(self, model_bytes: bytes) -> Tokenizer:
         """The tokenizer of a model that extends this one's, with the same added tokens, rules and chat template."""
-        return Tokenizer(model_bytes, added=self.added, spelled=tuple(self.spelled), prefix=self.prefix, template=self.template)
+        return self._anew(model_bytes, self.template)
 
     def with_template(self, source: str) -> Tokenizer:
         """The same tokenizer with this chat template, in Jinja."""
-        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id}
-        own = {} if self.template is None else self.template.specials
-        specials = {name: self._processor.id_to_piece(id) for name, id in names.items()} | dict(own)
-        template = None if is_ours(source) else FolderTemplate(source, specials)
-        return Tokenizer(
-            self.model_bytes,
-            added=self.added,
-            spelled=tuple(self.spelled),
-            prefix=self.prefix,
-            template=template,
-        )
+        named = {} if self.template is None else self.template.specials
+        specials = [self._processor.id_to_piece(id) for id in (self.bos_id, self.eos_id, self.unk_id)]
+        return self._anew(self.model_bytes, own_template(source, specials, named))
+
+    def _anew(self, model_bytes: bytes, template: FolderTemplate | None) -> Tokenizer:
+        return Tokenizer(model_bytes, added=self.added, spelled=tuple(self.spelled), prefix=self.prefix, template=template)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:

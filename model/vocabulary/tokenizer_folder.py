@@ -9,12 +9,11 @@ from typing import NamedTuple
 from model.config import read_json
 from model.vocabulary.proto import ModelProto, Piece
 from model.vocabulary.scripts import SPACE
-from model.vocabulary.template import FolderTemplate, is_ours
+from model.vocabulary.template import SPECIALS, FolderTemplate, own_template
 from model.vocabulary.tokenizer_json import JSON_FILE, Prefix
 
 CONFIG_FILE = "tokenizer_config.json"
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-_SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class AddedToken(NamedTuple):
@@ -132,7 +131,7 @@ def with_pieces(model_bytes: bytes, tokens: Sequence[AddedToken]) -> bytes:
 def named_specials(folder: Path) -> dict[str, str]:
     """The special tokens that a folder's tokenizer_config.json names, such as bos_token, by name."""
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    tokens = {name: config.get(name) for name in _SPECIALS}
+    tokens = {name: config.get(name) for name in SPECIALS}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
@@ -157,6 +156,4 @@ def folder_template(folder: Path, specials: Mapping[str, int]) -> FolderTemplate
         return None
     if not isinstance(source, str):
         raise ValueError(f"{path}: chat_template is {type(source).__name__}, not text")
-    if is_ours(source):
-        return None
-    return FolderTemplate(source, dict(zip(_SPECIALS, specials, strict=False)) | named_specials(folder))
+    return own_template(source, list(specials), named_specials(folder))
