@@ -102,7 +102,9 @@ def run(settings: PrepareSettings) -> dict[str, Any]:
     )
     dataset = TokenDataset.open(settings.out)
     print("\n".join([f"{settings.out}:", *describe(report), lengths_line(dataset)]))
-    draw_lengths(dataset, Path(settings.out) / LENGTHS)
+    # A dataset that was kept has its drawing.
+    if not (drawing := Path(settings.out) / LENGTHS).is_file():
+        draw_lengths(dataset, drawing)
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     marks = ("\x1b[32m", "\x1b[0m") if colours else ("⟦", "⟧")
     for line in (*shown(dataset, tokenizer, settings.show, marks), *preview(dataset, tokenizer, settings.preview)):
