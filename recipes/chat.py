@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from engine.settings.toml import PathName
 from model.sampling import Sampling
-from model.vocabulary.chat import Message, encode_prompt
+from model.vocabulary.chat import Message, encode_prompt, ends_of
 from model.vocabulary.tokenizer import StreamDecoder, Tokenizer
 from recipes.chat_lines import HISTORY, Conversation, questions, remark
 from recipes.command import command, with_first
@@ -73,7 +73,7 @@ class Speaker:
 
         self.model, self.tokenizer, self.sampling, self.show_speed = model, tokenizer, sampling, show_speed
         self._answers = 0
-        self._ends = {tokenizer.eos_id, *model.config.end_ids}
+        self._ends = ends_of(tokenizer, model.config)
         # Keys and values of the conversation so far: only new tokens are computed.
         self._past = Past(model)
 
@@ -125,7 +125,7 @@ class Speaker:
             asked = [*head, Message(role="user", content=question)]
             prompt_ids, _ = fit_conversation(self.tokenizer, asked, self.longest_prompt)
         seeds = [(self.sampling.seed + number) % 2**63 for number in range(choices)]
-        prompts = [Prompt(prompt_ids, replace(self.sampling, seed=seed), frozenset(self._ends)) for seed in seeds]
+        prompts = [Prompt(prompt_ids, replace(self.sampling, seed=seed), self._ends) for seed in seeds]
         waiting: dict[int, str] = {}
         start, tokens, printed = time.perf_counter(), 0, 0
         for answer in answers(self.model, prompts):

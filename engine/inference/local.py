@@ -19,7 +19,7 @@ from engine.inference.asking import Answer, Asker, ChatRequest, RunStopped, Unan
 from engine.inference.opening import open_model
 from model.generate import room_for_answer
 from model.sampling import Sampling
-from model.vocabulary.chat import encode_prompt
+from model.vocabulary.chat import encode_prompt, ends_of
 from model.vocabulary.tokenizer import StreamDecoder
 
 # The parameters of a request -> the fields of Sampling.
@@ -55,7 +55,7 @@ class LocalModel:
     def __init__(self, name: str, *, device: str = "auto") -> None:
         """Load the model. Raises: FileNotFoundError, ValueError or DeviceError, each naming the fault."""
         folder, self.tokenizer, self._model = open_model(name, choose_device(device))
-        self._ends = frozenset({self.tokenizer.eos_id, *self._model.config.end_ids})
+        self._ends = ends_of(self.tokenizer, self._model.config)
         # A folder whose weights or tokenizer change is another model to the journal.
         self.model = f"{folder} {weights_sample(folder)} {self.tokenizer.fingerprint}"
         self._waiting: deque[_Row] = deque()

@@ -9,6 +9,7 @@ from engine.inference.generation import Prompt, generate_many
 from engine.inference.prompts import FilePrompt
 from model.mistral import Mistral
 from model.sampling import Sampling
+from model.vocabulary.chat import ends_of
 from model.vocabulary.tokenizer import Tokenizer
 
 # Answers that a rank generates at once: matrix products are padded to as many rows anyway.
@@ -39,7 +40,7 @@ class Samples:
 
         Returns: None where it gave up.
         """
-        ends = frozenset({self._tokenizer.eos_id, *model.config.end_ids})
+        ends = ends_of(self._tokenizer, model.config)
         ranks, answers = self._ranks, []
         wave = ROWS * ranks.ranks
         for first in range(0, len(self._prompts), wave):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from model.config import MistralConfig
 from model.vocabulary.template import BOS, CHAT_TEMPLATE, CHATML_TEMPLATE, EOS, FolderTemplate, unmarked
 from model.vocabulary.tokenizer import CHATML, Tokenizer
 
@@ -185,6 +186,11 @@ def template_name(tokenizer: Tokenizer) -> str:
     if tokenizer.template is None:
         return "shisa (llama-2's form)"
     return "chatml" if unmarked(tokenizer.template.source) == unmarked(CHATML_TEMPLATE) else "one of its own"
+
+
+def ends_of(tokenizer: Tokenizer, config: MistralConfig) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's end token, and those that the model's configuration names."""
+    return frozenset({tokenizer.eos_id, *config.end_ids})
 
 
 def _encode_by_folder(tokenizer: Tokenizer, template: FolderTemplate, messages: Sequence[Message]) -> EncodedChat:

@@ -13,7 +13,7 @@ from engine.inference.generation import Prompt, answers
 from engine.inference.scoring import Request, Scoring, shortened
 from model.mistral import Mistral
 from model.sampling import Sampling
-from model.vocabulary.chat import prompt_text
+from model.vocabulary.chat import ends_of, prompt_text
 from model.vocabulary.tokenizer import Tokenizer
 from recipes.evaluation.encoding import Encoder, Pair, StopTexts, cut_at
 from recipes.evaluation.ledger import Results
@@ -55,7 +55,7 @@ class KomainuLM(TemplateLM):
         self.pack_tokens, self.rows, self.seed = pack_tokens, rows, seed
         self.encoder = Encoder(tokenizer, chat=chat)
         self.counts = Counts()
-        self._ends = frozenset({tokenizer.eos_id, *model.config.end_ids})
+        self._ends = ends_of(tokenizer, model.config)
 
     @property
     def eot_token_id(self) -> int:

@@ -22,7 +22,7 @@ from model.cache import KeyValueCache
 from model.generate import filter_logits
 from model.mistral import Mistral
 from model.sampling import Sampling
-from model.vocabulary.chat import Message, encode_chat, encode_prompt
+from model.vocabulary.chat import Message, encode_chat, encode_prompt, ends_of
 from model.vocabulary.tokenizer import Tokenizer
 from recipes.evaluation.leakage.languages import LATIN, SCRIPTS, foreign_letters
 
@@ -153,7 +153,7 @@ def generated(
 
     An answer depends on the seed, its sampler, conversation and sample alone. Raises: ValueError for a prompt that is too long.
     """
-    ends = frozenset({tokenizer.eos_id, *model.config.end_ids})
+    ends = ends_of(tokenizer, model.config)
     prompts = [encode_prompt(tokenizer, list(messages)) for messages in conversations]
 
     def asked() -> Iterator[Prompt]:
