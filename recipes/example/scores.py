@@ -36,17 +36,12 @@ class ScoresSettings:
 
 def run(settings: ScoresSettings) -> dict[str, Any]:
     """Ask, write the file, print a line. Returns: the file's content, as `read_scores` gives it."""
-    import torch
-
-    from engine.checkpoint.state import model_folder
     from engine.environment import choose_device
-    from model.vocabulary.tokenizer import Tokenizer
-    from model.weights import load_model
+    from engine.inference.opening import open_model
     from recipes.example.evaluate import ask, score
 
-    folder, example = model_folder(settings.model), make_example(settings.example)
-    tokenizer = Tokenizer.load(folder)
-    model = load_model(folder, dtype=torch.float32, device=choose_device(settings.device))
+    example = make_example(settings.example)
+    folder, tokenizer, model = open_model(settings.model, choose_device(settings.device), "float32")
     table: dict[str, Any] = {"model": settings.shown_as, "folder": str(folder), "chat": settings.chat}
     for name, questions in (("held_out", example.held_out), ("unseen", example.unseen)):
         scores = score(ask(model, tokenizer, questions, chat=settings.chat))
