@@ -118,7 +118,7 @@ class _Runner:
     def open(self, stack: ExitStack) -> None:
         """Hold the chain's folder, and refuse a chain that cannot run or would use a stale result."""
         from engine.distributed.run_lock import run_lock
-        from engine.run import check_writable
+        from engine.inputs import check_writable
         from recipes.chain.markers import Markers
         from recipes.chain.wiring import wiring_mistakes
 

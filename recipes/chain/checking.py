@@ -86,7 +86,7 @@ class _Checker:
         self._check_disk()
 
     def _check_stage(self, stage: Stage, verdict: Verdict, again: bool) -> None:
-        from engine.run import check_writable
+        from engine.inputs import check_writable
 
         for setting, path in stage.outputs.items():
             self.say(f"    writes {path}")
@@ -163,8 +163,7 @@ class _Checker:
         """The planned memory of a training, in a line. Raises: ValueError where it does not fit."""
         import torch
 
-        from engine.checkpoint.room import host_memory
-        from engine.environment import choose_device, choose_dtype
+        from engine.environment import choose_device, choose_dtype, host_memory
         from recipes.plan import look_ahead
 
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -192,7 +191,8 @@ class _Checker:
 
     def _count_bytes(self, stage: Stage, config: MistralConfig | None) -> None:
         """Add what a stage will leave on the disk, as far as it can be known."""
-        from engine.checkpoint.room import amount, bytes_of_checkpoint
+        from engine.checkpoint.room import bytes_of_checkpoint
+        from engine.estimate.account import amount
 
         settings, size = stage.settings, 0
         if config is not None:
@@ -211,7 +211,7 @@ class _Checker:
 
     def _check_disk(self) -> None:
         """Compare what all stages leave with the room on each disk."""
-        from engine.checkpoint.room import amount
+        from engine.estimate.account import amount
 
         by_disk: dict[int, tuple[Path, int]] = {}
         for folder, entries in self._disk.items():

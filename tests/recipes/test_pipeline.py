@@ -354,7 +354,7 @@ def test_a_dry_run_finds(mistake, chain):
 
 
 def test_a_dry_run_finds_a_training_that_the_memory_does_not_hold(chain, monkeypatch):
-    monkeypatch.setattr("engine.checkpoint.room.host_memory", lambda: (2**20, 2**20))
+    monkeypatch.setattr("engine.environment.host_memory", lambda: (2**20, 2**20))
     said = refused("--dry-run")
     assert said.count("which does not fit: lower pack_tokens") == 2
 
