@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import secrets
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +97,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, kept: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=kept + 1)
 
     def write(self, lines: list[Line]) -> None:
@@ -107,6 +109,16 @@ class _TensorBoard:
 
     def close(self, status: int) -> None:
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until the clock shows a later second than the newest event file's name.
+
+    TensorBoard reads event files in the order of their names, events.out.tfevents.SECOND.HOST.PROCESS.COUNT.
+    Of two files of one second, the earlier attempt's may come last, and would hide the steps of the later one.
+    """
+    while any(file.name.split(".")[3] == f"{int(time.time()):010d}" for file in folder.glob("events.out.tfevents.*")):
+        time.sleep(0.05)
 
 
 def check_wandb(settings: LogSettings) -> None:

@@ -169,8 +169,12 @@ def test_a_preference_run_reports_the_tokens_that_shared_prompts_save(preferred,
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tiny_settings, tmp_path, monkeypatch):
+    from tensorboard.summary.writer import event_file_writer
+
     out = tmp_path / "run"
     settings = tiny_settings("pretrain", out, checkpoint_every=2, evaluate_every=2, log={"every": 1})
+    # Where three attempts share a second, the second's event file sorts after the third's: .10 before .9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(8))
     # An attempt that ended before its first checkpoint leaves nothing behind.
     with monkeypatch.context() as patch:
         kill_at(patch, 1)
