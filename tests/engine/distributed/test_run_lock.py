@@ -35,7 +35,7 @@ def test_the_lock_names_its_holder_is_refreshed_and_goes(tmp_path):
     with run_lock(tmp_path):
         first = json.loads((tmp_path / ".lock").read_text())
         assert (first["host"], first["process"]) == (lock_file.socket.gethostname(), os.getpid())
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while json.loads((tmp_path / ".lock").read_text())["time"] == first["time"]:
             assert time.monotonic() < end
     assert list(tmp_path.iterdir()) == []
@@ -45,7 +45,7 @@ def test_a_full_disk_lets_the_lock_be_refreshed_in_its_place(tmp_path, monkeypat
     with run_lock(tmp_path):
         monkeypatch.setattr(lock_file, "write_file", _full)
         first = (tmp_path / ".lock").read_text()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while (now := (tmp_path / ".lock").read_text()) == first:
             assert time.monotonic() < end
         assert json.loads(now).keys() == json.loads(first).keys()

@@ -151,7 +151,7 @@ def test_a_journal_of_something_else_is_named(tmp_path):
         Asker(tmp_path / "journal")
 
 
-def ask_everything(url: str, journal: Path, count: int, *, timeout: float = 1.0, **limits) -> list:
+def ask_everything(url: str, journal: Path, count: int, *, timeout: float = 10.0, **limits) -> list:
     prices = {"price_in": 1000.0, "price_out": 1000.0}
     with Asker(journal, **limits) as asker:
         endpoint = Endpoint(EndpointSettings(model="m", url=url, timeout=timeout, **prices))
