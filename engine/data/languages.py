@@ -13,7 +13,12 @@ _LANGUAGES = {
     "ko": (letters(("hang", "han")), "some", letters(("hang",))),
     "latin": ("A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a", "", ""),
 }
-_CODE = re.compile("```.*?(?:```|$)", re.DOTALL)
+_CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
+
+def without_code(text: str) -> str:
+    """A text with a space for each piece of fenced code; a fence that is never closed reaches to the end."""
+    return _CODE.sub(" ", text)
 
 
 def check_language(name: str) -> None:
@@ -36,7 +41,7 @@ def is_in(text: str, language: str) -> bool:
 
     Japanese also needs kana, Chinese has none, and Korean needs Hangul.
     """
-    text = _CODE.sub(" ", text)
+    text = without_code(text)
     if language in _LANGUAGES:
         _, needs, marks = _LANGUAGES[language]
         if needs and bool(re.search(f"[{marks}]", text)) != (needs == "some"):

@@ -7,7 +7,6 @@ vocabulary, to fine-tune once more on Japanese conversations alone, and to measu
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from engine.data.languages import share
+from engine.data.languages import share, without_code
 from engine.data.records import Unusable, read_conversation, read_text, said_in
 from engine.data.sources import RECORD_SUFFIXES, Record, find_sources
 from engine.settings.toml import PathName
@@ -25,7 +24,6 @@ from recipes.command import command
 from recipes.data_making.rows import compressed
 
 PARTS = ("ja", "rest")
-_CODE = re.compile("```.*?```", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def _read(value: Any, settings: SplitSettings) -> tuple[dict[str, Any], str]:
         text = read_text(value, settings.text_field)
         return {"text": text}, text
     messages = read_conversation(value)
-    return {"messages": messages}, _CODE.sub(" ", said_in(messages))
+    return {"messages": messages}, without_code(said_in(messages))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

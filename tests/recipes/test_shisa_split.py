@@ -24,6 +24,11 @@ JAPANESE = [
         "PythonでHello Worldを表示してください。",
         "次のとおりです。\n```python\nprint('hello world, this is a long line of code')\n```",
     ),
+    # An answer that its length cut within the code.
+    chat(
+        "PythonでHello Worldを表示してください。",
+        "次のとおりです。\n```python\nprint('hello world, this is a long line of code that never ends')",
+    ),
     chat("文の関係を答えてください。前提：男が走っている。仮説：男が動いている。", "entailment"),
 ]
 REST = [
@@ -66,7 +71,7 @@ def test_the_japanese_share_agrees_with_unicode_names(text):
 
 
 def test_user_and_assistant_text_decides_the_language(tmp_path):
-    source = write(tmp_path / "chat.jsonl", [row for pair in zip(JAPANESE, REST, strict=False) for row in pair] + REST[3:])
+    source = write(tmp_path / "chat.jsonl", [row for pair in zip(JAPANESE, REST, strict=False) for row in pair])
     report = run(SplitSettings(kind="conversations", paths=(source,), out=str(tmp_path / "out")))
     for part, rows in (("ja", JAPANESE), ("rest", REST)):
         assert read(tmp_path / "out" / f"{part}.jsonl.gz") == [{"messages": read_conversation(row)} for row in rows]
