@@ -22,9 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import tyro
-
-from engine.settings.toml import PathName
+from engine.settings.toml import PathName, option
 from recipes.chain.stages import Chain, Stage, StageSettings, read_chain
 from recipes.command import command
 
@@ -41,7 +39,7 @@ class PipelineSettings:
     """What to run, in this order."""
     out: PathName = ""
     """Folder to work in instead of `root`: every path of the stages in `root` moves there."""
-    from_: Annotated[tuple[str, ...], tyro.conf.arg(name="from")] = ()
+    from_: Annotated[tuple[str, ...], option("from")] = ()
     """Make these stages again, and all that depends on them; earlier results are kept beside the new ones, as NAME.old."""
     only: tuple[str, ...] = ()
     """Run these stages alone, on what the earlier stages have made."""

@@ -25,6 +25,18 @@ PathName = Annotated[str, _PATH]
 """The type of a setting that names a file or folder: a leading ~ becomes the home folder, as the shell does outside quotes."""
 
 
+def option(name: str) -> Any:
+    """Names a setting's option where Python keeps the word for itself: `from_: Annotated[str, option("from")]`.
+
+    Settings that are made in code need no tyro, as on a machine that has torch alone.
+    """
+    try:
+        import tyro
+    except ImportError:
+        return f"--{name}"
+    return tyro.conf.arg(name=name)
+
+
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Settings:
     """Read settings from an optional TOML file (anywhere among the arguments) and dotted overrides.
 

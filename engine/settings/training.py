@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import tyro
-
 from engine.settings.sections import (
     EvaluationSettings,
     Fp8Settings,
@@ -18,7 +16,7 @@ from engine.settings.sections import (
     Source,
     check_finite,
 )
-from engine.settings.toml import PathName
+from engine.settings.toml import PathName, option
 from kernels.attention.choice import Backend
 from kernels.recompute import Recompute
 
@@ -72,7 +70,7 @@ class TrainSettings:
     model: PathName = ""
     """Run folder (its newest checkpoint), Hugging Face folder, hub repository owner/name, or preset:NAME for fresh weights. A
     branch (`from`) needs none."""
-    from_: Annotated[PathName, tyro.conf.arg(name="from")] = ""
+    from_: Annotated[PathName, option("from")] = ""
     """Branch: start from this checkpoint of another run (or a run folder's newest), with its weights and float32 masters."""
     from_optimizer: bool = True
     """A branch takes over the optimizer's moments; otherwise they begin at 0."""

@@ -11,7 +11,6 @@ from benchmarks.gpu import TASKS, is_whole
 from benchmarks.results import ROOT
 
 
-@pytest.mark.slow
 def test_the_settings_of_every_task_need_no_optional_package():
     lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel"]
     program = (
