@@ -127,8 +127,9 @@ def machine(
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "driver": nvidia_driver(),
+        "torch": str(torch.__version__),  # with its build, which the package's version may lack
     }
-    for package in ("torch", "triton", *packages):
+    for package in ("triton", *packages):
         try:
             described[package] = version(package)
         except PackageNotFoundError:

@@ -123,8 +123,8 @@ def product(
         scale_1N = scale.expand(1, len(code_NK)).contiguous()
         return _multiplied(left.code_TK, code_NK, left.scale_T[:, None], scale_1N, dtype)
     out_TN = _multiplied(left.code_TK, code_NK, torch.ones_like(scale), scale, dtype)
-    # Powers of two: the product may be rounded before it is scaled.
-    return out_TN.mul_(left.scale_T[:, None])
+    # Powers of two: the product may be rounded before it is scaled. Not in place, see `_multiplied`.
+    return out_TN * left.scale_T[:, None]
 
 
 def weight_gradient(
@@ -184,7 +184,10 @@ def _multiplied(
             use_fast_accum=FAST_ACCUMULATION,
         )
     # The same sums; torch's own operator is up to a thousand times slower on a CPU.
-    return (left_MK.float() @ right_NK.float().T).mul_(left_scale).mul_(right_scale).to(dtype)
+    out_MN = left_MK.float() @ right_NK.float().T * left_scale * right_scale
+    # Compiled by torch 2.11, an autograd function that returns what an operation on a tensor gave back unchanged, as `to` and
+    # operations in place do, gets gradients of zero.
+    return out_MN if dtype == torch.float32 else out_MN.to(dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -135,7 +135,12 @@ LINEAR_LOG_PROB = Operator(
         Provider("torch F.cross_entropy", lambda case: _call(_torch_log_prob, case)),
         Provider("torch.compile", lambda case: _call(compiled(_torch_log_prob), case)),
         # These three compute gradients in the forward pass, so neither pass alone compares.
-        Provider("torch F.linear_cross_entropy", _torch_fused, directions=("both",)),
+        Provider(
+            "torch F.linear_cross_entropy",
+            _torch_fused,
+            package="torch.nn.functional:linear_cross_entropy",
+            directions=("both",),
+        ),
         Provider("Liger-Kernel", _liger, package="liger_kernel", cuda=True, directions=("both",)),
         Provider("QuACK", _quack, package="quack", cuda=True, directions=("both",)),
         Provider("cut-cross-entropy", _cut_cross_entropy, package="cut_cross_entropy", cuda=True),

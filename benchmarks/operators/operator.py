@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class Provider:
 
     name: str
     build: Callable[[Case], Call]  # untimed: imports, compiles, arranges
-    package: str | None = None  # must be installed
+    package: str | None = None  # must be installed; "module:name" must also have the name
     cuda: bool = False  # runs on CUDA only
     dtypes: tuple[torch.dtype, ...] = ()  # supported dtypes; empty: all
     directions: tuple[str, ...] = ()  # directions with a meaningful time; empty: all
@@ -136,8 +137,12 @@ class Provider:
         """Why this provider cannot be measured here; None where it can."""
         if self.dtypes and case.dtype not in self.dtypes:
             return "is not for " + str(case.dtype).removeprefix("torch.")
-        if self.package and importlib.util.find_spec(self.package.partition(".")[0]) is None:
-            return f"{self.package.partition('.')[0]} is not installed"
+        module, _, attribute = (self.package or "").partition(":")
+        package = module.partition(".")[0]
+        if package and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        if attribute and not hasattr(importlib.import_module(module), attribute):
+            return f"{module}.{attribute} is not in {package} {version(package)}"
         return "runs on CUDA only" if self.cuda and case.device.type != "cuda" else None
 
 

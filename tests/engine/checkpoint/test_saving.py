@@ -197,6 +197,7 @@ def test_torchruns_timeout_is_read_where_it_can_be_seen(monkeypatch):
         assert shutdown_timeout() == expected
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     assert shutdown_warning(30, "the last one") is None
+    monkeypatch.setattr("torch.distributed.launcher.api.LaunchConfig", lambda min_nodes, shutdown_timeout: None)
     warning = shutdown_warning(400, "the last one")
     assert "kills its workers 30 s after SIGTERM, saving takes 400 s (the last one)" in warning
     assert "--shutdown-timeout 840" in warning
