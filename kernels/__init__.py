@@ -30,6 +30,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype. Unlike `Tensor.to`, no operation where it has it already.
+
+    Where an autograd function returns a tensor that passed through an operation without effect, torch 2.11 compiles it to a
+    function whose gradients are zero.
+    """
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def __getattr__(name: str) -> Any:
     """A name of Hugging Face's package `kernels`, which this folder hides.
 

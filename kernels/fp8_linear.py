@@ -47,6 +47,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kernels import in_dtype
 from kernels.fp8 import Codes, column_codes, matrix_codes, row_codes, shifted_columns
 from kernels.linear import leaf, only_adds
 
@@ -123,7 +124,7 @@ def product(
         scale_1N = scale.expand(1, len(code_NK)).contiguous()
         return _multiplied(left.code_TK, code_NK, left.scale_T[:, None], scale_1N, dtype)
     out_TN = _multiplied(left.code_TK, code_NK, torch.ones_like(scale), scale, dtype)
-    # Powers of two: the product may be rounded before it is scaled. Not in place, see `_multiplied`.
+    # Powers of two: the product may be rounded before it is scaled. Not in place, for the reason in `in_dtype`.
     return out_TN * left.scale_T[:, None]
 
 
@@ -184,10 +185,7 @@ def _multiplied(
             use_fast_accum=FAST_ACCUMULATION,
         )
     # The same sums; torch's own operator is up to a thousand times slower on a CPU.
-    out_MN = left_MK.float() @ right_NK.float().T * left_scale * right_scale
-    # Compiled by torch 2.11, an autograd function that returns what an operation on a tensor gave back unchanged, as `to` and
-    # operations in place do, gets gradients of zero.
-    return out_MN if dtype == torch.float32 else out_MN.to(dtype)
+    return in_dtype(left_MK.float() @ right_NK.float().T * left_scale * right_scale, dtype)
 
 
 class _Fp8Linear(torch.autograd.Function):

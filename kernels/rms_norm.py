@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import accumulation_dtype
+from kernels import accumulation_dtype, in_dtype
 from kernels.configurations import configuration
 from kernels.fp8 import (
     Codes,
@@ -358,9 +358,9 @@ _add_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_nor
 
 
 def _norm_eager(hidden_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide_TD = hidden_TD.to(accumulation_dtype(hidden_TD.dtype))
+    wide_TD = in_dtype(hidden_TD, accumulation_dtype(hidden_TD.dtype))
     scale_T = torch.rsqrt(wide_TD.square().mean(dim=-1) + eps)
-    return (wide_TD * scale_T[:, None] * weight_D).to(hidden_TD.dtype), scale_T
+    return in_dtype(wide_TD * scale_T[:, None] * weight_D, hidden_TD.dtype), scale_T
 
 
 def _norm_backward_eager(grad_TD, grad_total_TD, total_TD, weight_D, scale_T) -> tuple[Tensor, Tensor]:

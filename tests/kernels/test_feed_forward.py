@@ -80,8 +80,8 @@ def test_each_mode_keeps_what_it_says(mode, elements, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_compiler_sees_one_graph(mode, triton_device):
-    given, upstream = inputs(5, torch.float32, triton_device)
+def test_the_compiler_sees_one_graph(mode, device):
+    given, upstream = inputs(5, torch.float32, device)
     compiled = torch.compile(
         lambda *tensors: feed_forward(*tensors, EPS, recompute=mode), backend="aot_eager", fullgraph=True, dynamic=False
     )

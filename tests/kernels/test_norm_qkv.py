@@ -107,9 +107,9 @@ def test_no_more_is_kept_than_asked_for(keep, elements, device):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_the_compiler_sees_one_graph(keep, triton_device):
-    given, upstream = inputs(5, torch.float32, triton_device)
-    angles = table(5, triton_device)
+def test_the_compiler_sees_one_graph(keep, device):
+    given, upstream = inputs(5, torch.float32, device)
+    angles = table(5, device)
     function = lambda *tensors: norm_qkv(*tensors, angles, HEADS, EPS, keep_normed=keep)  # noqa: E731
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
     found, expected = results(compiled, given, upstream), results(function, given, upstream)
