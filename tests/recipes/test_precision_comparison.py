@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from engine.settings.toml import to_toml
+from engine.settings.toml import read_table, to_toml
 from recipes.precision_comparison import PRECISIONS, draw, lines_of, main, rows_of
 
 LOSSES = {"base": {"float32": [2.0, 4.0], "bfloat16": [2.002, 4.0], "fp8": [2.01, 3.984]}}
@@ -41,6 +41,8 @@ def test_runs_in_every_precision_start_alike_and_are_compared(config, tmp_path, 
         text = (tmp_path / "out" / f"base-{precision}-3" / "config.toml").read_text()
         assert f'dtype = "{dtype}"' in text
         assert f'precision = "{products}"' in text
+    peak = {name: read_table(tmp_path / "out" / f"base-{name}-3" / "config.toml")["schedule"]["peak"] for name in PRECISIONS}
+    assert peak == {name: pytest.approx((1.01 if name == "faster" else 1.0) * peak["float32"]) for name in PRECISIONS}
     assert (tmp_path / "out" / "comparison.svg").is_file()
     assert "fp8" in capsys.readouterr().out
 
