@@ -30,8 +30,7 @@ _PRECISION = {"run": "run", "precision": "precision", "held-out loss": "loss"}
 _PRECISION |= {"difference to float32, mean %": "difference %", "largest %": "largest %"}
 TABLES: dict[str, Table] = {
     "precision-text": Table("precision-text-intel-xeon", _PRECISION),
-    "precision-quickstart": Table("precision-quickstart-intel-xeon", _PRECISION),
-    "precision-tuning": Table("precision-tuning-intel-xeon", _PRECISION),
+    "precision-stages": Table("precision-stages-intel-xeon", _PRECISION),
     "head": Table(
         "kernels-nvidia-h200",
         {"forward and backward": "provider", "ms": "seconds ms", "of the floor %": "floor_fraction %", "peak MiB": "peak_mib"}
