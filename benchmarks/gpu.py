@@ -4,7 +4,7 @@ Each task is a process with a time limit and a file of its own, FOLDER/<task>.js
 rows and stops no other. Starting the command again skips the tasks whose file is whole, so that several short visits add up.
 The folder is flat and has one file a task, and a drawing of a training task. Exit status 0: every file is whole.
 
-The machine needs torch, triton, numpy, safetensors and sentencepiece; the peers need transformers and the packages
+The machine needs torch, triton, numpy, safetensors, sentencepiece and huggingface_hub; peers need transformers and the packages
 in `benchmarks/requirements.txt`. Where files were copied without their history, set KOMAINU_COMMIT=$(git rev-parse HEAD).
 """
 

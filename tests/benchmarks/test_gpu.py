@@ -12,7 +12,8 @@ from benchmarks.results import ROOT
 
 
 def test_the_settings_of_every_task_need_no_optional_package():
-    lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel"]
+    lacking = ["tyro", "tomli_w", "psutil", "matplotlib", "mistral_common", "datasets", "trl", "liger_kernel", "tensorboard"]
+    lacking += ["transformers", "tokenizers"]
     program = (
         f"import sys; sys.modules |= dict.fromkeys({lacking})\n"
         "from benchmarks import gpu, kernels, own\n"
