@@ -50,11 +50,16 @@ class RescoreSettings:
 
 @dataclass
 class ModelLog:
-    """What a file says of a model. ratio: the log's own; published: scores to compare with; datasets: by name."""
+    """What a file says of a model.
+
+    ratio: the log's own. published: scores to compare with. datasets: by name. unscored: data sets of no group of ours, with
+    metrics that are not ours, {name: metric}.
+    """
 
     ratio: Ratio | None = None
     published: dict[str, float] = field(default_factory=dict)
     datasets: dict[str, DatasetLog] = field(default_factory=dict)
+    unscored: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,12 @@ def _read(value: Any, logs: dict[str, ModelLog]) -> None:
     if name in log.datasets:
         raise ValueError(f"a second log of {name} for the model '{value['model']}': keep one of them")
     known_group, known_metric = DATASETS.get(name, (None, None))
-    group, metric = value.get("group", known_group), value.get("metric", known_metric)
+    group, metric = value.get("group") or known_group, value.get("metric") or known_metric
     if metric not in METRICS:
-        raise ValueError(f"metric = {metric!r} of {name}: must be one of {', '.join(METRICS)}")
+        if group in GROUPS:
+            raise ValueError(f"metric = {metric!r} of {name}: must be one of {', '.join(METRICS)}")
+        log.unscored[name] = metric
+        return
     predictions, golds = value.get("pred"), value.get("gold")
     if not isinstance(predictions, list) or not isinstance(golds, list) or not golds:
         raise ValueError(f"{name}: pred and gold must be lists, and gold must not be empty")
@@ -126,11 +134,17 @@ def _read(value: Any, logs: dict[str, ModelLog]) -> None:
 
 
 def _text(answer: Any) -> str:
+    if isinstance(answer, (list, dict)):
+        raise ValueError(f"an answer is {json.dumps(answer, ensure_ascii=False)[:60]}: must be a text or a number")
     return "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
 
 
 def _published(value: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(score) for name, score in (value.get("published") or {}).items() if score is not None}
+    scores = value.get("published") or {}
+    try:
+        return {name: float(score) for name, score in scores.items() if score is not None}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"published = {json.dumps(scores)[:60]}: must be an object of numbers") from None
 
 
 def rescore(log: ModelLog, ratio: Ratio = "levenshtein") -> dict[str, float | None]:
@@ -151,7 +165,8 @@ def differences(log: ModelLog, ratio: Ratio = "levenshtein") -> list[str]:
     ratio = log.ratio or ratio
     pairs = [(name, score, log.published.get(name)) for name, score in rescore(log, ratio).items()]
     for name, dataset in log.datasets.items():
-        pairs += [(f"{name} {metric}", dataset.score(ratio, metric), score) for metric, score in dataset.published.items()]
+        given = {metric: score for metric, score in dataset.published.items() if metric in METRICS}
+        pairs += [(f"{name} {metric}", dataset.score(ratio, metric), score) for metric, score in given.items()]
     return [
         f"{name} {score:.{DIGITS}f}, published {published:.{DIGITS}f}"
         for name, score, published in pairs
@@ -183,6 +198,7 @@ def _remarks(log: ModelLog, scores: Mapping[str, float | None], ratio: Ratio) ->
     expected = {name for name, (group, _) in DATASETS.items() if group not in (None, *absent)}
     if lacking := sorted(expected - set(log.datasets)):
         remarks.append(f"without {', '.join(lacking)}: the means are of the other data sets")
+    remarks += [f"{name} left out: {metric} is no metric of version 1" for name, metric in log.unscored.items()]
     remarks += [
         f"{name}: {dataset.missing} of {len(dataset.golds)} predictions are missing, and count as empty answers"
         for name, dataset in log.datasets.items()

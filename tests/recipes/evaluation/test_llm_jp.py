@@ -150,6 +150,19 @@ def test_an_absent_group_gives_no_average(tmp_path, capsys):
     assert "without jnli" in said
 
 
+def test_a_data_set_of_a_later_version_is_left_out_and_named(tmp_path, capsys):
+    later = {**dataset("m", "jnli", ["a"], ["a"]), "dataset": "wiki_coref", "group": "FA", "metric": "set_f1"}
+    records = [{**record, "group": None, "metric": None, "published": {"bleu": "0.1"}} for record in whole_log("m")]
+    assert rescored(tmp_path, [later, *records], "--ratio", "difflib")["m"] == {
+        "AVR": 0.5,
+        "MC": 0.5,
+        "NLI": 0.5,
+        "QA": 0.5,
+        "RC": 0.5,
+    }
+    assert "wiki_coref left out: set_f1 is no metric of version 1" in capsys.readouterr().out
+
+
 def test_a_score_that_differs_from_the_published_one_is_named(tmp_path, capsys):
     summary = {"model": "m", "record": "summary", "published": {"MC": "0.5000", "RC": "0.7500"}, "char_f1_ratio": "difflib"}
     rescored(tmp_path, [summary, *whole_log("m")])
@@ -171,6 +184,12 @@ def test_a_score_that_differs_from_the_published_one_is_named(tmp_path, capsys):
             "char_f1_ratio = 'jaro': must be levenshtein or difflib",
         ),
         ([{"model": "m", "record": "summary"}], "no data set of the model 'm'"),
+        (
+            [{"model": "m", "record": "summary", "published": 0.5}],
+            "logs.jsonl:1: published = 0.5: must be an object of numbers",
+        ),
+        ([{"model": "m", "record": "summary", "published": {"MC": "n/a"}}], "must be an object of numbers"),
+        ([dataset("m", "niilc", ["a"], [["a", "b"]])], 'logs.jsonl:1: an answer is ["a", "b"]: must be a text or a number'),
         ([], "empty"),
     ],
 )
