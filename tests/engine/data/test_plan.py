@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 import tracemalloc
 from collections import Counter
 
@@ -279,13 +278,11 @@ def test_the_fingerprint_changes_only_where_the_order_does(write_dataset):
 def test_a_plan_of_any_number_of_steps_costs_no_more_than_its_data(write_dataset):
     dataset = write_dataset([[1] * 9] * 20_000)
     tracemalloc.start()
-    began = time.process_time()
     plan = make_plan([dataset], steps=10**8, epochs=None, step_size=800)
     assert plan.units(10**8 - 1).sizes.tolist() == [8] * 100
     assert plan.summary(800)["tokens"] == 8 * 10**10
-    seconds, (held, _) = time.process_time() - began, tracemalloc.get_traced_memory()
+    held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 5
     # A size and two epochs' orders, 4 bytes each, and little else.
     assert held < 20 * len(dataset) + 2**17
 
