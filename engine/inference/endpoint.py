@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -41,6 +42,7 @@ _FATAL = {
     403: "does not allow this key to do that",
     404: "does not know this address or model",
 }
+_NO_KEY = "; no key was sent: set key_variable to the name of the environment variable that holds it"
 _OPENAI = "api.openai.com"
 
 
@@ -93,14 +95,18 @@ class EndpointSettings:
 
 def read_key(settings: EndpointSettings) -> str | None:
     """The endpoint's key; None where it needs none. Raises: ValueError naming the variable that is not set."""
-    host = urlsplit(settings.url).hostname
-    variable = settings.key_variable or ("OPENAI_API_KEY" if host == _OPENAI else "")
+    variable = _key_variable(settings)
     if not variable:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ValueError(f"the environment variable {variable} is not set: it must hold the key of {settings.url}")
     return key
+
+
+def _key_variable(settings: EndpointSettings) -> str:
+    """The environment variable that holds the endpoint's key; empty where it needs none."""
+    return settings.key_variable or ("OPENAI_API_KEY" if urlsplit(settings.url).hostname == _OPENAI else "")
 
 
 class _Fault(Exception):
@@ -245,6 +251,8 @@ class Endpoint:
         except openai.APIConnectionError as error:
             unreachable = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
             reason = "connection refused" if unreachable else "connection lost"
+            if unreachable and isinstance(_first_cause(error), socket.gaierror):
+                reason = "no such host"
             raise _Fault(reason, billed=not unreachable, unreachable=unreachable) from None
         except UnicodeEncodeError:
             raise Unanswered("a message holds half of a character (a lone surrogate), which cannot be sent") from None
@@ -258,9 +266,8 @@ class Endpoint:
         if status == 429 and error.code == "insufficient_quota":
             status = 402
         if status in _FATAL:
-            remedy = (
-                f"; see the variable {self.settings.key_variable or 'named by key_variable'}" if status in (401, 403) else ""
-            )
+            remedy = f"; see the variable {variable}" if (variable := _key_variable(self.settings)) else _NO_KEY
+            remedy = remedy if status in (401, 403) else ""
             remedy = f"; it is asked for {self.model!r}: {self._said(error)}" if status == 404 else remedy
             return RunStopped(ValueError(f"{url}: {_FATAL[status]} (status {status}){remedy}"))
         if status in (408, 409, 429) or status >= 500:
@@ -309,6 +316,13 @@ def open_responder(settings: EndpointSettings) -> Responder:
     from engine.inference.local import LocalModel  # here, as only a folder needs torch
 
     return LocalModel(settings.model, device=settings.device)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that the others were raised for."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
 
 
 def backoff(tried: int) -> float:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
+import jinja2.meta
 import yaml
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
@@ -135,8 +137,8 @@ def _add_official(suite: Suite, names: Mapping[str, tuple[int | None, str | None
     manager = TaskManager()
     for name, (shots, primary) in names.items():
         if name not in manager.all_tasks:
-            known = [*manager.all_tasks, "leaderboard", llm_jp_tasks.NAME, *(file.name for file in sorted(OWN.glob("*.yaml")))]
-            near = difflib.get_close_matches(name, known, n=3)
+            known = {*manager.all_tasks, "leaderboard", llm_jp_tasks.NAME, *(file.name for file in OWN.glob("*.yaml"))}
+            near = difflib.get_close_matches(name, sorted(known), n=3)
             meant = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists the harness's"
             raise ValueError(f"task {name}: unknown; {meant}")
         try:
@@ -170,8 +172,10 @@ def _listed(name: str) -> list[Path]:
     if not path.is_file():
         path = OWN / path.name if str(path) == path.name else path
     if not path.is_file():
-        ours = ", ".join(file.name for file in sorted(OWN.glob("*.yaml")))
-        raise FileNotFoundError(f"{name}: no such task file; ours are {ours}")
+        ours = {file.stem: file.name for file in sorted(OWN.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, ours, n=1)
+        meant = f"did you mean {ours[near[0]]}?" if near else f"ours are {', '.join(ours.values())}"
+        raise FileNotFoundError(f"{name}: no such task file; {meant}")
     table = _read_yaml(path)
     if "tasks" not in table:
         return [path]
@@ -212,20 +216,22 @@ def _add_local(suite: Suite, path: Path, data: Path | None) -> None:
             "`dataset_kwargs: {data_files: {test: FILE}}`"
         )
     made = _function(own["records"], RECORDS, path) if "records" in own else None
+    fields = _template_fields(table)
     shots = own.get("shots")
     if shots:
         table["fewshot_config"] = {**(table.get("fewshot_config") or {}), "sampler": FirstAlike}
         table["fewshot_split"] = _SHOTS
 
     def read() -> dict[str, Any]:
-        splits = {split: _records(name, file, path, data, made) for split, file in files.items()}
+        splits = {split: _records(name, file, path, data, made, fields) for split, file in files.items()}
+        _check_examples(splits, table, path)
         if shots:
             splits |= _with_shots(splits[shots["split"]], shots, path)
         return {split: datasets.Dataset.from_list(records) for split, records in splits.items()}
 
     try:
         task = LocalTask(table, read, shots.get("by") if shots else None)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, jinja2.TemplateError) as error:
         raise ValueError(f"{path}: the harness cannot use this task: {type(error).__name__}: {_first_line(error)}") from None
     suite.loaded["tasks"][name] = task
     suite.primary[name] = own.get("primary") or table["metric_list"][0]["metric"]
@@ -239,8 +245,45 @@ def _function(name: str, known: Mapping[str, Callable], path: Path) -> Callable:
     return known[name]
 
 
+def _template_fields(table: Mapping[str, Any]) -> set[str]:
+    """The fields that every record needs: those of the templates that do not ask whether a field is there.
+
+    None are known where a function makes other records of the file's.
+    """
+    if table.get("process_docs"):
+        return set()
+    templates = [text for key in ("doc_to_text", "doc_to_choice", "doc_to_target") if isinstance(text := table.get(key), str)]
+    syntax = jinja2.Environment()
+    try:
+        return set().union(
+            *(
+                jinja2.meta.find_undeclared_variables(syntax.parse(text))
+                for text in templates
+                if not re.search(r"\bis (?:not )?defined\b|\bdefault\b", text)
+            )
+        )
+    except jinja2.TemplateError:
+        return set()  # the harness names the mistake
+
+
+def _check_examples(splits: Mapping[str, Sequence[Any]], table: Mapping[str, Any], path: Path) -> None:
+    """Raises: ValueError where there are too few records to draw each question's examples from."""
+    pool, shots = str(table.get("fewshot_split")), table.get("num_fewshot") or 0
+    if pool in splits and len(splits[pool]) < shots + (pool == table.get("test_split")):
+        file = table["dataset_kwargs"]["data_files"][pool]
+        raise ValueError(
+            f"{path}: num_fewshot = {shots}: {file} has {len(splits[pool])} records to draw examples from, which are too few; use "
+            "the whole file, or lower num_fewshot"
+        )
+
+
 def _records(
-    task: str, file: str, path: Path, data: Path | None, made: Callable[[dict[str, Any]], dict[str, Any]] | None
+    task: str,
+    file: str,
+    path: Path,
+    data: Path | None,
+    made: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    fields: set[str],  # that every record needs
 ) -> list[dict[str, Any]]:
     """The records of a file of data, numbered, in the harness's fields."""
     folder = path.parent if data is None else data
@@ -256,6 +299,8 @@ def _records(
                 records.append(made(record.value) if made else record.value)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{record.place}: not a record of {task}: {type(error).__name__}: {error}") from None
+            if lacking := sorted(fields - records[-1].keys()):
+                raise ValueError(f"{record.place}: not a record of {task}: no field {', '.join(lacking)}")
     return records
 
 

@@ -58,7 +58,8 @@ def report(votes: Votes) -> dict[str, Any]:
     """What the votes say of each model, best first; models that cannot be ranked follow, with the reason.
 
     score: Bradley and Terry's, a natural logarithm with mean 0 over the ranked models; davidson: the same from a model with
-    draws and side. draw: Davidson's nu; side: the logarithm of the left side's odds. All with 95 % intervals.
+    draws and side. draw: Davidson's nu; side: the logarithm of the left side's odds. All with 95 % intervals. ranked_by: which
+    of the two scores the ranks follow, davidson where there are draws.
     """
     kept, reasons = fittable(votes)
     wins = votes.wins()
@@ -68,11 +69,12 @@ def report(votes: Votes) -> dict[str, Any]:
     ]
     ranked: list[dict[str, Any]] = []
     draw = side = None
+    ranked_by = "score"
     if kept:
         among = votes.among(kept)
         decided, whole = bradley_terry(among), davidson(among)
         # Draws tell of closeness; where there are some, the model that knows them ranks.
-        leading = whole if whole.draw is not None else decided
+        ranked_by, leading = ("davidson", whole) if whole.draw is not None else ("score", decided)
         scores = [-estimate.value for estimate in leading.scores]
         ranks = 1 + np.argsort(np.argsort(scores, kind="stable"), kind="stable")
         ranked = [
@@ -86,6 +88,7 @@ def report(votes: Votes) -> dict[str, Any]:
         "draws": int((votes.outcome == DRAW).sum()),
         "prompts": len(set(votes.prompt.tolist())),
         "raters": len(set(votes.rater.tolist())),
+        "ranked_by": ranked_by,
         "models": sorted(ranked, key=lambda row: row["rank"]),
         "unranked": [{**counted[model], "reason": reason} for model, reason in sorted(reasons.items())],
         "draw": draw,
@@ -107,19 +110,28 @@ def _ranks(fit: Fit, place: int) -> dict[str, int]:
     return dict(zip(("rank_low", "rank_high"), fit.ranks[place], strict=True))
 
 
+def _leading(found: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, float]:
+    """The score that ranks a model, and its bounds."""
+    return row["davidson"] if found["ranked_by"] == "davidson" else row
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    return "Davidson score (draws count)" if found["ranked_by"] == "davidson" else "Bradley-Terry score"
+
+
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The report as text."""
     rows = [*found["models"], *found["unranked"]]
     width = max(len(row["model"]) for row in rows)
     said = [
         f"{found['votes']:,} votes ({found['draws']:,} draws) on {found['prompts']:,} prompts by {found['raters']:,} raters",
-        f"{'rank':>4} {'95 %':>7}  {'model':<{width}}{'wins':>7}{'losses':>7}{'draws':>7}{'score':>8}  95 %",
+        f"{'rank':>4} {'95 %':>7}  {'model':<{width}}{'wins':>7}{'losses':>7}{'draws':>7}{'score':>8}  95 %, {_named(found)}",
     ]
     for row in found["models"]:
-        between = f"{row['rank_low']}-{row['rank_high']}"
+        between, shown = f"{row['rank_low']}-{row['rank_high']}", _leading(found, row)
         said.append(
             f"{row['rank']:>4} {between:>7}  {row['model']:<{width}}{row['wins']:>7}{row['losses']:>7}{row['draws']:>7}"
-            f"{row['score']:>8.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
+            f"{shown['score']:>8.3f}  [{shown['low']:.3f}, {shown['high']:.3f}]"
         )
     for row in found["unranked"]:
         said.append(
@@ -141,10 +153,11 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         return
     axes = figure.subplots()
     places = range(len(rows), 0, -1)
-    values = [row["score"] for row in rows]
-    errors = [[row["score"] - row["low"] for row in rows], [row["high"] - row["score"] for row in rows]]
+    shown = [_leading(found, row) for row in rows]
+    values = [each["score"] for each in shown]
+    errors = [[each["score"] - each["low"] for each in shown], [each["high"] - each["score"] for each in shown]]
     axes.errorbar(values, places, xerr=errors, fmt="o", color="0.2", capsize=3)
     axes.set_yticks(list(places), [f"{row['rank']}. {row['model']}" for row in rows])
-    axes.set(xlabel="Bradley-Terry score, with 95 % interval", title=f"{found['votes']:,} votes", ylim=(0.4, len(rows) + 0.6))
+    axes.set(xlabel=f"{_named(found)}, with 95 % interval", title=f"{found['votes']:,} votes", ylim=(0.4, len(rows) + 0.6))
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, path)

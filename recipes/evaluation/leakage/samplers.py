@@ -159,7 +159,7 @@ def generated(
     def asked() -> Iterator[Prompt]:
         for sampler, conversation, sample in wanted:
             # Far apart, so that no two answers share their draws.
-            own = (seed * 1_000_003 + conversation) * 10_007 + sample * 101 + sampler
+            own = ((seed * 1_000_003 + conversation) * 10_007 + sample) * 10_007 + sampler
             yield Prompt(prompts[conversation], replace(samplers[sampler], seed=own % 2**63), ends)
 
     for answer in answers(model, asked(), rows=rows):

@@ -3,9 +3,11 @@
 import email.utils
 import json
 import logging
+import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,7 +84,7 @@ def test_a_refused_request_fails_alone_and_at_once(tmp_path, status):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, "does not accept the key .status 401.; see the variable named by key_variable"),
+        (401, "does not accept the key .status 401.; no key was sent: set key_variable"),
         (403, "does not allow this key"),
         (404, "does not know this address or model .status 404.; it is asked for 'm': no"),
         (402, "asks for payment"),
@@ -121,6 +123,15 @@ def test_an_endpoint_that_is_not_there_is_named_soon(tmp_path):
         url = server.url
     with pytest.raises(ConnectionError, match=rf"{url}: cannot be reached .connection refused.; is the server running"):
         ask(server, tmp_path / "journal", 3)
+
+
+def test_a_host_that_is_not_there_is_named(tmp_path, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(ConnectionError, match=r"cannot be reached .no such host."):
+        ask(SimpleNamespace(url="http://nowhere.invalid/v1"), tmp_path / "journal", 1)
 
 
 def test_retry_after_is_read_in_all_its_forms():

@@ -269,6 +269,23 @@ def test_a_broken_record_and_a_broken_task_file_are_named(tiny_model, small_task
         file.write("{broken\n")
     with pytest.raises(ValueError, match=r"choice\.jsonl:41"):
         run(settings)
+    records = (small_tasks / "choice.jsonl").read_text().splitlines(keepends=True)
+    for number in (0, 6):
+        record = json.loads(records[number])
+        del record["question"]
+        (folder / "choice.jsonl").write_text("".join([*records[:number], json.dumps(record) + "\n", *records[number + 1 :]]))
+        with pytest.raises(ValueError, match=rf"choice\.jsonl:{number + 1}: not a record of .*: no field question"):
+            run(settings)
+
+
+def test_too_few_records_for_the_examples_are_named(tiny_model, small_tasks, tmp_path):
+    folder = tmp_path / "tasks"
+    shutil.copytree(small_tasks, folder)
+    (folder / "answer.jsonl").write_text("".join((small_tasks / "answer.jsonl").read_text().splitlines(keepends=True)[:2]))
+    text = (folder / "answer.yaml").read_text()
+    (folder / "answer.yaml").write_text(f"{text}\nfewshot_split: test\nnum_fewshot: 2\n")
+    with pytest.raises(ValueError, match=r"answer\.yaml: num_fewshot = 2: answer\.jsonl has 2 records to draw examples from"):
+        run(settings_of(tiny_model, folder, tmp_path / "out", tasks=(str(folder / "answer.yaml"),)))
 
 
 def test_a_long_text_is_scored_in_windows_and_each_token_once(tiny_model, tmp_path):
