@@ -272,8 +272,8 @@ def _check_examples(splits: Mapping[str, Sequence[Any]], table: Mapping[str, Any
     if pool in splits and len(splits[pool]) < shots + (pool == table.get("test_split")):
         file = table["dataset_kwargs"]["data_files"][pool]
         raise ValueError(
-            f"{path}: num_fewshot = {shots}: {file} has {len(splits[pool])} records to draw examples from, which are too few; use "
-            "the whole file, or lower num_fewshot"
+            f"{path}: num_fewshot = {shots}: {file} has {len(splits[pool])} records to draw examples from, which are too few; "
+            "use the whole file, or lower num_fewshot"
         )
 
 
