@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_command(tiny_settings, small_tasks, asked, tmp_
 def test_unknown_tasks_and_absent_data_are_refused_at_a_dry_run_too(tiny_settings, small_tasks, tmp_path):
     for dry_run in (False, True):
         for given, said in [
-            ({"tasks": ["jcommonsenseqaa.yaml"]}, "no such task file; did you mean jcommonsenseqa\.yaml"),
+            ({"tasks": ["jcommonsenseqaa.yaml"]}, "no such task file; did you mean jcommonsenseqa.yaml"),
             ({"tasks": [str(small_tasks / "choice.yaml")], "task_data": str(tmp_path)}, "no file choice.jsonl in"),
         ]:
             with pytest.raises((ValueError, FileNotFoundError), match=said):
