@@ -62,13 +62,13 @@ def triton_device(request):
     return torch.device(request.param)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
     """A shell starts a command with & so that it ignores Ctrl-C; tests and their processes need it as a user's have it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark the tests that run Triton kernels, and without a GPU skip the tests that need it."""
     for item in items:
