@@ -4,8 +4,8 @@
         recipes/tiny/sft2.toml recipes/tiny/dpo.toml --fp8.bf16-first 0 --fp8.bf16-last 0
 
 Each configuration is a training recipe's, with `heldout`; dotted overrides for all of them may follow. "faster" is float32 once
-more, with a learning rate one per cent higher: a difference that nobody chose decides where such a run ends, and one of that
-size says nothing about a precision. A run whose folder is there is continued, or read where it is finished.
+more, with a learning rate one per cent higher: where so small a change moves the loss as far as a precision does, the run
+cannot tell that precision from float32. A run whose folder is there is continued, or read where it is finished.
 OUT/comparison.json has every loss, the differences to float32, the commit and the versions; OUT/comparison.svg draws the
 differences.
 """

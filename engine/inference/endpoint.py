@@ -266,9 +266,12 @@ class Endpoint:
         if status == 429 and error.code == "insufficient_quota":
             status = 402
         if status in _FATAL:
-            remedy = f"; see the variable {variable}" if (variable := _key_variable(self.settings)) else _NO_KEY
-            remedy = remedy if status in (401, 403) else ""
-            remedy = f"; it is asked for {self.model!r}: {self._said(error)}" if status == 404 else remedy
+            remedy = ""
+            if status in (401, 403):
+                variable = _key_variable(self.settings)
+                remedy = f"; see the variable {variable}" if variable else _NO_KEY
+            elif status == 404:
+                remedy = f"; it is asked for {self.model!r}: {self._said(error)}"
             return RunStopped(ValueError(f"{url}: {_FATAL[status]} (status {status}){remedy}"))
         if status in (408, 409, 429) or status >= 500:
             return _Fault(str(status), billed=False, wait=retry_after(headers))

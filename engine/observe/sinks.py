@@ -117,7 +117,8 @@ def _wait_for_a_later_name(folder: Path) -> None:
     TensorBoard reads event files in the order of their names, events.out.tfevents.SECOND.HOST.PROCESS.COUNT.
     Of two files of one second, the earlier attempt's may come last, and would hide the steps of the later one.
     """
-    while any(file.name.split(".")[3] == f"{int(time.time()):010d}" for file in folder.glob("events.out.tfevents.*")):
+    taken = {file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")}
+    while f"{int(time.time()):010d}" in taken:
         time.sleep(0.05)
 
 

@@ -12,6 +12,7 @@ looked for in the user's folder of data, else beside the task file. Beside the h
     primary         the metric that stands for the task in comparisons; default: the first
 """
 
+import contextlib
 import difflib
 import logging
 import math
@@ -252,23 +253,19 @@ def _template_fields(table: Mapping[str, Any]) -> set[str]:
     """
     if table.get("process_docs"):
         return set()
-    templates = [text for key in ("doc_to_text", "doc_to_choice", "doc_to_target") if isinstance(text := table.get(key), str)]
-    syntax = jinja2.Environment()
-    try:
-        return set().union(
-            *(
-                jinja2.meta.find_undeclared_variables(syntax.parse(text))
-                for text in templates
-                if not re.search(r"\bis (?:not )?defined\b|\bdefault\b", text)
-            )
-        )
-    except jinja2.TemplateError:
-        return set()  # the harness names the mistake
+    fields: set[str] = set()
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        template = table.get(key)
+        if not isinstance(template, str) or re.search(r"\bis (?:not )?defined\b|\bdefault\b", template):
+            continue
+        with contextlib.suppress(jinja2.TemplateError):  # the harness names the mistake
+            fields |= jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
+    return fields
 
 
 def _check_examples(splits: Mapping[str, Sequence[Any]], table: Mapping[str, Any], path: Path) -> None:
     """Raises: ValueError where there are too few records to draw each question's examples from."""
-    pool, shots = str(table.get("fewshot_split")), table.get("num_fewshot") or 0
+    pool, shots = table.get("fewshot_split", ""), table.get("num_fewshot") or 0
     if pool in splits and len(splits[pool]) < shots + (pool == table.get("test_split")):
         file = table["dataset_kwargs"]["data_files"][pool]
         raise ValueError(
@@ -299,6 +296,8 @@ def _records(
                 records.append(made(record.value) if made else record.value)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{record.place}: not a record of {task}: {type(error).__name__}: {error}") from None
+            if not isinstance(records[-1], dict):
+                raise ValueError(f"{record.place}: not a record of {task}: must be an object")
             if lacking := sorted(fields - records[-1].keys()):
                 raise ValueError(f"{record.place}: not a record of {task}: no field {', '.join(lacking)}")
     return records

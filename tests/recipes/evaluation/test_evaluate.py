@@ -276,6 +276,9 @@ def test_a_broken_record_and_a_broken_task_file_are_named(tiny_model, small_task
         (folder / "choice.jsonl").write_text("".join([*records[:number], json.dumps(record) + "\n", *records[number + 1 :]]))
         with pytest.raises(ValueError, match=rf"choice\.jsonl:{number + 1}: not a record of .*: no field question"):
             run(settings)
+    (folder / "choice.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match=r"choice\.jsonl:1: not a record of choice: must be an object"):
+        run(settings)
 
 
 def test_too_few_records_for_the_examples_are_named(tiny_model, small_tasks, tmp_path):
